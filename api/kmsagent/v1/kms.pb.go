@@ -661,10 +661,13 @@ func (x *ReEncryptResponse) GetDestination() *KeyUse {
 }
 
 type EncryptStreamStart struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Key           string                 `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`
-	Context       map[string]string      `protobuf:"bytes,2,rep,name=context,proto3" json:"context,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
-	MaxStale      *durationpb.Duration   `protobuf:"bytes,3,opt,name=max_stale,json=maxStale,proto3,oneof" json:"max_stale,omitempty"`
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Key      string                 `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`
+	Context  map[string]string      `protobuf:"bytes,2,rep,name=context,proto3" json:"context,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	MaxStale *durationpb.Duration   `protobuf:"bytes,3,opt,name=max_stale,json=maxStale,proto3,oneof" json:"max_stale,omitempty"`
+	// At most this many bytes of plaintext will follow; they are counted against
+	// the data key's limit. 0 means the agent's own bound for streams.
+	LengthLimit   uint64 `protobuf:"varint,4,opt,name=length_limit,json=lengthLimit,proto3" json:"length_limit,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -718,6 +721,13 @@ func (x *EncryptStreamStart) GetMaxStale() *durationpb.Duration {
 		return x.MaxStale
 	}
 	return nil
+}
+
+func (x *EncryptStreamStart) GetLengthLimit() uint64 {
+	if x != nil {
+		return x.LengthLimit
+	}
+	return 0
 }
 
 type EncryptStreamRequest struct {
@@ -2444,11 +2454,12 @@ const file_kmsagent_v1_kms_proto_rawDesc = "" +
 	"\x11ReEncryptResponse\x12\x18\n" +
 	"\amessage\x18\x01 \x01(\fR\amessage\x12+\n" +
 	"\x06source\x18\x02 \x01(\v2\x13.kmsagent.v1.KeyUseR\x06source\x125\n" +
-	"\vdestination\x18\x03 \x01(\v2\x13.kmsagent.v1.KeyUseR\vdestination\"\xf5\x01\n" +
+	"\vdestination\x18\x03 \x01(\v2\x13.kmsagent.v1.KeyUseR\vdestination\"\x98\x02\n" +
 	"\x12EncryptStreamStart\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12F\n" +
 	"\acontext\x18\x02 \x03(\v2,.kmsagent.v1.EncryptStreamStart.ContextEntryR\acontext\x12;\n" +
-	"\tmax_stale\x18\x03 \x01(\v2\x19.google.protobuf.DurationH\x00R\bmaxStale\x88\x01\x01\x1a:\n" +
+	"\tmax_stale\x18\x03 \x01(\v2\x19.google.protobuf.DurationH\x00R\bmaxStale\x88\x01\x01\x12!\n" +
+	"\flength_limit\x18\x04 \x01(\x04R\vlengthLimit\x1a:\n" +
 	"\fContextEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01B\f\n" +
