@@ -1,0 +1,188 @@
+package agent
+
+import (
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/kms-agent/kms-agent/agent/policy"
+)
+
+// Config is one configuration file, decoded, with defaults in place and every
+// path absolute. LoadConfig and ParseConfig return it only when it has no
+// fault, so its readers need not check it again. It is not to be changed.
+//
+// Secrets never stand in it: where one is needed, the path of the file that
+// holds it does.
+type Config struct {
+	// Version of the configuration's schema: 1.
+	Version int `yaml:"version"`
+	// TrustDomain is the agent's own.
+	TrustDomain spiffeid.TrustDomain `yaml:"trust_domain"`
+	// StateDir outlives the process: audit chain state and use counters. Made
+	// with mode 0700 where it is missing.
+	StateDir string `yaml:"state_dir"`
+	// RuntimeDir holds sockets and nothing else.
+	RuntimeDir string `yaml:"runtime_dir"`
+
+	Listen   ListenConfig   `yaml:"listen"`
+	Admin    AdminConfig    `yaml:"admin"`
+	Identity IdentityConfig `yaml:"identity"`
+	// Backends by order of the file; names are unique.
+	Backends []BackendConfig `yaml:"backends"`
+	// Keys by order of the file; names, former names and wrapping keys are unique.
+	Keys []KeyConfig `yaml:"keys"`
+	// Policy holds the rules of the file itself, then those of PolicyFiles.
+	Policy []policy.Rule `yaml:"policy"`
+	// PolicyFiles are patterns (path.Match) of files that hold lists of rules.
+	PolicyFiles []string `yaml:"policy_files"`
+	// Roles name lists of operations.
+	Roles  map[string][]policy.Operation `yaml:"roles"`
+	Audit  AuditConfig                   `yaml:"audit"`
+	Limits LimitsConfig                  `yaml:"limits"`
+	Cache  CacheConfig                   `yaml:"cache"`
+	Log    LogConfig                     `yaml:"log"`
+
+	compiled *policy.Policy
+	files    []string
+}
+
+// ListenConfig names the doors of the agent.
+type ListenConfig struct {
+	// Native is the gRPC door. It is always there.
+	Native NativeConfig `yaml:"native"`
+}
+
+// NativeConfig describes the native socket.
+type NativeConfig struct {
+	// Socket defaults to kms.sock in the runtime directory.
+	Socket string `yaml:"socket"`
+	// Mode of the socket file; it is created so, never widened.
+	Mode Mode `yaml:"mode"`
+	// Group owns the socket file; nil leaves the agent's own group.
+	Group *GID `yaml:"group"`
+}
+
+// AdminConfig describes the administrators' socket. Its mode is always 0600.
+type AdminConfig struct {
+	// Socket defaults to admin.sock in the runtime directory.
+	Socket string `yaml:"socket"`
+	// Allow is empty by default: nobody administers.
+	Allow []AdminRule `yaml:"allow"`
+}
+
+// AdminRule gives operations to the peers that match every field it has.
+type AdminRule struct {
+	UID        *UID               `yaml:"uid"`
+	GID        *GID               `yaml:"gid"`
+	Operations []policy.Operation `yaml:"operations"`
+}
+
+// IdentityConfig says how callers are recognised.
+type IdentityConfig struct {
+	// WorkloadAPI is the address of the SPIFFE Workload API, unix:///path or
+	// tcp://ip:port; empty: static peers only.
+	WorkloadAPI string `yaml:"workload_api"`
+	// BundleMaxAge is how long bundles are trusted after the Workload API was
+	// last heard.
+	BundleMaxAge time.Duration `yaml:"bundle_max_age"`
+	// FederatedTrustDomains are accepted beside the agent's own.
+	FederatedTrustDomains []spiffeid.TrustDomain `yaml:"federated_trust_domains"`
+	// StaticPeers give SPIFFE IDs to processes by what the kernel says of them.
+	StaticPeers []StaticPeerConfig `yaml:"static_peers"`
+}
+
+// StaticPeerConfig gives ID to the processes that match UID and GID; nil
+// matches any, and one of them is not nil.
+type StaticPeerConfig struct {
+	UID *UID        `yaml:"uid"`
+	GID *GID        `yaml:"gid"`
+	ID  spiffeid.ID `yaml:"id"`
+}
+
+// BackendConfig describes one plugin process.
+type BackendConfig struct {
+	Name string `yaml:"name"`
+	// Plugin is the name of a built-in plugin, "local"; empty when Path is set.
+	Plugin string `yaml:"plugin"`
+	// Path of the plugin's binary, which must have SHA256 (hex).
+	Path   string   `yaml:"path"`
+	SHA256 string   `yaml:"sha256"`
+	Args   []string `yaml:"args"`
+	// Env is the plugin's whole environment, beside EnvFromFiles.
+	Env map[string]string `yaml:"env"`
+	// EnvFromFiles are variables that take the content of a file.
+	EnvFromFiles map[string]string `yaml:"env_from_files"`
+
+	CallTimeout   time.Duration `yaml:"call_timeout"`
+	StartTimeout  time.Duration `yaml:"start_timeout"`
+	MaxConcurrent int           `yaml:"max_concurrent"`
+	// Settings are the plugin's own, a JSON object.
+	Settings Settings `yaml:"settings"`
+}
+
+// KeyConfig describes one logical key.
+type KeyConfig struct {
+	Name string `yaml:"name"`
+	// FormerNames open messages that were made under them.
+	FormerNames []string          `yaml:"former_names"`
+	Labels      map[string]string `yaml:"labels"`
+	Backend     string            `yaml:"backend"`
+	// WrappingKey is the URI inside Backend. It belongs to no other key.
+	WrappingKey string `yaml:"wrapping_key"`
+	// BindContext makes the wrapping key bind the encryption context.
+	BindContext bool           `yaml:"bind_context"`
+	Cache       KeyCacheConfig `yaml:"cache"`
+}
+
+// KeyCacheConfig bounds the data keys of one key. No field is zero.
+type KeyCacheConfig struct {
+	// MaxAge of an upstream confirmation: the revocation window.
+	MaxAge time.Duration `yaml:"max_age"`
+	// MaxLifetime of an encryption data key.
+	MaxLifetime time.Duration `yaml:"max_lifetime"`
+	// MaxIdle is how long an unused data key stays.
+	MaxIdle time.Duration `yaml:"max_idle"`
+	// MaxMessages and MaxBytes encrypted under one data key.
+	MaxMessages uint64 `yaml:"max_messages"`
+	MaxBytes    Size   `yaml:"max_bytes"`
+	// Partition says who shares an encryption data key.
+	Partition Partition `yaml:"partition"`
+}
+
+// AuditConfig describes the audit log.
+type AuditConfig struct {
+	File string `yaml:"file"`
+	// InitialKey is the file with the first key of the HMAC chain; made where
+	// it is missing.
+	InitialKey string `yaml:"initial_key"`
+	// Durable waits for the disk before an answer goes out.
+	Durable       bool          `yaml:"durable"`
+	ContextValues ContextValues `yaml:"context_values"`
+	WriteTimeout  time.Duration `yaml:"write_timeout"`
+}
+
+// LimitsConfig bounds what callers may ask of the agent. No field is zero.
+type LimitsConfig struct {
+	// MaxMessage bounds one request on the wire; streams are not bounded by it.
+	MaxMessage             Size          `yaml:"max_message"`
+	MaxDeadline            time.Duration `yaml:"max_deadline"`
+	DefaultDeadline        time.Duration `yaml:"default_deadline"`
+	MaxConcurrent          int           `yaml:"max_concurrent"`
+	MaxConcurrentPerCaller int           `yaml:"max_concurrent_per_caller"`
+	MaxConnections         int           `yaml:"max_connections"`
+	// DataKeyUse is how long a caller may cache a data key that it was given.
+	DataKeyUse time.Duration `yaml:"data_key_use"`
+}
+
+// CacheConfig bounds the cache of data keys as a whole.
+type CacheConfig struct {
+	// MaxEntries of both directions together.
+	MaxEntries int `yaml:"max_entries"`
+}
+
+// LogConfig describes the log on standard error.
+type LogConfig struct {
+	Level  LogLevel  `yaml:"level"`
+	Format LogFormat `yaml:"format"`
+}

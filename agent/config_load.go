@@ -1,0 +1,206 @@
+package agent
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/kms-agent/kms-agent/agent/policy"
+)
+
+// maxConfigSize bounds one file, in bytes.
+const maxConfigSize = 4 << 20
+
+// LoadConfig reads the configuration file at path, and the policy files that it
+// names, and checks all of it without touching the network. Relative paths in
+// it are relative to the file's directory. The error is a Faults with every
+// fault of the files, or that of opening path.
+func LoadConfig(path string) (*Config, error) {
+	absolute, err := filepath.Abs(path)
+	if err != nil {
+		return nil, fmt.Errorf("read configuration %s: %w", path, err)
+	}
+	data, err := readBounded(absolute)
+	if err != nil {
+		return nil, fmt.Errorf("read configuration: %w", err)
+	}
+	return ParseConfig(absolute, data)
+}
+
+// ParseConfig is LoadConfig for a file that has been read: name stands in
+// faults and says what relative paths are relative to.
+func ParseConfig(name string, data []byte) (*Config, error) {
+	cfg := &Config{}
+	cfg.setDefaults()
+	main := decodeYAML(name, data, cfg)
+	l := &loader{cfg: cfg, main: main, dir: filepath.Dir(name)}
+	l.cfg.files = []string{name}
+	for i := range cfg.Policy {
+		l.rules = append(l.rules, rulePlace{main, fmt.Sprintf("policy[%d]", i)})
+	}
+	l.resolvePaths()
+	l.loadPolicyFiles()
+	l.validate()
+	faults := main.faults
+	for _, d := range l.policyFiles {
+		faults = append(faults, d.faults...)
+	}
+	if err := faults.err(); err != nil {
+		return nil, err
+	}
+	return cfg, nil
+}
+
+// Files returns what to watch for changes: the configuration file, the policy
+// files, and the directories in which policy files may appear. Paths are
+// absolute.
+func (c *Config) Files() []string { return slices.Clone(c.files) }
+
+// CompiledPolicy returns the policy that Policy, PolicyFiles and Roles make.
+func (c *Config) CompiledPolicy() *policy.Policy { return c.compiled }
+
+// loader is one configuration on its way from text to a valid Config.
+type loader struct {
+	cfg         *Config
+	main        *document
+	dir         string
+	policyFiles []*document
+	// rules has the place of each of cfg.Policy.
+	rules []rulePlace
+}
+
+// rulePlace is where a rule is written.
+type rulePlace struct {
+	document *document
+	path     string
+}
+
+func (l *loader) resolvePaths() {
+	c := l.cfg
+	for _, path := range []*string{&c.StateDir, &c.RuntimeDir, &c.Listen.Native.Socket, &c.Admin.Socket, &c.Audit.File, &c.Audit.InitialKey} {
+		l.resolve(path)
+	}
+	if c.Listen.Native.Socket == "" && c.RuntimeDir != "" {
+		c.Listen.Native.Socket = filepath.Join(c.RuntimeDir, "kms.sock")
+	}
+	if c.Admin.Socket == "" && c.RuntimeDir != "" {
+		c.Admin.Socket = filepath.Join(c.RuntimeDir, "admin.sock")
+	}
+	for i := range c.PolicyFiles {
+		l.resolve(&c.PolicyFiles[i])
+	}
+	for i := range c.Backends {
+		l.resolve(&c.Backends[i].Path)
+		for name, path := range c.Backends[i].EnvFromFiles {
+			l.resolve(&path)
+			c.Backends[i].EnvFromFiles[name] = path
+		}
+	}
+}
+
+// resolve makes a path absolute; an empty one stays empty.
+func (l *loader) resolve(path *string) {
+	if *path != "" && !filepath.IsAbs(*path) {
+		*path = filepath.Join(l.dir, *path)
+	}
+}
+
+// loadPolicyFiles appends the rules of every policy file, in the patterns'
+// order and by name within each. A pattern may match nothing; a plain path may
+// not.
+func (l *loader) loadPolicyFiles() {
+	for i, pattern := range l.cfg.PolicyFiles {
+		at := fmt.Sprintf("policy_files[%d]", i)
+		names, err := filepath.Glob(pattern)
+		if err != nil {
+			l.main.report(at, "%s is not a file name pattern; * ? and [a-z] are understood", quote(pattern))
+			continue
+		}
+		literal := !strings.ContainsAny(pattern, `*?[\`)
+		if len(names) == 0 && literal {
+			l.main.report(at, "there is no file %s", quote(pattern))
+		}
+		l.watch(filepath.Dir(pattern))
+		for _, name := range names {
+			if slices.Contains(l.cfg.files, name) {
+				continue // matched by an earlier pattern too
+			}
+			l.watch(name)
+			l.loadPolicyFile(at, name)
+		}
+	}
+}
+
+func (l *loader) watch(path string) {
+	if !slices.Contains(l.cfg.files, path) {
+		l.cfg.files = append(l.cfg.files, path)
+	}
+}
+
+func (l *loader) loadPolicyFile(at, name string) {
+	data, err := readBounded(name)
+	if err != nil {
+		l.main.report(at, "%v", err)
+		return
+	}
+	var rules []policy.Rule
+	file := decodeYAML(name, data, &rules)
+	l.policyFiles = append(l.policyFiles, file)
+	for i := range rules {
+		l.rules = append(l.rules, rulePlace{file, fmt.Sprintf("[%d]", i)})
+	}
+	l.cfg.Policy = append(l.cfg.Policy, rules...)
+}
+
+// readBounded reads a regular file of at most maxConfigSize bytes.
+func readBounded(path string) ([]byte, error) {
+	info, err := os.Stat(path)
+	if err != nil {
+		return nil, err
+	}
+	if !info.Mode().IsRegular() {
+		return nil, fmt.Errorf("%s is not a regular file", path)
+	}
+	file, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	data, err := io.ReadAll(io.LimitReader(file, maxConfigSize+1))
+	if err = errors.Join(err, file.Close()); err != nil {
+		return nil, err
+	}
+	if len(data) > maxConfigSize {
+		return nil, fmt.Errorf("%s is larger than %s", path, Size(maxConfigSize))
+	}
+	return data, nil
+}
+
+func (c *Config) setDefaults() {
+	c.RuntimeDir = "/run/kms-agent"
+	c.Listen.Native.Mode = 0o660
+	c.Identity.BundleMaxAge = 24 * time.Hour
+	c.Audit.ContextValues = ContextKeys
+	c.Audit.WriteTimeout = 2 * time.Second
+	c.Limits = LimitsConfig{
+		MaxMessage: 4 << 20, MaxDeadline: 30 * time.Second, DefaultDeadline: 10 * time.Second,
+		MaxConcurrent: 1024, MaxConcurrentPerCaller: 128, MaxConnections: 4096, DataKeyUse: 5 * time.Minute,
+	}
+	c.Cache.MaxEntries = 10000
+	c.Log = LogConfig{Level: LogInfo, Format: LogJSON}
+}
+
+func (b *BackendConfig) setDefaults() {
+	b.CallTimeout, b.StartTimeout, b.MaxConcurrent = 2*time.Second, 10*time.Second, 32
+}
+
+func (k *KeyConfig) setDefaults() {
+	k.Cache = KeyCacheConfig{
+		MaxAge: 5 * time.Minute, MaxLifetime: 24 * time.Hour, MaxIdle: 6 * time.Hour,
+		MaxMessages: 1e9, MaxBytes: 1 << 40, Partition: PartitionCaller,
+	}
+}
