@@ -40,4 +40,5 @@ require (
 require (
 	github.com/Microsoft/go-winio v0.6.2 // indirect
 	github.com/go-jose/go-jose/v4 v4.1.5 // indirect
+	golang.org/x/tools v0.49.0 // indirect
 )
