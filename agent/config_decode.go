@@ -7,11 +7,11 @@ import (
 	"fmt"
 	"math"
 	"reflect"
-	"regexp"
 	"slices"
 	"strconv"
 	"strings"
 	"time"
+	"unicode"
 
 	"github.com/goccy/go-yaml"
 	"github.com/goccy/go-yaml/ast"
@@ -40,6 +40,8 @@ type document struct {
 	places map[string]location
 	// parsed is false where data is not one YAML document.
 	parsed bool
+	// undecoded is how many of faults are of decoding.
+	undecoded int
 }
 
 // has says whether path stands in the document.
@@ -61,7 +63,15 @@ func decodeYAML(file string, data []byte, target any) *document {
 		d.parsed = true
 		d.value(body, reflect.ValueOf(target).Elem(), "")
 	}
+	d.undecoded = len(d.faults)
 	return d
+}
+
+// failed says whether the value at path, or one that holds it, did not decode.
+func (d *document) failed(path string) bool {
+	return slices.ContainsFunc(d.faults[:d.undecoded], func(f Fault) bool {
+		return f.Path == "" || f.Path == path || strings.HasPrefix(path, f.Path+".") || strings.HasPrefix(path, f.Path+"[")
+	})
 }
 
 // report adds a fault at the place of path, or of what encloses it.
@@ -70,6 +80,9 @@ func (d *document) report(path, format string, a ...any) {
 }
 
 func (d *document) reportAt(at location, path, format string, a ...any) {
+	if len(d.faults) == maxFaults {
+		return
+	}
 	d.faults = append(d.faults, Fault{d.file, at.line, at.column, path, fmt.Sprintf(format, a...)})
 }
 
@@ -452,8 +465,9 @@ func startOf(node ast.Node) location {
 
 // join appends a key to a path.
 func join(path, key string) string {
+	plain := func(r rune) bool { return r == '_' || r == '-' || unicode.IsLetter(r) || unicode.IsDigit(r) }
 	switch {
-	case !regexp.MustCompile(`^[A-Za-z0-9_-]+$`).MatchString(key):
+	case key == "" || strings.ContainsFunc(key, func(r rune) bool { return !plain(r) }):
 		return path + "[" + quote(key) + "]"
 	case path == "":
 		return key

@@ -35,7 +35,11 @@ func (f Fault) Error() string {
 	return b.String()
 }
 
-// Faults are all that is wrong with a configuration, by file and line.
+// maxFaults bounds the faults of one file; nobody reads more at once.
+const maxFaults = 1000
+
+// Faults are all that is wrong with a configuration, by file and line; of each
+// file the first thousand.
 type Faults []Fault
 
 // Error writes one fault per line.
@@ -53,7 +57,7 @@ func (f Faults) err() error {
 		return nil
 	}
 	slices.SortStableFunc(f, func(a, b Fault) int {
-		return cmp.Or(strings.Compare(a.File, b.File), a.Line-b.Line, a.Column-b.Column)
+		return cmp.Or(strings.Compare(a.File, b.File), a.Line-b.Line, a.Column-b.Column, strings.Compare(a.Path, b.Path))
 	})
 	return slices.Compact(f)
 }

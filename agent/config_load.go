@@ -166,6 +166,9 @@ func readBounded(path string) ([]byte, error) {
 	if !info.Mode().IsRegular() {
 		return nil, fmt.Errorf("%s is not a regular file", path)
 	}
+	if info.Mode()&0o002 != 0 {
+		return nil, fmt.Errorf("everybody may write %s, and so give themselves keys; run chmod o-w on it", path)
+	}
 	file, err := os.Open(path)
 	if err != nil {
 		return nil, err

@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"math"
 	"os/user"
+	"slices"
 	"strconv"
 	"strings"
 )
@@ -204,6 +205,9 @@ func oneOf[T ~string](target *T, text string, allowed ...T) error {
 	return errors.New(unknownWord(text, words))
 }
 
+// maxListed bounds the known words that a message lists.
+const maxListed = 20
+
 // unknownWord says that text is none of the known words, which it lists, and
 // guesses which was meant.
 func unknownWord(text string, known []string) string {
@@ -211,8 +215,14 @@ func unknownWord(text string, known []string) string {
 	if guess := nearest(text, known); guess != "" {
 		message += fmt.Sprintf("; did you mean %q?", guess)
 	}
-	if len(known) > 0 {
-		message += " (known: " + strings.Join(known, ", ") + ")"
+	var listed []string
+	for _, word := range known {
+		if word != "" && !slices.Contains(listed, word) && len(listed) < maxListed {
+			listed = append(listed, word)
+		}
+	}
+	if len(listed) > 0 {
+		message += " (known: " + strings.Join(listed, ", ") + ")"
 	}
 	return message
 }

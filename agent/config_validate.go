@@ -34,15 +34,12 @@ const (
 	ownerReadWrite     = 0o600
 )
 
-// report adds a fault of the main file, unless the value at path could not be
-// decoded at all: one mistake is told once.
+// report adds a fault of the main file, unless the value at path, or what holds
+// it, could not be decoded: one mistake is told once.
 func (l *loader) report(path, format string, a ...any) {
-	for _, fault := range l.main.faults {
-		if fault.Path == path || strings.HasPrefix(fault.Path, path+".") || strings.HasPrefix(fault.Path, path+"[") {
-			return
-		}
+	if !l.main.failed(path) {
+		l.main.report(path, format, a...)
 	}
-	l.main.report(path, format, a...)
 }
 
 func (l *loader) validate() {
