@@ -165,7 +165,10 @@ type AuditConfig struct {
 // LimitsConfig bounds what callers may ask of the agent. No field is zero.
 type LimitsConfig struct {
 	// MaxMessage bounds one request on the wire; streams are not bounded by it.
-	MaxMessage             Size          `yaml:"max_message"`
+	MaxMessage Size `yaml:"max_message"`
+	// MaxStream bounds the plaintext of one stream. A stream that does not say
+	// how long it may become counts as so much against its data key.
+	MaxStream              Size          `yaml:"max_stream"`
 	MaxDeadline            time.Duration `yaml:"max_deadline"`
 	DefaultDeadline        time.Duration `yaml:"default_deadline"`
 	MaxConcurrent          int           `yaml:"max_concurrent"`

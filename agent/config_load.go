@@ -91,6 +91,10 @@ func (l *loader) resolvePaths() {
 	if c.Admin.Socket == "" && c.RuntimeDir != "" {
 		c.Admin.Socket = filepath.Join(c.RuntimeDir, "admin.sock")
 	}
+	if path, ok := strings.CutPrefix(c.Identity.WorkloadAPI, "unix:"); ok && !strings.HasPrefix(path, "/") && path != "" {
+		l.resolve(&path)
+		c.Identity.WorkloadAPI = "unix://" + path
+	}
 	for i := range c.PolicyFiles {
 		l.resolve(&c.PolicyFiles[i])
 	}
@@ -190,7 +194,7 @@ func (c *Config) setDefaults() {
 	c.Audit.ContextValues = ContextKeys
 	c.Audit.WriteTimeout = 2 * time.Second
 	c.Limits = LimitsConfig{
-		MaxMessage: 4 << 20, MaxDeadline: 30 * time.Second, DefaultDeadline: 10 * time.Second,
+		MaxMessage: 4 << 20, MaxStream: 64 << 30, MaxDeadline: 30 * time.Second, DefaultDeadline: 10 * time.Second,
 		MaxConcurrent: 1024, MaxConcurrentPerCaller: 128, MaxConnections: 4096, DataKeyUse: 5 * time.Minute,
 	}
 	c.Cache.MaxEntries = 10000

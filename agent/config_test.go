@@ -106,7 +106,7 @@ keys: [{ name: orders, backend: local, wrapping_key: "local:orders" }]
 		t.Errorf("Cache (-want +got):\n%s", diff)
 	}
 	wantLimits := agent.LimitsConfig{
-		MaxMessage: 4 << 20, MaxDeadline: 30 * time.Second, DefaultDeadline: 10 * time.Second,
+		MaxMessage: 4 << 20, MaxStream: 64 << 30, MaxDeadline: 30 * time.Second, DefaultDeadline: 10 * time.Second,
 		MaxConcurrent: 1024, MaxConcurrentPerCaller: 128, MaxConnections: 4096, DataKeyUse: 5 * time.Minute,
 	}
 	if diff := cmp.Diff(wantLimits, cfg.Limits); diff != "" {
@@ -141,7 +141,7 @@ limits: { max_message: 1MiB }
 }
 
 func TestConfigResolvesPathsAgainstItsDirectory(t *testing.T) {
-	cfg, dir := load(t, smallest+`
+	cfg, dir := load(t, strings.Replace(smallest, "identity: {", "identity: { workload_api: unix:api.sock,", 1)+`
 runtime_dir: /run/x
 listen: { native: { socket: k.sock } }
 backends:
@@ -157,11 +157,11 @@ backends:
 `)
 	got := []string{
 		cfg.Listen.Native.Socket, cfg.Admin.Socket, cfg.Audit.File, cfg.Audit.InitialKey,
-		cfg.Backends[1].Path, cfg.Backends[1].EnvFromFiles["TOKEN"],
+		cfg.Backends[1].Path, cfg.Backends[1].EnvFromFiles["TOKEN"], cfg.Identity.WorkloadAPI,
 	}
 	want := []string{
 		dir + "/k.sock", "/run/x/admin.sock", dir + "/audit.log", dir + "/audit.key",
-		dir + "/bin/plugin", dir + "/token",
+		dir + "/bin/plugin", dir + "/token", "unix://" + dir + "/api.sock",
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("paths (-want +got):\n%s", diff)

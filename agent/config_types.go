@@ -26,6 +26,9 @@ func (m *Mode) UnmarshalText(text []byte) error {
 	return nil
 }
 
+// FileMode is m for package os.
+func (m Mode) FileMode() fs.FileMode { return fs.FileMode(m) }
+
 // Size is a number of bytes, written as a plain number or with a unit: 512,
 // 64KiB, 4MiB, 1TiB (powers of 1024) or 1kB, 1MB, 1GB, 1TB (powers of 1000).
 type Size uint64

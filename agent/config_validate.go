@@ -28,6 +28,8 @@ const (
 	maxMessagesPerKey  = 1 << 32
 	minMessageSize     = 64 << 10
 	maxMessageSize     = 64 << 20
+	minStreamSize      = 1 << 20
+	maxStreamSize      = 1 << 48 // what fits into 2^32 frames of 64 KiB
 	maxCacheEntries    = 10_000_000
 	maxBackendCalls    = 4096
 	maxConcurrentCalls = 1_000_000
@@ -175,6 +177,7 @@ func (l *loader) validateAudit() {
 func (l *loader) validateLimits() {
 	c := l.cfg.Limits
 	between(l, "limits.max_message", c.MaxMessage, minMessageSize, maxMessageSize)
+	between(l, "limits.max_stream", c.MaxStream, minStreamSize, maxStreamSize)
 	l.positive("limits.max_deadline", c.MaxDeadline)
 	l.positive("limits.default_deadline", c.DefaultDeadline)
 	if c.DefaultDeadline > c.MaxDeadline {
