@@ -5,10 +5,13 @@ import (
 	"crypto/cipher"
 	"crypto/fips140"
 	"crypto/hkdf"
+	"crypto/hmac"
 	"crypto/sha512"
 	"crypto/subtle"
 	"encoding/binary"
 	"fmt"
+	"hash"
+	"io"
 )
 
 const (
@@ -48,28 +51,32 @@ type messageCipher struct {
 	aad        [MessageIDSize + 35 + 4 + 8]byte
 }
 
-// newMessageCipher derives the keys of the message from its data key. It must
-// run in inSecret.
-func newMessageCipher(dataKey []byte, id *[MessageIDSize]byte) (*messageCipher, error) {
+// derive sets the keys of the message with the given ID. It must run in
+// inSecret.
+func (c *messageCipher) derive(dataKey []byte, id *[MessageIDSize]byte) error {
 	root, err := hkdf.Extract(sha512.New, dataKey, id[:])
 	if err != nil {
-		return nil, fmt.Errorf("derive message keys: %w", err)
+		return fmt.Errorf("derive message keys: %w", err)
 	}
 	defer clear(root)
-	commitment, err := hkdf.Expand(sha512.New, root, infoCommitment, commitmentSize)
-	if err != nil {
-		return nil, fmt.Errorf("derive message keys: %w", err)
-	}
-	key, err := hkdf.Expand(sha512.New, root, infoEncryption, DataKeySize)
-	if err != nil {
-		return nil, fmt.Errorf("derive message keys: %w", err)
-	}
-	defer clear(key)
-	c := &messageCipher{}
-	copy(c.commitment[:], commitment)
+	var key [sha512.Size]byte
+	defer clear(key[:])
+	mac := hmac.New(sha512.New, root)
+	copy(c.commitment[:], expand(mac, infoCommitment, key[:0]))
 	copy(c.aad[:], id[:])
-	c.aead, err = newGCM(key)
-	return c, err
+	c.aead, err = newGCM(expand(mac, infoEncryption, key[:0])[:DataKeySize])
+	return err
+}
+
+// expand is HKDF-Expand (RFC 5869, section 2.3) for an output that one block of
+// the hash suffices for: a single HMAC. It is not left to crypto/hkdf because
+// it shares the keyed HMAC between the two outputs, which halves what secret.Do
+// has to track and erase, and so the cost of a short message.
+func expand(mac hash.Hash, info string, dst []byte) []byte {
+	mac.Reset()
+	_, _ = io.WriteString(mac, info) // a hash never fails
+	_, _ = mac.Write([]byte{1})
+	return mac.Sum(dst)
 }
 
 // newGCM returns AES-256-GCM with IVs of our choice, which the format demands.
@@ -88,23 +95,23 @@ func newGCM(key []byte) (aead cipher.AEAD, err error) {
 	return aead, nil
 }
 
-// unlock checks a header against its commitment and tag, and so the data key.
-func (h *Header) unlock(dataKey []byte) (*messageCipher, error) {
+// unlock derives the keys and checks the header against its commitment and
+// tag, and so the data key. It must run in inSecret.
+func (c *messageCipher) unlock(h *Header, dataKey []byte) error {
 	if len(dataKey) != DataKeySize {
-		return nil, ErrDecrypt
+		return ErrDecrypt
 	}
-	c, err := newMessageCipher(dataKey, &h.MessageID)
-	if err != nil {
-		return nil, err
+	if err := c.derive(dataKey, &h.MessageID); err != nil {
+		return err
 	}
 	if subtle.ConstantTimeCompare(c.commitment[:], h.commitment) != 1 {
-		return nil, ErrDecrypt
+		return ErrDecrypt
 	}
 	clear(c.iv[:])
 	if _, err := c.aead.Open(nil, c.iv[:], h.tag, h.body); err != nil {
-		return nil, ErrDecrypt
+		return ErrDecrypt
 	}
-	return c, nil
+	return nil
 }
 
 // appendHeader appends commitment and tag to a header that begins at start.

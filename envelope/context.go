@@ -67,7 +67,9 @@ func appendContext(dst []byte, context map[string]string) []byte {
 		return dst
 	}
 	dst = binary.BigEndian.AppendUint16(dst, uint16(len(context)))
-	for _, key := range slices.Sorted(maps.Keys(context)) {
+	keys := slices.AppendSeq(make([]string, 0, MaxContextPairs), maps.Keys(context))
+	slices.Sort(keys)
+	for _, key := range keys {
 		dst = appendField(dst, key)
 		dst = appendField(dst, context[key])
 	}

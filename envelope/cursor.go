@@ -12,6 +12,11 @@ import (
 // growStep bounds what is allocated ahead of bytes that have not arrived yet.
 const growStep = 64 << 10
 
+// lastFrameSlack is the room that the last frame's longer head needs: with it a
+// buffer that held one frame holds them all, and no plaintext stays behind in
+// an outgrown one.
+const lastFrameSlack = finalHeadSize - regularHeadSize
+
 // cursor walks over the bytes of a message: all of them where src is nil, else
 // those read so far, of which take reads more.
 type cursor struct {
@@ -45,7 +50,10 @@ func (c *cursor) fill(n int) error {
 	for n > 0 {
 		step := min(n, max(growStep, len(c.b)))
 		have := len(c.b)
-		c.b = slices.Grow(c.b, step)[:have+step]
+		if cap(c.b)-have < step {
+			c.b = slices.Grow(c.b, step+lastFrameSlack)
+		}
+		c.b = c.b[:have+step]
 		if _, err := io.ReadFull(c.src, c.b[have:]); err != nil {
 			c.b = c.b[:have]
 			return readError(err)

@@ -47,7 +47,7 @@ const (
 var (
 	// ErrMalformed means that the bytes are no message of this format: they are
 	// something else, of another version or algorithm suite, or damaged.
-	ErrMalformed = errors.New("not a message of format version 2, suite 0478")
+	ErrMalformed = errors.New("malformed message")
 	// ErrTruncated means that the bytes end before the message does. It is an
 	// ErrMalformed too.
 	ErrTruncated = fmt.Errorf("%w: it ends too early", ErrMalformed)

@@ -137,14 +137,14 @@ func (h *Header) parseStart(c *cursor) error {
 		return err
 	}
 	if version != formatVersion {
-		return fmt.Errorf("%w: version byte %#02x%s", ErrMalformed, version, guess(version))
+		return fmt.Errorf("%w: version byte %#02x is not 0x02%s", ErrMalformed, version, guess(version))
 	}
 	suite, err := c.uint16()
 	if err != nil {
 		return err
 	}
 	if suite != suiteID {
-		return fmt.Errorf("%w: algorithm suite %04x", ErrMalformed, suite)
+		return fmt.Errorf("%w: algorithm suite %04x is not 0478, the only one opened here", ErrMalformed, suite)
 	}
 	id, err := c.take(MessageIDSize)
 	if err != nil {

@@ -33,10 +33,10 @@ func (h *Header) seal(dst, dataKey, plaintext []byte) ([]byte, error) {
 	start := len(dst)
 	dst = slices.Grow(dst, headerSize(h.EDKs, h.Context)+finalHeadSize+len(plaintext)+tagSize)
 	dst = h.append(dst)
+	var c messageCipher
 	var err error
 	inSecret(func() {
-		var c *messageCipher
-		if c, err = newMessageCipher(dataKey, &h.MessageID); err != nil {
+		if err = c.derive(dataKey, &h.MessageID); err != nil {
 			return
 		}
 		dst = c.appendHeader(dst, start)
@@ -89,10 +89,10 @@ func (m *Message) PlaintextSize() int { return m.size }
 func (m *Message) Open(dst, dataKey []byte) ([]byte, error) {
 	start := len(dst)
 	dst = slices.Grow(dst, m.size)
+	var c messageCipher
 	var err error
 	inSecret(func() {
-		var c *messageCipher
-		if c, err = m.unlock(dataKey); err != nil {
+		if err = c.unlock(&m.Header, dataKey); err != nil {
 			return
 		}
 		plaintext := dst[start:start]

@@ -76,13 +76,13 @@ func (p ProviderInfo) Marshal() ([]byte, error) {
 }
 
 // ParseProviderInfo reads what Marshal wrote, and nothing else. Its errors wrap
-// ErrMalformed. The result does not alias b.
+// ErrMalformed or ErrLimit. The result does not alias b.
 func ParseProviderInfo(b []byte) (ProviderInfo, error) {
 	p, err := parseProviderInfo(&cursor{b: b})
-	if err == nil {
-		err = p.check()
-	}
 	if err != nil {
+		return ProviderInfo{}, fmt.Errorf("provider information: %w", err)
+	}
+	if err := p.check(); err != nil {
 		return ProviderInfo{}, fmt.Errorf("%w: provider information: %w", ErrMalformed, err)
 	}
 	return p, nil
@@ -94,7 +94,7 @@ func parseProviderInfo(c *cursor) (p ProviderInfo, err error) {
 		return p, err
 	}
 	if head[0] != providerInfoVersion || head[2] > 1 {
-		return p, fmt.Errorf("version %d or binding mode %d is unknown", head[0], head[2])
+		return p, fmt.Errorf("%w: version %d or binding mode %d is unknown", ErrMalformed, head[0], head[2])
 	}
 	p.Purpose, p.ContextBound = Purpose(head[1]), head[2] == 1
 	copy(p.Partition[:], head[3:])

@@ -47,9 +47,14 @@ func (r *Reader) Unlock(dataKey []byte) error {
 	if r.cipher != nil || r.err != nil {
 		return errUnlocked
 	}
+	c := &messageCipher{}
 	var err error
-	inSecret(func() { r.cipher, err = r.header.unlock(dataKey) })
-	return err
+	inSecret(func() { err = c.unlock(&r.header, dataKey) })
+	if err != nil {
+		return err
+	}
+	r.cipher = c
+	return nil
 }
 
 // Read gives verified plaintext only. It returns io.EOF after the last frame

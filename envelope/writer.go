@@ -7,6 +7,9 @@ import (
 	"io"
 )
 
+// maxIdleReads is how many empty reads ReadFrom bears, as many as bufio does.
+const maxIdleReads = 100
+
 var errWriterClosed = errors.New("write to a closed message")
 
 // Writer encrypts a stream into one message of frames of StreamFrameLength
@@ -41,11 +44,12 @@ func (h *Header) newWriter(w io.Writer, dataKey []byte) (*Writer, error) {
 		return nil, err
 	}
 	h.FrameLength = StreamFrameLength
-	sw := &Writer{w: w, header: h.clone(), sequence: 1, buf: make([]byte, finalHeadSize+StreamFrameLength+tagSize)}
+	sw := &Writer{w: w, header: h.clone(), cipher: &messageCipher{}, sequence: 1}
+	sw.buf = make([]byte, finalHeadSize+StreamFrameLength+tagSize)
 	head := h.append(make([]byte, 0, headerSize(h.EDKs, h.Context)))
 	var err error
 	inSecret(func() {
-		if sw.cipher, err = newMessageCipher(dataKey, &h.MessageID); err == nil {
+		if err = sw.cipher.derive(dataKey, &h.MessageID); err == nil {
 			head = sw.cipher.appendHeader(head, 0)
 		}
 	})
@@ -100,24 +104,48 @@ func (w *Writer) accept(p []byte) (int, error) {
 // not close the message.
 func (w *Writer) ReadFrom(r io.Reader) (int64, error) {
 	var total int64
-	for w.err == nil {
-		if w.pending == StreamFrameLength {
-			if err := w.regular(w.text()); err != nil {
-				return total, err
-			}
-			w.pending = 0
-		}
-		n, err := r.Read(w.buf[finalHeadSize+w.pending : finalHeadSize+StreamFrameLength])
-		w.pending += n
+	for idle := 0; w.err == nil && idle < maxIdleReads; idle++ {
+		n, err := w.readSome(r)
 		total += int64(n)
-		if errors.Is(err, io.EOF) {
-			return total, nil
+		if n > 0 {
+			idle = 0
 		}
-		if err != nil {
+		switch {
+		case w.err != nil:
+			return total, w.err
+		case errors.Is(err, io.EOF):
+			return total, nil
+		case err != nil:
 			return total, fmt.Errorf("read plaintext: %w", err)
 		}
 	}
-	return total, w.err
+	if w.err != nil {
+		return total, w.err
+	}
+	return total, io.ErrNoProgress
+}
+
+// readSome reads once from r. Where the frame is full already, it reads into
+// the room for the tag: whether the frame is the last shows only then.
+func (w *Writer) readSome(r io.Reader) (int, error) {
+	if w.pending < StreamFrameLength {
+		n, err := r.Read(w.buf[finalHeadSize+w.pending : finalHeadSize+StreamFrameLength])
+		w.pending += n
+		return n, err
+	}
+	ahead := w.buf[finalHeadSize+StreamFrameLength:]
+	n, err := r.Read(ahead)
+	if n == 0 {
+		return 0, err
+	}
+	var next [tagSize]byte
+	copy(next[:], ahead[:n])
+	if err := w.regular(w.text()); err != nil {
+		return 0, err
+	}
+	w.pending = copy(w.buf[finalHeadSize:], next[:n])
+	clear(next[:])
+	return n, err
 }
 
 // Close writes the last frame, without which the message is truncated, and
