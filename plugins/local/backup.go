@@ -51,7 +51,7 @@ func (k *Keystore) BackupFile(path string, seal Seal) error {
 	if err != nil {
 		return err
 	}
-	if err := withLock(path, func() error { return writeNew(path, file) }); err != nil {
+	if err := writeNew(path, file); err != nil {
 		return fmt.Errorf("backup %s: %w", path, err)
 	}
 	return nil

@@ -39,7 +39,8 @@ func (r *ring) marshal() (*region, error) {
 	if err != nil {
 		return nil, err
 	}
-	b := append(m.data[:0], r.id[:]...)
+	b := m.data[:0]
+	b = append(b, r.id[:]...)
 	b = binary.BigEndian.AppendUint64(b, r.generation)
 	b = binary.BigEndian.AppendUint64(b, uint64(r.updated))
 	b = binary.BigEndian.AppendUint16(b, uint16(len(r.keys)))

@@ -9,7 +9,7 @@ var (
 	ErrExists         = errors.New("exists already")
 	ErrAccess         = errors.New("cannot be read")
 	ErrInsecure       = errors.New("is not private")
-	ErrForeign        = errors.New("is not a keystore file")
+	ErrForeign        = errors.New("is another kind of file")
 	ErrNewer          = errors.New("has a newer format")
 	ErrTruncated      = errors.New("is truncated")
 	ErrDamaged        = errors.New("is damaged")

@@ -36,7 +36,7 @@ const (
 // process's user or to root and has none of the forbidden permission bits. All
 // checks are on the opened file. The result is the caller's to clear.
 func readPrivate(path string, limit int, forbidden fs.FileMode) ([]byte, error) {
-	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0) //nolint:gosec // the operator names the file, here and by $CREDENTIALS_DIRECTORY
 	if err != nil {
 		return nil, accessError(err)
 	}
@@ -140,31 +140,44 @@ func withLock(path string, f func() error) error {
 	}
 }
 
-// writeNew is writeFile where nothing may be replaced.
-func writeNew(path string, content []byte) error {
-	if _, err := os.Lstat(path); err == nil {
-		return fmt.Errorf("%w: choose another path", ErrExists)
-	} else if !errors.Is(err, fs.ErrNotExist) {
-		return accessError(err)
-	}
-	return writeFile(path, content)
-}
-
 // writeFile replaces path by a file of mode 0600, atomically and durably: at
 // any moment, and after any crash, path is the old file or the new one. The
 // caller holds the lock.
 func writeFile(path string, content []byte) error {
+	removeStale(filepath.Dir(path), filepath.Base(path))
+	return place(path, content, func(f *renameio.PendingFile) error {
+		return f.CloseAtomicallyReplace() // with fsync before the rename
+	})
+}
+
+// writeNew is writeFile where nothing may be replaced, whoever makes it at the
+// same time; it needs no lock. Then the error wraps ErrExists.
+func writeNew(path string, content []byte) error {
+	err := place(path, content, func(f *renameio.PendingFile) error {
+		if err := f.Sync(); err != nil {
+			return err
+		}
+		return os.Link(f.Name(), path) // Cleanup takes the temporary name away
+	})
+	if errors.Is(err, fs.ErrExist) {
+		return fmt.Errorf("%w: choose another path", ErrExists)
+	}
+	return err
+}
+
+// place writes a temporary file beside path and lets commit put it there.
+func place(path string, content []byte, commit func(*renameio.PendingFile) error) error {
 	dir := filepath.Dir(path)
-	removeStale(dir, filepath.Base(path))
 	f, err := renameio.NewPendingFile(path, renameio.WithTempDir(dir), renameio.WithStaticPermissions(0o600))
 	if err != nil {
 		return writeError(dir, err)
 	}
-	defer func() { _ = f.Cleanup() }() // nothing to do after the rename
-	if _, err := f.Write(content); err != nil {
-		return writeError(dir, err)
+	_, err = f.Write(content)
+	if err == nil {
+		err = commit(f)
 	}
-	if err := f.CloseAtomicallyReplace(); err != nil { // with fsync before the rename
+	_ = f.Cleanup() // nothing is left to clean after a rename
+	if err != nil {
 		return writeError(dir, err)
 	}
 	if err := syncDirectory(dir); err != nil {

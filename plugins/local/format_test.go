@@ -205,7 +205,7 @@ func TestEveryDamageIsRefused(t *testing.T) {
 		damaged[i/8] ^= 1 << (i % 8)
 		refused("bit flip", i, damaged)
 	}
-	for n := range len(file) {
+	for n := range file {
 		refused("truncation", n, file[:n])
 	}
 	refused("appended byte", len(file), append(bytes.Clone(file), 0))
@@ -228,7 +228,7 @@ func TestWrapRefusesEveryDamage(t *testing.T) {
 		damaged[i/8] ^= 1 << (i % 8)
 		refused("bit flip", i, damaged, aad)
 	}
-	for n := range len(wrapped) {
+	for n := range wrapped {
 		refused("truncation", n, wrapped[:n], aad)
 	}
 	refused("appended byte", len(wrapped), append(bytes.Clone(wrapped), 0), aad)
@@ -302,7 +302,7 @@ func TestBodyRules(t *testing.T) {
 	}
 }
 
-func TestHugeRingIsRefused(t *testing.T) {
+func TestLimits(t *testing.T) {
 	r := &ring{generation: 1, keys: make([]key, MaxKeys)}
 	for i := range r.keys {
 		r.keys[i] = key{name: strings.Repeat("a", 128), versions: make([]version, 100)}
@@ -312,6 +312,10 @@ func TestHugeRingIsRefused(t *testing.T) {
 	}
 	if err := r.create("b"); !errors.Is(err, ErrLimit) {
 		t.Errorf("create beyond MaxKeys: got %v, want ErrLimit", err)
+	}
+	r.keys = []key{{name: "a", versions: make([]version, MaxVersions)}}
+	if _, err := r.rotate("a"); !errors.Is(err, ErrLimit) {
+		t.Errorf("rotate beyond MaxVersions: got %v, want ErrLimit", err)
 	}
 }
 

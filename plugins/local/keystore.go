@@ -66,12 +66,10 @@ func Open(path string, seal Seal) (*Keystore, error) {
 	if err != nil {
 		return nil, err
 	}
-	r, _, err := k.load()
-	if err != nil {
+	if err := k.view(func(*ring) error { return nil }); err != nil {
 		k.Close()
 		return nil, err
 	}
-	r.free()
 	return k, nil
 }
 
@@ -102,7 +100,7 @@ func (k *Keystore) establish(r *ring) error {
 		err = checkDirectory(k.path)
 	}
 	if err == nil {
-		err = withLock(k.path, func() error { return writeNew(k.path, file) })
+		err = writeNew(k.path, file)
 	}
 	return k.named(err)
 }

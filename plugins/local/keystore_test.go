@@ -14,6 +14,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -94,17 +95,6 @@ func TestNames(t *testing.T) {
 		if (err == nil) != want || err != nil && !errors.Is(err, local.ErrName) {
 			t.Errorf("CheckName(%q): got %v, want ok=%v", name, err, want)
 		}
-	}
-}
-
-func TestLimits(t *testing.T) {
-	k := newStore(t, keyFile(t), "orders")
-	for range local.MaxVersions - 1 {
-		_, err := k.Rotate("orders")
-		must(t, err)
-	}
-	if _, err := k.Rotate("orders"); !errors.Is(err, local.ErrLimit) {
-		t.Errorf("rotate beyond MaxVersions: got %v, want ErrLimit", err)
 	}
 }
 
@@ -279,7 +269,7 @@ func TestConcurrentProcessesLoseNothing(t *testing.T) {
 func TestKillDuringWrites(t *testing.T) {
 	seal := keyFile(t)
 	k := newStore(t, seal, "orders")
-	for range 12 {
+	for range 30 {
 		cmd := childCommand(t, "rotate-forever", k.Path(), seal)
 		out, err := cmd.StdoutPipe()
 		must(t, err, cmd.Start())
@@ -343,17 +333,52 @@ func TestNoLockableMemory(t *testing.T) {
 }
 
 func TestLockHeldElsewhere(t *testing.T) {
-	k := newStore(t, keyFile(t))
+	k := newStore(t, keyFile(t), "orders")
 	lock, err := os.OpenFile(k.Path()+".lock", os.O_RDWR, 0)
 	must(t, err)
 	defer func() { _ = lock.Close() }()
 	must(t, unix.Flock(int(lock.Fd()), unix.LOCK_EX))
-	done := make(chan error)
-	go func() { done <- k.CreateKey("orders") }()
-	if _, err := k.List(); err != nil {
-		t.Errorf("reading while another process writes: %v", err)
+	synctest.Test(t, func(t *testing.T) {
+		began := time.Now()
+		if err := k.CreateKey("more"); !errors.Is(err, local.ErrBusy) || !strings.Contains(err.Error(), "fuser "+k.Path()) {
+			t.Errorf("change under another's lock: got %v, want ErrBusy", err)
+		}
+		if waited := time.Since(began); waited < 10*time.Second || waited > 11*time.Second {
+			t.Errorf("waited %s, want 10s", waited)
+		}
+		if _, err := k.List(); err != nil {
+			t.Errorf("reading while another process writes: %v", err)
+		}
+		done := make(chan error)
+		go func() { done <- k.CreateKey("more") }()
+		time.Sleep(time.Second)
+		must(t, unix.Flock(int(lock.Fd()), unix.LOCK_UN), <-done)
+	})
+}
+
+// Of many that make the same keystore at once, one does.
+func TestConcurrentCreate(t *testing.T) {
+	seal, path := keyFile(t), filepath.Join(t.TempDir(), "keystore")
+	errs := make(chan error)
+	for range 8 {
+		go func() {
+			_, err := local.Create(path, seal)
+			errs <- err
+		}()
 	}
-	must(t, unix.Flock(int(lock.Fd()), unix.LOCK_UN), <-done)
+	made := 0
+	for range 8 {
+		if err := <-errs; err == nil {
+			made++
+		} else if !errors.Is(err, local.ErrExists) {
+			t.Error(err)
+		}
+	}
+	entries, err := os.ReadDir(filepath.Dir(path))
+	must(t, err)
+	if made != 1 || len(entries) != 1 {
+		t.Errorf("%d of 8 made it, leaving %v", made, entries)
+	}
 }
 
 func TestUnsafePlaces(t *testing.T) {

@@ -25,7 +25,7 @@ var children = map[string]func(path string, seal local.Seal) error{
 	"create-keys":    createKeys,
 	"no-space":       noSpace,
 	"no-memory":      noMemory,
-	
+	"fips":           fipsRoundTrip,
 }
 
 func TestMain(m *testing.M) {
@@ -43,7 +43,7 @@ func TestMain(m *testing.M) {
 // childCommand runs this test binary as a child.
 func childCommand(t *testing.T, kind, path string, seal local.Seal) *exec.Cmd {
 	t.Helper()
-	cmd := exec.CommandContext(t.Context(), "/proc/self/exe", path, seal.KeyFile) //nolint:gosec // ourselves
+	cmd := exec.CommandContext(t.Context(), "/proc/self/exe", path, seal.KeyFile)
 	cmd.Env = []string{childVariable + "=" + kind, "GODEBUG=" + os.Getenv("GODEBUG")}
 	return cmd
 }

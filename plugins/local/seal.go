@@ -15,8 +15,9 @@ import (
 const (
 	// SealKeySize is the size of a key file and of a credential, in bytes.
 	SealKeySize = 32
-	// MinPassphrase and MaxPassphrase bound a passphrase, in bytes.
+	// MinPassphrase is the size of the shortest passphrase, in bytes.
 	MinPassphrase = 16
+	// MaxPassphrase is the size of the longest passphrase, in bytes.
 	MaxPassphrase = 1024
 
 	// minRounds is OWASP's figure for PBKDF2-HMAC-SHA512 and what is written;
@@ -178,8 +179,7 @@ func CreateKeyFile(path string) error {
 	}
 	defer m.free()
 	_, _ = rand.Read(m.data)
-	err = withLock(path, func() error { return writeNew(path, m.data) })
-	if err != nil {
+	if err := writeNew(path, m.data); err != nil {
 		return fmt.Errorf("key file %s: %w", path, err)
 	}
 	return nil

@@ -155,7 +155,7 @@ func (u *unlocker) sealRing(r *ring, like *header) ([]byte, error) {
 	defer body.free()
 	h.check, h.bodyLength = k.check, uint32(len(body.data)+aeadOverhead)
 	head := h.marshal()
-	file := k.aead.Seal(head, nil, body.data, head)
+	file := k.aead.Seal(head, nil, body.data, head) //nolint:gosec // this AEAD makes its own random nonce
 	again, _, err := u.open(file, h.kind)
 	if err != nil {
 		return nil, fmt.Errorf("%w: what was sealed does not open again: check this host's memory: %w", ErrWrite, err)
