@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"os"
 	"os/exec"
 	"testing"
@@ -143,5 +144,35 @@ func TestFIPSOnly(t *testing.T) {
 	out, err := cmd.CombinedOutput()
 	if err != nil || !bytes.Contains(out, []byte("--- PASS: TestVectors")) {
 		t.Errorf("with GODEBUG=fips140=only: %v\n%s", err, out)
+	}
+}
+
+// TestAWSVectors: the format's owner published these. Those that must not open
+// commit to another data key.
+func TestAWSVectors(t *testing.T) {
+	raw, err := os.ReadFile("testdata/aws.json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var f struct {
+		Tests []struct {
+			Comment, Plaintext string
+			DataKey, Message   []byte
+			Opens              bool
+		}
+	}
+	if err := json.Unmarshal(raw, &f); err != nil || len(f.Tests) != 4 {
+		t.Fatalf("%d tests, %v", len(f.Tests), err)
+	}
+	for _, tt := range f.Tests {
+		t.Run(tt.Comment, func(t *testing.T) {
+			if tt.Opens {
+				checkOpens(t, tt.Message, tt.DataKey, []byte(tt.Plaintext))
+				return
+			}
+			if _, err := open(tt.Message, tt.DataKey); !errors.Is(err, envelope.ErrDecrypt) {
+				t.Errorf("Open: %v, want ErrDecrypt", err)
+			}
+		})
 	}
 }
