@@ -19,6 +19,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"net"
 	"path/filepath"
 	"time"
 
@@ -97,7 +98,11 @@ func dial(ctx context.Context, o Options) (_ *Client, err error) {
 	if err != nil {
 		return nil, err
 	}
-	c.conn, err = grpc.NewClient("unix://"+o.Socket,
+	// Not unix://: a path is no URL, and may hold what a URL cannot.
+	c.conn, err = grpc.NewClient("passthrough:///localhost",
+		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, "unix", o.Socket)
+		}),
 		grpc.WithTransportCredentials(creds),
 		grpc.WithNoProxy(),
 		// The agent is on this host: it is there again soon or a long wait does not help.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"sync/atomic"
 
 	"google.golang.org/grpc"
 
@@ -20,10 +21,11 @@ const chunkSize = 64 << 10
 //
 // When it returns an error, what was written to w is not a message and must be
 // thrown away. Errors of the agent are *Error; those of r and w are wrapped. It
-// returns when ctx ends, except that it waits for a Read or Write under way.
+// fails as soon as the agent or ctx does, even while r blocks: a Read that is
+// under way then goes on until it returns, so r must not be used any more.
 func (c *Client) EncryptStream(ctx context.Context, start *kmsagentv1.EncryptStreamStart, r io.Reader, w io.Writer) (*kmsagentv1.KeyUse, error) {
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
 	stream, err := c.rpc.EncryptStream(ctx)
 	if err != nil {
 		return nil, decodeError(err)
@@ -66,8 +68,8 @@ func (c *Client) EncryptStream(ctx context.Context, start *kmsagentv1.EncryptStr
 // Every byte that it writes has been verified, but only when it returns no error
 // is the plaintext complete. Before that, nothing should act on it.
 func (c *Client) DecryptStream(ctx context.Context, start *kmsagentv1.DecryptStreamStart, r io.Reader, w io.Writer) (*kmsagentv1.DecryptStreamHeader, error) {
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
 	stream, err := c.rpc.DecryptStream(ctx)
 	if err != nil {
 		return nil, decodeError(err)
@@ -105,9 +107,7 @@ func (c *Client) DecryptStream(ctx context.Context, start *kmsagentv1.DecryptStr
 
 var (
 	errOutOfOrder = errors.New("kms-agent: the agent's answer is not one of its protocol; what was written is incomplete")
-	errIncomplete = errors.New("kms-agent: the agent ended the stream before it had answered")
-	// errEnded tells the sender that the stream is over; why, the receiver knows.
-	errEnded = errors.New("kms-agent: the stream is over")
+	errIncomplete = errors.New("kms-agent: the agent ended the stream before it had read and answered everything")
 )
 
 func writeChunk(w io.Writer, chunk []byte, expected bool) error {
@@ -124,56 +124,77 @@ func writeChunk(w io.Writer, chunk []byte, expected bool) error {
 // receiving in the caller's. gRPC's flow control is the backpressure.
 type pump[Q, A any] struct {
 	stream grpc.BidiStreamingClient[Q, A]
-	cancel context.CancelCauseFunc
+	cancel context.CancelFunc
 	wrap   func([]byte) *Q
+
+	// finished is set before the sending side is closed: the agent cannot have
+	// ended a stream well before that.
+	finished atomic.Bool
+	// unread is why the reader failed; nil while it has not.
+	unread atomic.Pointer[error]
 }
 
-// run sends first, then r, and gives every answer to take. It returns after both
-// directions have ended, with the error that came first.
+// run sends first, then what r holds, and gives every answer to take. It returns
+// the error that came first. It does not wait for a Read under way when it fails:
+// what r reads from may never say anything again.
 func (p *pump[Q, A]) run(first *Q, r io.Reader, take func(*A) error) error {
-	sent := make(chan error, 1)
+	sent := make(chan struct{})
 	go func() {
-		err := p.send(first, r)
-		if err != nil && !errors.Is(err, errEnded) {
-			p.cancel(err)
-		}
-		sent <- err
+		defer close(sent)
+		p.send(first, r)
 	}()
-	received := p.receive(take)
-	if received != nil {
-		p.cancel(received)
+	err := p.receive(take)
+	if err == nil && !p.finished.Load() {
+		err = errIncomplete
 	}
-	unsent := <-sent
-	switch {
-	case unsent != nil && !errors.Is(unsent, errEnded):
-		// r failed; that the stream was cancelled is its consequence.
-		return unsent
-	case received == nil && unsent != nil:
-		// The agent said OK before it had read everything.
-		return errIncomplete
-	default:
-		return received
+	if err != nil {
+		p.cancel()
+		if cause := p.unread.Load(); cause != nil {
+			return *cause // the stream was cancelled for it
+		}
+		return err
 	}
+	<-sent
+	return nil
 }
 
-func (p *pump[Q, A]) send(first *Q, r io.Reader) error {
+// send ends when everything is sent, when r fails, or when the stream is over;
+// why it is, receive knows.
+func (p *pump[Q, A]) send(first *Q, r io.Reader) {
 	if p.stream.Send(first) != nil {
-		return errEnded
+		return
 	}
 	for {
-		// A new buffer each time: gRPC may hold the message after Send returned.
+		// A new buffer each time: gRPC may hold on to a message that it was given.
 		chunk := make([]byte, chunkSize)
-		n, err := io.ReadFull(r, chunk)
+		n, err := fill(r, chunk)
 		if n > 0 && p.stream.Send(p.wrap(chunk[:n])) != nil {
-			return errEnded
+			return
 		}
-		switch {
-		case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
-			return p.stream.CloseSend()
-		case err != nil:
-			return fmt.Errorf("read what to send to the agent: %w", err)
+		if errors.Is(err, io.EOF) {
+			p.finished.Store(true)
+			_ = p.stream.CloseSend() // always nil
+			return
+		}
+		if err != nil {
+			err = fmt.Errorf("read what to send to the agent: %w", err)
+			p.unread.Store(&err)
+			p.cancel()
+			return
 		}
 	}
+}
+
+// fill reads until b is full or r fails. Unlike io.ReadFull it returns r's own
+// error, so that an r that was cut short (io.ErrUnexpectedEOF) is not taken for
+// one that ended.
+func fill(r io.Reader, b []byte) (n int, err error) {
+	for n < len(b) && err == nil {
+		var m int
+		m, err = r.Read(b[n:])
+		n += m
+	}
+	return n, err
 }
 
 func (p *pump[Q, A]) receive(take func(*A) error) error {
