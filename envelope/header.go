@@ -177,7 +177,7 @@ func parseEDKs(c *cursor) ([]EDK, error) {
 	if count > MaxEDKs {
 		return nil, fmt.Errorf("%w: %d encrypted data keys, at most %d", ErrLimit, count, MaxEDKs)
 	}
-	var edks []EDK
+	edks := make([]EDK, 0, count)
 	for range count {
 		e, err := parseEDK(c)
 		if err != nil {

@@ -2,7 +2,6 @@ package interop_test
 
 import (
 	"bytes"
-	"encoding/binary"
 	"encoding/hex"
 	"encoding/json"
 	"os"
@@ -39,11 +38,7 @@ func TestVectorsAreTheirs(t *testing.T) {
 			continue // large: frozen by its checksum
 		}
 		opened++
-		var plaintext []byte
-		for i := range uint32(v.PlaintextLength/4 + 1) {
-			plaintext = binary.BigEndian.AppendUint32(plaintext, i)
-		}
-		theyOpen(t, p, v.Name, key, unhex(t, v.Message), v.Context, plaintext[:v.PlaintextLength])
+		theyOpen(t, p, v.Name, key, unhex(t, v.Message), v.Context, counting(v.PlaintextLength))
 	}
 	if opened < 11 {
 		t.Errorf("only %d vectors", opened)
