@@ -1,0 +1,173 @@
+package audit_test
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/kms-agent/kms-agent/agent/audit"
+)
+
+// child is what the test binary does when a test starts it again.
+func child(role string) int {
+	dir := os.Getenv("AUDIT_TEST_DIR")
+	cfg := audit.Config{Path: filepath.Join(dir, "audit.log"), StateDir: filepath.Join(dir, "state")}
+	run := map[string]func(audit.Config) error{"write": writeForEver, "full": fillDisk}[role]
+	if err := run(cfg); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	return 0
+}
+
+func childCommand(t *testing.T, role, dir string) *exec.Cmd {
+	t.Helper()
+	cmd := exec.CommandContext(t.Context(), "/proc/self/exe")
+	cmd.Env = append(os.Environ(), "AUDIT_TEST_CHILD="+role, "AUDIT_TEST_DIR="+dir)
+	cmd.Stderr = os.Stderr
+	return cmd
+}
+
+// writeForEver prints the sequence number of every record that was written.
+func writeForEver(cfg audit.Config) error {
+	l, err := audit.Open(cfg)
+	if err != nil {
+		return err
+	}
+	for i := range 1000000 {
+		r := sample(strconv.Itoa(i))
+		if err := l.Write(context.Background(), r); err != nil {
+			return err
+		}
+		fmt.Println(r.Sequence)
+	}
+	return l.Close()
+}
+
+func TestKilledAgentLosesNothingItPromised(t *testing.T) {
+	r := newRig(t)
+	last := uint64(0)
+	for round := range 6 {
+		cmd := childCommand(t, "write", filepath.Dir(r.cfg.Path))
+		out, err := cmd.StdoutPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		lines := bufio.NewScanner(out)
+		for range 50 + 700*round {
+			if !lines.Scan() {
+				t.Fatalf("round %d: the writer ended: %v", round, lines.Err())
+			}
+		}
+		if err := cmd.Process.Kill(); err != nil {
+			t.Fatal(err)
+		}
+		for text := lines.Text(); ; text = lines.Text() {
+			if n, err := strconv.ParseUint(text, 10, 64); err == nil && n > last {
+				last = n
+			}
+			if !lines.Scan() {
+				break
+			}
+		}
+		_ = cmd.Wait() // killed
+		report := r.verify(audit.VerifyOptions{AtLeast: last})
+		if report.Fault != nil && report.Fault.Reason != audit.ReasonTorn {
+			t.Fatalf("round %d: after a kill, before the next start: %v", round, report.Fault)
+		}
+	}
+	r.log(1)
+	if report := r.verify(audit.VerifyOptions{AtLeast: last + 1}); !report.OK() {
+		t.Fatalf("after the kills: %v", report.Fault)
+	}
+}
+
+// fillDisk runs into a limit of the file size, as into a full disk, and out of it.
+func fillDisk(cfg audit.Config) error {
+	l, err := audit.Open(cfg)
+	if err != nil {
+		return err
+	}
+	if err := l.Write(context.Background(), sample("before")); err != nil {
+		return err
+	}
+	info, err := os.Stat(cfg.Path)
+	if err != nil {
+		return err
+	}
+	var old unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_FSIZE, &old); err != nil {
+		return err
+	}
+	// Room for one record and a part of another.
+	if err := unix.Setrlimit(unix.RLIMIT_FSIZE, &unix.Rlimit{Cur: uint64(info.Size()) + 1000, Max: old.Max}); err != nil {
+		return err
+	}
+	refused := 0
+	for i := range 20 {
+		err := l.Write(context.Background(), sample("full-"+strconv.Itoa(i)))
+		if err == nil {
+			continue
+		}
+		if !errors.Is(err, audit.ErrSink) || !errors.Is(err, syscall.EFBIG) {
+			return fmt.Errorf("full disk: got error %w, want ErrSink with EFBIG", err)
+		}
+		refused++
+	}
+	if s := l.Status(); refused != 19 || s.Refused != 19 || !s.Failing || !strings.Contains(s.LastError, "file too large") {
+		return fmt.Errorf("full disk: %d refused, status %+v; want 19 refused and failing", refused, s)
+	}
+	if err := unix.Setrlimit(unix.RLIMIT_FSIZE, &old); err != nil {
+		return err
+	}
+	if err := l.Write(context.Background(), sample("after")); err != nil {
+		return fmt.Errorf("with space again: %w", err)
+	}
+	if s := l.Status(); s.Failing || s.Sequence != 5 {
+		return fmt.Errorf("with space again: status %+v; want sequence 5, not failing", s)
+	}
+	return l.Close()
+}
+
+func TestFullDiskRefusesAndRecovers(t *testing.T) {
+	r := newRig(t)
+	if err := childCommand(t, "full", filepath.Dir(r.cfg.Path)).Run(); err != nil {
+		t.Fatal(err)
+	}
+	// Started, before, one that still fitted, recovered, after.
+	report := r.wantOK(5)
+	if len(report.Recovered) != 1 {
+		t.Errorf("recovered places: got %v, want one", report.Recovered)
+	}
+}
+
+func TestFullDevice(t *testing.T) {
+	full, err := os.OpenFile("/dev/full", os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer full.Close()
+	r := newRig(t)
+	r.cfg.Sink = audit.NewStream(full)
+	l := r.open()
+	err = l.Write(context.Background(), sample("a"))
+	if !errors.Is(err, audit.ErrSink) || !errors.Is(err, syscall.ENOSPC) {
+		t.Errorf("Write to a full device: got %v, want ErrSink with ENOSPC", err)
+	}
+	if s := l.Status(); !s.Failing || s.Refused != 1 || s.Sequence != 0 {
+		t.Errorf("status %+v; want failing, one refused, sequence 0", s)
+	}
+}

@@ -1,0 +1,149 @@
+package audit
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"sync/atomic"
+
+	"golang.org/x/sys/unix"
+)
+
+// Sink takes the lines of a log.
+type Sink interface {
+	// Write hands lines to the kernel and says how many bytes it took, which
+	// counts with an error too. Calls do not overlap.
+	Write(p []byte) (int, error)
+	// Sync makes durable what was written. It may overlap with Write.
+	Sync() error
+	Close() error
+	// String names the sink for people.
+	String() string
+}
+
+// Stream is a sink that cannot be read back, such as standard output.
+type Stream struct {
+	f *os.File
+}
+
+// NewStream returns a sink that writes to f, which Close leaves open.
+func NewStream(f *os.File) *Stream { return &Stream{f: f} }
+
+// Write writes to the file.
+func (s *Stream) Write(p []byte) (int, error) { return s.f.Write(p) }
+
+// Sync makes what was written durable, where the file can do that.
+func (s *Stream) Sync() error {
+	err := datasync(s.f)
+	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOTSUP) || errors.Is(err, unix.EROFS) {
+		return nil // a pipe, a terminal or a device: nothing to make durable
+	}
+	return err
+}
+
+// Close does nothing.
+func (s *Stream) Close() error { return nil }
+
+func (s *Stream) String() string { return s.f.Name() }
+
+// file is the sink that can be read back: a regular file, opened anew when it
+// was moved away.
+type file struct {
+	path string
+	mode os.FileMode
+	open atomic.Pointer[os.File]
+
+	// For the writer alone.
+	device, inode uint64
+	size          int64 // where the file ends when nobody else touches it
+}
+
+// openFile opens and locks the log at path, and creates it empty.
+func openFile(path string, mode os.FileMode) (*file, error) {
+	l := &file{path: path, mode: mode}
+	return l, l.reopen()
+}
+
+// reopen turns to the file that stands at the path now.
+func (l *file) reopen() error {
+	_, err := os.Lstat(l.path)
+	created := errors.Is(err, fs.ErrNotExist)
+	f, err := os.OpenFile(l.path, os.O_RDWR|os.O_APPEND|os.O_CREATE, l.mode)
+	if err != nil {
+		return fmt.Errorf("open audit log: %w", err)
+	}
+	if err := l.take(f, created); err != nil {
+		return errors.Join(err, f.Close())
+	}
+	return nil
+}
+
+func (l *file) take(f *os.File, created bool) error {
+	if err := lock(f); err != nil {
+		return err
+	}
+	var st unix.Stat_t
+	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
+		return fmt.Errorf("stat audit log %s: %w", l.path, err)
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFREG {
+		return fmt.Errorf("audit log %s is not a regular file; name a file, or \"-\" for standard output", l.path)
+	}
+	if created {
+		if err := syncDir(filepath.Dir(l.path)); err != nil {
+			return fmt.Errorf("store the name of audit log %s: %w", l.path, err)
+		}
+	}
+	if old := l.open.Swap(f); old != nil {
+		if err := old.Close(); err != nil {
+			return fmt.Errorf("close the old audit log: %w", err)
+		}
+	}
+	l.device, l.inode, l.size = st.Dev, st.Ino, st.Size
+	return nil
+}
+
+// look reports whether another file, or none, stands at the path now, and how
+// many bytes the open file has lost.
+func (l *file) look() (moved bool, lost int64, err error) {
+	var st unix.Stat_t
+	err = unix.Stat(l.path, &st)
+	if errors.Is(err, unix.ENOENT) {
+		return true, 0, nil
+	}
+	if err != nil {
+		return false, 0, fmt.Errorf("stat audit log %s: %w", l.path, err)
+	}
+	if st.Dev != l.device || st.Ino != l.inode {
+		return true, 0, nil
+	}
+	lost = max(l.size-st.Size, 0)
+	l.size = st.Size
+	return false, lost, nil
+}
+
+// Write appends to the file.
+func (l *file) Write(p []byte) (int, error) {
+	n, err := l.open.Load().Write(p)
+	l.size += int64(n)
+	return n, err
+}
+
+// Sync makes the open file durable. A file that was moved away was synced
+// before it was closed, so the next one is tried.
+func (l *file) Sync() error {
+	for {
+		f := l.open.Load()
+		err := datasync(f)
+		if err != nil && l.open.Load() != f {
+			continue
+		}
+		return err
+	}
+}
+
+func (l *file) Close() error { return l.open.Load().Close() }
+
+func (l *file) String() string { return l.path }

@@ -1,0 +1,253 @@
+package audit
+
+import (
+	"errors"
+	"fmt"
+	"sync/atomic"
+	"time"
+)
+
+// What became of an entry.
+const (
+	entryWaiting   int32 = iota
+	entryTaken           // by the writer
+	entryAbandoned       // by the one who waited
+)
+
+// entry is a record on its way to the writer.
+type entry struct {
+	fields   []byte
+	sequence uint64
+	state    atomic.Int32
+	result   chan error // holds one
+	timer    *time.Timer
+}
+
+func newEntry() any {
+	e := &entry{result: make(chan error, 1), timer: time.NewTimer(time.Hour)}
+	e.timer.Stop()
+	return e
+}
+
+// writer writes groups of records. It belongs to one goroutine.
+type writer struct {
+	tail    tail
+	sink    Sink
+	file    *file // the sink, when it is a file
+	durable bool
+	encoder encoder
+	now     func() time.Time
+	saver   *saver
+
+	buffer  []byte
+	ends    []lineEnd
+	working []*entry
+}
+
+// lineEnd is a place in the buffer where a line ends without its newline, and
+// the chain after it.
+type lineEnd struct {
+	offset int
+	chain  chain
+}
+
+// run writes the log's own events, then what is queued until the log closes,
+// and then ends it.
+func (l *Log) run(begun chan<- struct{}) {
+	defer close(l.ended)
+	l.wrote(l.writer.writeGroup(nil))
+	close(begun)
+	var group []*entry
+	for {
+		<-l.wake
+		var closed bool
+		group, closed = l.take(group)
+		if len(group) > 0 {
+			err := l.writer.writeGroup(group)
+			l.wrote(err)
+		}
+		if closed {
+			break
+		}
+	}
+	err := errors.Join(l.saver.stop(len(l.writer.tail.events) == 0), l.writer.sink.Close())
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.closing = err
+}
+
+// take swaps the queue for the emptied group of before.
+func (l *Log) take(before []*entry) (group []*entry, closed bool) {
+	clear(before)
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	group, l.queue, l.queued = l.queue, before[:0], 0
+	return group, l.closed
+}
+
+// wrote brings the status up to date after a group.
+func (l *Log) wrote(err error) {
+	l.mu.Lock()
+	l.status.Sequence = l.writer.tail.chain.next - 1
+	if err == nil {
+		l.status.Failing = false
+	}
+	l.mu.Unlock()
+	if err != nil {
+		_ = l.fault(err)
+	}
+}
+
+// writeGroup writes the entries in one write and tells each its result. The
+// error is that of the entries that were refused.
+func (w *writer) writeGroup(group []*entry) error {
+	w.working = w.working[:0]
+	for _, e := range group {
+		if e.state.CompareAndSwap(entryWaiting, entryTaken) {
+			w.working = append(w.working, e)
+		}
+	}
+	written, err := w.write(w.working)
+	if err != nil {
+		err = fmt.Errorf("%w: %w", ErrSink, err)
+	}
+	for i, e := range w.working {
+		if i < written {
+			e.result <- nil
+		} else {
+			e.result <- err
+		}
+	}
+	clear(w.working)
+	return err
+}
+
+// write returns how many of the entries the sink has.
+func (w *writer) write(entries []*entry) (int, error) {
+	if len(entries) == 0 && len(w.tail.events) == 0 && w.tail.torn.empty() {
+		return 0, nil
+	}
+	if err := w.prepare(len(entries)); err != nil {
+		return 0, err
+	}
+	events := w.encode(entries)
+	n, err := w.sink.Write(w.buffer)
+	lines := w.commit(n)
+	if err == nil && n < len(w.buffer) {
+		err = fmt.Errorf("%s took %d of %d bytes", w.sink, n, len(w.buffer))
+	}
+	if lines > 0 && w.durable {
+		if syncErr := w.sink.Sync(); syncErr != nil {
+			return 0, errors.Join(err, syncErr)
+		}
+	}
+	return max(lines-events, 0), err
+}
+
+// prepare looks after the file and the stored state before records are written.
+func (w *writer) prepare(records int) error {
+	if err := w.turn(); err != nil {
+		return err
+	}
+	return w.saver.reserve(&w.tail.chain, uint64(records+len(w.tail.events)+1))
+}
+
+// turn goes on in a new file when the log was moved away, and notices when it
+// was cut.
+func (w *writer) turn() error {
+	if w.file == nil {
+		return nil
+	}
+	moved, lost, err := w.file.look()
+	if err != nil {
+		return err
+	}
+	if lost > 0 {
+		w.tail.events = append(w.tail.events, &Record{Kind: KindEvent, Operation: EventTruncated,
+			Detail: fmt.Sprintf("the log file lost %d bytes while it was open and has %d now", lost, w.file.size)})
+		if w.tail.unsealed, err = endsInside(w.file.open.Load(), w.file.size); err != nil {
+			return err
+		}
+	}
+	if !moved {
+		return nil
+	}
+	// The state is stored first: after a crash the new file alone is then
+	// enough to find the end of the chain.
+	if err := w.file.Sync(); err != nil {
+		return err
+	}
+	if err := w.saver.flush(); err != nil {
+		return err
+	}
+	if err := w.file.reopen(); err != nil {
+		return err
+	}
+	w.tail.unsealed = false
+	return nil
+}
+
+// encode fills the buffer with the log's own events and the entries, and returns
+// how many events there are.
+func (w *writer) encode(entries []*entry) (events int) {
+	w.buffer, w.ends = w.buffer[:0], w.ends[:0]
+	c := w.tail.chain
+	line := func(fields []byte) {
+		w.buffer = c.seal(w.buffer, fields)
+		w.ends = append(w.ends, lineEnd{len(w.buffer), c})
+		w.buffer = append(w.buffer, '\n')
+	}
+	if w.tail.unsealed {
+		w.buffer = append(w.buffer, '\n')
+	}
+	var fields []byte
+	if !w.tail.torn.empty() {
+		r := Record{Kind: KindEvent, Operation: EventRecovered, Log: w.tail.torn.event(),
+			Detail: "the bytes between the record before and this one belong to no record"}
+		fields = w.encoder.append(fields[:0], &r, w.now())
+		line(fields)
+	}
+	for _, r := range w.tail.events {
+		fields = w.encoder.append(fields[:0], r, w.now())
+		line(fields)
+	}
+	events = len(w.ends)
+	for _, e := range entries {
+		e.sequence = c.next
+		line(e.fields)
+	}
+	return events
+}
+
+// commit moves the tail behind the lines that lie in the first n bytes of the
+// buffer, and returns how many they are. A line that lacks its newline alone is
+// whole: the next write begins with one.
+func (w *writer) commit(n int) (lines int) {
+	if n <= 0 {
+		return 0
+	}
+	torn := !w.tail.torn.empty()
+	for lines < len(w.ends) && w.ends[lines].offset <= n {
+		lines++
+	}
+	rest := w.buffer[:n]
+	if lines > 0 {
+		last := w.ends[lines-1]
+		w.tail.chain = last.chain
+		rest = rest[min(last.offset+1, n):]
+		w.tail.torn = section{}
+		events := lines
+		if torn {
+			events--
+		}
+		w.tail.events = w.tail.events[min(events, len(w.tail.events)):]
+		w.saver.committed(&w.tail.chain)
+	} else if !torn && w.tail.unsealed {
+		rest = rest[1:] // the newline that ends the last record
+	}
+	w.tail.unsealed = w.buffer[n-1] != '\n'
+	if len(rest) > 0 {
+		w.tail.torn.add(rest, false)
+	}
+	return lines
+}
