@@ -9,10 +9,12 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
 	"github.com/kms-agent/kms-agent/envelope"
+	"github.com/kms-agent/kms-agent/plugins"
 )
 
 // TestDocumentedReader runs the script of docs/format.md: whoever has the page
@@ -110,14 +112,9 @@ func TestDocumentedExample(t *testing.T) {
 	if err := json.Unmarshal(raw, &f); err != nil {
 		t.Fatal(err)
 	}
-	_, example, found := strings.Cut(string(page), "## Example")
-	_, example, opened := strings.Cut(example, "```\n")
-	dump, _, closed := strings.Cut(example, "```\n")
-	if !found || !opened || !closed {
-		t.Fatal("docs/format.md has no example any more")
-	}
+	dump := block(t, string(page), "\n## Example\n")
 	rest, gap := f.Vectors[0].Message, false
-	for _, word := range hexWords(dump) {
+	for _, word := range hexWords(dump, 42) {
 		if word == "..." {
 			gap = true
 			continue
@@ -133,12 +130,57 @@ func TestDocumentedExample(t *testing.T) {
 	}
 }
 
+// block returns the first indented text of a page's section.
+func block(t *testing.T, page, section string) string {
+	t.Helper()
+	_, rest, found := strings.Cut(page, section)
+	_, rest, opened := strings.Cut(rest, "```\n")
+	text, _, closed := strings.Cut(rest, "```\n")
+	if !found || !opened || !closed {
+		t.Fatalf("docs/format.md has no example under %q any more", section)
+	}
+	return text
+}
+
+// TestDocumentedBinding: the binding that docs/format.md spells out is the one
+// that backends get.
+func TestDocumentedBinding(t *testing.T) {
+	page, err := os.ReadFile("../../docs/format.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	documented := unhex(t, strings.Join(hexWords(block(t, string(page), "\n### What the wrapping key binds\n"), 62), ""))
+	raw, err := os.ReadFile(vectorDir + "vectors.json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var f struct {
+		EDKs []struct{ ProviderInfo string }
+	}
+	if err := json.Unmarshal(raw, &f); err != nil {
+		t.Fatal(err)
+	}
+	binding := plugins.Binding{Purpose: "message", ProviderInfo: unhex(t, f.EDKs[0].ProviderInfo)}
+	if got := binding.AAD(); !bytes.Equal(got, documented) {
+		t.Errorf("AAD gives %x, docs/format.md has %x", got, documented)
+	}
+	// And by the words of the page, with a context that is bound.
+	field := func(s string) []byte { return append(binary.BigEndian.AppendUint64(nil, uint64(len(s))), s...) }
+	binding.ContextBound, binding.Context = true, map[string]string{"tenant": "acme", "table": "orders", "größe": "µ"}
+	want := slices.Concat(documented[:len(documented)-1], []byte{1}, binary.BigEndian.AppendUint64(nil, 3),
+		field("größe"), field("µ"), field("table"), field("orders"), field("tenant"), field("acme"))
+	if got := binding.AAD(); !bytes.Equal(got, want) {
+		t.Errorf("with context AAD gives %x, docs/format.md says %x", got, want)
+	}
+}
+
 // hexWords returns the bytes of a dump: of each line what stands before its
-// explanation, which begins in column 43, and "..." for bytes left out.
-func hexWords(dump string) []string {
+// explanation, which begins behind the given width, and "..." for bytes left
+// out.
+func hexWords(dump string, width int) []string {
 	var words []string
 	for line := range strings.Lines(dump) {
-		line = line[:min(len(line), 42)]
+		line = line[:min(len(line), width)]
 		for _, word := range strings.Fields(line) {
 			if _, err := hex.DecodeString(word); err == nil || word == "..." {
 				words = append(words, word)
