@@ -136,12 +136,12 @@ func usable(r *ring, ref plugins.KeyRef) (*version, error) {
 	return v, nil
 }
 
-// Wrap wraps 1 to MaxPlaintext bytes under any enabled version, the current one
+// Wrap wraps 1 to plugins.MaxMaterialSize bytes under any enabled version, the current one
 // or not. Every wrap has an AES-256-GCM key of its own, derived from the
 // wrapping key and 256 random bits, and binds the binding's AAD.
 func (b *Backend) Wrap(ctx context.Context, ref plugins.KeyRef, plaintext []byte, binding plugins.Binding) ([]byte, error) {
-	if n := len(plaintext); n < 1 || n > MaxPlaintext {
-		return nil, plugins.Errorf(plugins.Invalid, "wrap of %d bytes: 1 to %d are possible", n, MaxPlaintext)
+	if n := len(plaintext); n < 1 || n > plugins.MaxMaterialSize {
+		return nil, plugins.Errorf(plugins.Invalid, "wrap of %d bytes: 1 to %d are possible", n, plugins.MaxMaterialSize)
 	}
 	aad := binding.AAD()
 	var wrapped []byte
@@ -239,6 +239,8 @@ func classified(err error) error {
 	}
 	class := plugins.Unavailable
 	switch {
+	case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
+		return plugins.Errorf(class, "waiting for the keystore: %w", err)
 	case errors.Is(err, errOpen):
 		class = plugins.BadCiphertext
 	case errors.Is(err, ErrUnknownKey), errors.Is(err, ErrUnknownVersion):
@@ -248,7 +250,7 @@ func classified(err error) error {
 	case errors.Is(err, ErrName):
 		class = plugins.Invalid
 	}
-	e := &plugins.Error{Class: class, Detail: err.Error(), Err: err}
+	e := &plugins.Error{Class: class, Detail: err.Error()} // all of it crosses the process boundary
 	if class == plugins.Unavailable {
 		e.RetryAfter = retryLoad
 	}

@@ -58,6 +58,9 @@ func (f *follower) fingerprint() (fingerprint, error) {
 // use calls act with content that is no older than the call of use. The ring
 // is act's for the time of its call.
 func (f *follower) use(ctx context.Context, act func(*ring) error) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
 	now, err := f.fingerprint()
 	if err != nil {
 		return err

@@ -16,6 +16,8 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+
+	"github.com/kms-agent/kms-agent/plugins"
 )
 
 // The frozen files of testdata are sealed by this key file and passphrase.
@@ -234,7 +236,7 @@ func TestWrapRefusesEveryDamage(t *testing.T) {
 	refused("appended byte", len(wrapped), append(bytes.Clone(wrapped), 0), aad)
 	refused("other binding", 0, wrapped, []byte("bound to that"))
 	refused("no binding", 0, wrapped, nil)
-	refused("too long", 0, append(bytes.Clone(wrapped), make([]byte, MaxPlaintext)...), aad)
+	refused("too long", 0, append(bytes.Clone(wrapped), make([]byte, plugins.MaxMaterialSize)...), aad)
 	v, _ = r.version("orders", "2")
 	refused("other version", 0, wrapped, aad)
 }
@@ -256,6 +258,33 @@ func TestWrapIsFresh(t *testing.T) {
 		}
 	}
 }
+
+// No key seals two files: each has its own HKDF salt, and a backup its own
+// PBKDF2 salt.
+func TestEveryFileHasItsOwnKey(t *testing.T) {
+	r := openVector(t)
+	for _, seal := range both(vectorSeals(t)) {
+		u := &unlocker{seal: seal}
+		defer u.close()
+		like, seen := u.newHeader(backupFile), map[[saltSize]byte]bool{}
+		if seal.kind() == sealPassphrase && like.stretchSalt == u.newHeader(backupFile).stretchSalt {
+			t.Error("PBKDF2 salt came twice")
+		}
+		for range 10 {
+			file, err := u.sealRing(r, like)
+			if err != nil {
+				t.Fatal(err)
+			}
+			h, _, err := parseFile(file, backupFile)
+			if err != nil || seen[h.salt] {
+				t.Fatalf("HKDF salt came twice, or %v", err)
+			}
+			seen[h.salt] = true
+		}
+	}
+}
+
+func both(a, b Seal) []Seal { return []Seal{a, b} }
 
 // Bodies that authenticate and still break a rule: only a broken writer makes
 // them, and a reader refuses them.

@@ -8,6 +8,8 @@ import (
 	"crypto/subtle"
 	"errors"
 	"fmt"
+
+	"github.com/kms-agent/kms-agent/plugins"
 )
 
 // A wrapped key (docs/local-backend.md, "Wrapped format"):
@@ -23,8 +25,6 @@ const (
 	wrapSaltSize   = 32
 	wrapHeaderSize = 1 + idSize + wrapSaltSize + checkSize
 
-	// MaxPlaintext bounds what one wrap takes, in bytes.
-	MaxPlaintext = 4096
 	// WrapOverhead is by how many bytes wrapped is longer than plain.
 	WrapOverhead = wrapHeaderSize + aeadOverhead
 )
@@ -52,7 +52,7 @@ func (v *version) wrap(plaintext, aad []byte) ([]byte, error) {
 // result is the caller's to clear. Errors wrap errOpen where wrapped is at
 // fault, and say why only for the log.
 func (v *version) unwrap(wrapped, aad []byte) ([]byte, error) {
-	if n := len(wrapped); n <= WrapOverhead || n > WrapOverhead+MaxPlaintext {
+	if n := len(wrapped); n <= WrapOverhead || n > WrapOverhead+plugins.MaxMaterialSize {
 		return nil, fmt.Errorf("%w: %d bytes", errOpen, n)
 	}
 	if wrapped[0] != wrapFormat {
