@@ -1,0 +1,172 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+
+	"github.com/kms-agent/kms-agent/agent"
+	adminv1 "github.com/kms-agent/kms-agent/api/admin/v1"
+)
+
+const (
+	defaultAdminSocket = "/run/kms-agent/admin.sock"
+	adminTimeout       = 5 * time.Second
+)
+
+// adminFlags say how to reach the administrators' socket.
+type adminFlags struct {
+	socket string
+	config string
+}
+
+func (a *app) adminFlags(c *cobra.Command, f *adminFlags) {
+	c.Flags().StringVar(&f.socket, "admin-socket", "", "the agent's admin socket (environment KMS_AGENT_ADMIN_SOCKET, else "+defaultAdminSocket+")")
+	c.Flags().StringVar(&f.config, "config", "", "take the admin socket from this configuration")
+}
+
+// address is the admin socket's path.
+func (a *app) adminSocket(f *adminFlags) (string, error) {
+	if f.socket != "" {
+		return f.socket, nil
+	}
+	if f.config != "" {
+		cfg, err := agent.LoadConfig(f.config)
+		if err != nil {
+			return "", err
+		}
+		return cfg.Admin.Socket, nil
+	}
+	if socket := a.env("KMS_AGENT_ADMIN_SOCKET"); socket != "" {
+		return socket, nil
+	}
+	return defaultAdminSocket, nil
+}
+
+// status asks the agent behind socket for its state. The kernel tells the agent
+// who asks; there is nothing to prove.
+func adminStatus(ctx context.Context, socket string) (*adminv1.StatusResponse, error) {
+	ctx, cancel := context.WithTimeout(ctx, adminTimeout)
+	defer cancel()
+	conn, err := grpc.NewClient("unix:"+strings.TrimPrefix(socket, "unix:"), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		return nil, fmt.Errorf("admin socket %s: %w", socket, err)
+	}
+	defer func() { _ = conn.Close() }()
+	return adminv1.NewAdminClient(conn).Status(ctx, &adminv1.StatusRequest{})
+}
+
+func newStatus(a *app) *cobra.Command {
+	f := adminFlags{}
+	c := &cobra.Command{
+		Use: "status", Short: "Show the state of the agent and of all that it depends on",
+		Long: `Asks the agent on its admin socket. It answers the users and groups that its
+configuration names in admin.allow, and nobody else.`,
+		Args: exactly(),
+		RunE: func(c *cobra.Command, _ []string) error {
+			socket, err := a.adminSocket(&f)
+			if err != nil {
+				return err
+			}
+			response, err := adminStatus(c.Context(), socket)
+			if err != nil {
+				return adminHint(err, socket)
+			}
+			return a.print(response, func(t *table) { statusTable(t, response) })
+		},
+	}
+	a.adminFlags(c, &f)
+	a.outputFlag(c)
+	return c
+}
+
+func adminHint(err error, socket string) error {
+	f := classify(err)
+	switch f.code {
+	case exitUnavailable:
+		f.hint = "is the agent running, is " + socket + " its admin socket (--admin-socket), and are you its owner or root?"
+	case exitDenied:
+		f.hint = "the agent answers who is named in admin.allow of its configuration, and nobody else"
+	}
+	return &codedError{code: f.code, hint: f.hint, err: err}
+}
+
+func statusTable(t *table, r *adminv1.StatusResponse) {
+	t.row("state", r.GetState())
+	for _, problem := range r.GetProblems() {
+		t.row("", problem)
+	}
+	t.row("version", r.GetVersion()+", FIPS 140-3 module "+r.GetFips140())
+	t.row("process", fmt.Sprintf("%d since %s", r.GetPid(), when(r.GetStarted().AsTime())))
+	c := r.GetConfiguration()
+	t.row("configuration", fmt.Sprintf("%s, generation %d, loaded %s", c.GetFile(), c.GetGeneration(), when(c.GetLoaded().AsTime())))
+	if c.GetRejected() != "" {
+		for line := range strings.SplitSeq("newest file not in use: "+c.GetRejected(), "\n") {
+			t.row("", line)
+		}
+	}
+	id := r.GetIdentity()
+	t.row("identity", fmt.Sprintf("%s in %s", id.GetState(), id.GetTrustDomain()))
+	if id.GetSpiffeId() != "" {
+		t.row("", fmt.Sprintf("%s until %s", id.GetSpiffeId(), when(id.GetExpires().AsTime())))
+	}
+	if id.GetLastError() != "" {
+		t.row("", "last error: "+id.GetLastError())
+	}
+	for _, listener := range r.GetListeners() {
+		t.row("listens", listener)
+	}
+	for _, b := range r.GetBackends() {
+		t.row("backend "+b.GetName(), backendLine(b))
+		if b.GetLastError() != "" {
+			t.row("", "last error: "+b.GetLastError())
+		}
+	}
+	for _, k := range r.GetKeys() {
+		t.row("key "+k.GetName(), keyLine(k))
+		if k.GetProblem() != "" {
+			t.row("", k.GetProblem())
+		}
+	}
+	cache := r.GetCache()
+	t.row("cache", fmt.Sprintf("%d encryption and %d decryption keys of %d, %d bytes in %s",
+		cache.GetEncryptionKeys(), cache.GetDecryptionKeys(), cache.GetMaxEntries(), cache.GetLockedBytes(), cache.GetMemory()))
+	t.row("", fmt.Sprintf("%d hits, %d misses, %d refreshes, %d evictions",
+		cache.GetHits(), cache.GetMisses(), cache.GetRefreshes(), cache.GetEvictions()))
+	log := r.GetAudit()
+	t.row("audit", fmt.Sprintf("%s, %d records, %d refused", log.GetFile(), log.GetSequence(), log.GetRefused()))
+	if log.GetLastError() != "" {
+		t.row("", "last error: "+log.GetLastError())
+	}
+}
+
+func backendLine(b *adminv1.BackendStatus) string {
+	return fmt.Sprintf("%s (%s %s, process %d since %s), %d calls, %d failures, %d restarts", b.GetState(), b.GetPlugin(),
+		b.GetPluginVersion(), b.GetPid(), when(b.GetSince().AsTime()), b.GetCalls(), b.GetFailures(), b.GetRestarts())
+}
+
+func keyLine(k *adminv1.KeyStatus) string {
+	line := fmt.Sprintf("%s in %s", k.GetWrappingKey(), k.GetBackend())
+	if k.GetCurrentVersion() != "" {
+		line += ", version " + k.GetCurrentVersion()
+	}
+	if d := k.GetEncryptConfirmed(); d != nil {
+		line += ", encrypt confirmed " + ago(d.AsDuration())
+	}
+	if d := k.GetDecryptConfirmed(); d != nil {
+		line += ", decrypt confirmed " + ago(d.AsDuration())
+	}
+	return line
+}
+
+func ago(d time.Duration) string {
+	if d < time.Second {
+		return "just now"
+	}
+	return d.Round(time.Second).String() + " ago"
+}

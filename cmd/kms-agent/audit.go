@@ -1,0 +1,130 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os"
+
+	"github.com/spf13/cobra"
+
+	"github.com/kms-agent/kms-agent/agent"
+	"github.com/kms-agent/kms-agent/agent/audit"
+)
+
+// auditVerify is what audit verify was asked for.
+type auditVerify struct {
+	initialKey, config string
+	options            audit.VerifyOptions
+}
+
+func newAudit(a *app) *cobra.Command {
+	c := group("audit", "Verify the audit log", "")
+	v := auditVerify{}
+	verify := &cobra.Command{
+		Use:   "verify [LOG...]",
+		Short: "Check that an audit log is whole and unchanged",
+		Long: `Checks every record of an audit log against the initial key of its chain: that
+none was changed, removed, inserted or put into another order. Give rotated
+files in the order in which they were written; - is standard input.
+
+That the newest records were not cut off, only something outside the log can
+tell: --at-least takes a sequence number that the log is known to have reached
+(kms-agent status prints it).`,
+		Example: `  kms-agent audit verify --initial-key audit.key /var/log/kms-agent/audit.log
+  kms-agent audit verify --config /etc/kms-agent/config.yaml`,
+		Args: cobra.ArbitraryArgs,
+		RunE: func(_ *cobra.Command, args []string) error { return a.verifyAudit(v, args) },
+	}
+	verify.Flags().StringVar(&v.initialKey, "initial-key", "", "file with the first key of the chain")
+	verify.Flags().StringVar(&v.config, "config", "", "take the log and its initial key from this configuration")
+	verify.Flags().Uint64Var(&v.options.From, "from", 1, "sequence number of the first record given")
+	verify.Flags().Uint64Var(&v.options.AtLeast, "at-least", 0, "sequence number that the log is known to have reached")
+	a.outputFlag(verify)
+	c.AddCommand(verify)
+	return c
+}
+
+func (a *app) verifyAudit(v auditVerify, logs []string) error {
+	if v.config != "" {
+		cfg, err := agent.LoadConfig(v.config)
+		if err != nil {
+			return err
+		}
+		if v.initialKey == "" {
+			v.initialKey = cfg.Audit.InitialKey
+		}
+		if len(logs) == 0 {
+			logs = []string{cfg.Audit.File}
+		}
+	}
+	if v.initialKey == "" || len(logs) == 0 {
+		return usagef("name --initial-key and the log's files, or --config")
+	}
+	text, err := os.ReadFile(v.initialKey)
+	if err != nil {
+		return fmt.Errorf("read the initial key: %w", err)
+	}
+	key, err := audit.ParseInitialKey(text)
+	clear(text)
+	if err != nil {
+		return &codedError{code: exitInvalid, prefix: "initial key " + v.initialKey + ": ", err: err}
+	}
+	defer clear(key)
+	inputs, closeAll, err := a.auditInputs(logs)
+	if err != nil {
+		return err
+	}
+	report, err := audit.Verify(key, v.options, inputs...)
+	if err = errors.Join(err, closeAll()); err != nil {
+		return err
+	}
+	return a.reportAudit(report)
+}
+
+func (a *app) auditInputs(logs []string) ([]audit.Input, func() error, error) {
+	var inputs []audit.Input
+	var opened []*input
+	closeAll := func() error {
+		var err error
+		for _, in := range opened {
+			err = errors.Join(err, in.Close())
+		}
+		return err
+	}
+	for _, path := range logs {
+		in, err := a.openInput(path)
+		if err != nil {
+			return nil, nil, errors.Join(err, closeAll())
+		}
+		opened = append(opened, in)
+		inputs = append(inputs, audit.Input{Name: path, Reader: in})
+	}
+	return inputs, closeAll, nil
+}
+
+func (a *app) reportAudit(report audit.Report) error {
+	err := a.print(report, func(t *table) {
+		t.row("chain", orDash(report.Chain))
+		t.row("records", fmt.Sprint(report.Records))
+		if report.Records > 0 {
+			t.row("first", fmt.Sprintf("%d  %s", report.First, when(report.FirstTime)))
+			t.row("last", fmt.Sprintf("%d  %s", report.Last, when(report.LastTime)))
+		}
+		switch {
+		case !report.OK():
+			t.row("result", "NOT VALID")
+		case report.TailUnproven:
+			t.row("result", "whole and unchanged up to the last record; tail unproven: records after it may have been cut off")
+		default:
+			t.row("result", "whole and unchanged")
+		}
+	})
+	if err != nil || report.OK() {
+		return err
+	}
+	hint := "the records before that line are sound; keep the log as evidence"
+	if f := report.Fault; f != nil {
+		return &codedError{code: exitInvalid, hint: hint, err: fmt.Errorf("%s:%d: %s: %s", f.File, f.Line, f.Reason, f.Detail)}
+	}
+	return &codedError{code: exitInvalid, hint: hint, err: errors.New("the log is not valid")}
+}

@@ -1,0 +1,85 @@
+package main
+
+import (
+	"fmt"
+	"strings"
+
+	"github.com/spf13/cobra"
+)
+
+func newRoot(a *app) *cobra.Command {
+	root := group("kms-agent", "An encryption endpoint for every workload of this host", `kms-agent gives the workloads of this host an encryption endpoint on a Unix
+socket. It knows its callers by their SPIFFE identity, keeps data keys in
+protected memory and asks key services to wrap them.`)
+	root.SilenceErrors, root.SilenceUsage = true, true
+	root.CompletionOptions.HiddenDefaultCmd = false
+	root.SetIn(a.in)
+	root.SetOut(a.out)
+	root.SetErr(a.errOut)
+	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usagef("%v", err) })
+	root.AddGroup(
+		&cobra.Group{ID: groupUse, Title: "Use an agent:"},
+		&cobra.Group{ID: groupRun, Title: "Run an agent:"},
+		&cobra.Group{ID: groupOperate, Title: "Operate it:"},
+	)
+	add(root, groupUse, newEncrypt(a), newDecrypt(a), newReencrypt(a), newDatakey(a), newWrap(a), newUnwrap(a),
+		newRandom(a), newKeys(a), newWhoami(a))
+	add(root, groupRun, newRunCommand(a), newDev(a), newCheck(a), newConfig(a))
+	add(root, groupOperate, newStatus(a), newPlugin(a), newAudit(a), newVersion(a))
+	root.AddCommand(exitCodesTopic())
+	return root
+}
+
+const (
+	groupUse     = "use"
+	groupRun     = "run"
+	groupOperate = "operate"
+)
+
+func add(root *cobra.Command, id string, commands ...*cobra.Command) {
+	for _, c := range commands {
+		c.GroupID = id
+		root.AddCommand(c)
+	}
+}
+
+// group makes a command that only holds others: without one of them, or with an
+// unknown one, it is used wrongly.
+func group(use, short, long string) *cobra.Command {
+	c := &cobra.Command{Use: use, Short: short, Long: long, Args: cobra.ArbitraryArgs}
+	c.RunE = func(c *cobra.Command, args []string) error {
+		if len(args) == 0 {
+			_, _ = fmt.Fprint(c.ErrOrStderr(), c.UsageString())
+			return usagef("which command?")
+		}
+		message := fmt.Sprintf("unknown command %q", args[0])
+		if guesses := c.SuggestionsFor(args[0]); len(guesses) > 0 {
+			message += "; did you mean " + strings.Join(guesses, " or ") + "?"
+		}
+		return usagef("%s", message)
+	}
+	c.SuggestionsMinimumDistance = 2
+	return c
+}
+
+// exactly demands the named arguments.
+func exactly(names ...string) cobra.PositionalArgs {
+	return func(_ *cobra.Command, args []string) error {
+		switch {
+		case len(args) < len(names):
+			return usagef("%s is missing", strings.Join(names[len(args):], " and "))
+		case len(args) > len(names):
+			return usagef("unexpected argument %q", args[len(names)])
+		}
+		return nil
+	}
+}
+
+func exitCodesTopic() *cobra.Command {
+	var b strings.Builder
+	b.WriteString("Exit codes of every command:\n\n")
+	for _, row := range exitCodes() {
+		fmt.Fprintf(&b, "  %3d  %s\n", row.code, row.meaning)
+	}
+	return &cobra.Command{Use: "exit-codes", Short: "What the exit codes mean", Long: b.String()}
+}
