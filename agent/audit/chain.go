@@ -103,21 +103,20 @@ type signedLine struct {
 
 // parseLine takes a line apart, without its newline. Anything but the form that
 // seal writes is no record.
-func parseLine(line []byte) (signedLine, bool) {
-	var s signedLine
+func parseLine(line []byte) (s signedLine, ok bool) {
 	if len(line) < len(linePrefix)+previousSize+macSize || !bytes.HasPrefix(line, []byte(linePrefix)) {
-		return s, false
+		return signedLine{}, false
 	}
 	s.text = line[:len(line)-macSize]
 	number, _, found := bytes.Cut(s.text[len(linePrefix):], []byte(","))
 	n, err := strconv.ParseUint(string(number), 10, 64)
-	if !found || err != nil || number[0] == '0' {
-		return s, false
+	if !found || err != nil || number[0] == '0' ||
+		!quotedHex(&s.mac, line[len(s.text):], macPrefix, lineSuffix) ||
+		!quotedHex(&s.previous, s.text[len(s.text)-previousSize:], previousPrefix, `"`) {
+		return signedLine{}, false
 	}
 	s.sequence = n
-	ok := quotedHex(&s.mac, line[len(s.text):], macPrefix, lineSuffix) &&
-		quotedHex(&s.previous, s.text[len(s.text)-previousSize:], previousPrefix, `"`)
-	return s, ok
+	return s, true
 }
 
 // quotedHex decodes text of the form prefix, lowercase hexadecimal, suffix.

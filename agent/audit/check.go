@@ -80,7 +80,13 @@ type checker struct {
 	chain chain
 	// stray holds the lines since the last record that are none.
 	stray section
+	// probed counts the keys computed for lines that say to be later records.
+	probed uint64
 }
+
+// maxProbe bounds how many keys ahead of the chain are computed for the lines
+// of one log, which may be anybody's.
+const maxProbe = 1 << 22
 
 // check looks at one line without its newline. After stepUnlinked and
 // stepIntruded the checker is of no more use.
@@ -117,13 +123,14 @@ func (c *checker) link(s signedLine, previous [sha256.Size]byte) step {
 
 // gap accepts a later record that says that those before it may be missing.
 func (c *checker) gap(s signedLine) bool {
-	if s.sequence <= c.chain.next || s.sequence-c.chain.next > maxGap {
+	if s.sequence <= c.chain.next || s.sequence-c.chain.next > maxProbe-c.probed {
 		return false
 	}
 	e := s.event(EventGap)
 	if e == nil || e.GapFrom > c.chain.next || e.GapTo != s.sequence-1 {
 		return false
 	}
+	c.probed += s.sequence - c.chain.next
 	later := c.chain
 	later.skip(s.sequence)
 	if !later.accept(s) {

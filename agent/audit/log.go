@@ -81,8 +81,6 @@ const (
 	// maxUnsaved bounds how many records a chain may be ahead of its stored
 	// state: a later Write waits for the state to be stored.
 	maxUnsaved = 1 << 16
-	// maxGap is the longest gap that a record may declare.
-	maxGap = maxUnsaved
 	// maxQueuedBytes bounds the memory of the records that wait.
 	maxQueuedBytes = 64 << 20
 	maxMaxQueue    = maxUnsaved / 2

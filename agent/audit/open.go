@@ -107,7 +107,7 @@ func (l *Log) openChain(state *stateFile, f *file) (t *tail, stored chain, err e
 		t = &tail{}
 		t.chain, err = saved.chain()
 	default:
-		t, err = skipped(saved, "the agent ended unexpectedly, and the sink cannot be read back")
+		t, err = skipped(saved, saved.Sequence+1, "the agent ended unexpectedly, and the sink cannot be read back")
 	}
 	if err != nil {
 		return nil, stored, err
@@ -174,8 +174,10 @@ func (l *Log) beginChain(state *stateFile, f *file) (*tail, error) {
 
 // AcceptGap lets a log go on that Open refuses with ErrGap or ErrTampered: it
 // writes a record that says which records may be missing, with reason, and
-// stores the state behind it. It is an administrator's decision; no agent may
-// have the log open. Verification reports the gap for ever.
+// stores the state behind it. The gap begins after the last record that the log
+// holds or, when it holds none, the files beside it; Open need not have trusted
+// that record. It is an administrator's decision; no agent may have the log
+// open. Verification reports the gap for ever.
 func AcceptGap(cfg Config, reason string) error {
 	cfg, err := cfg.withDefaults()
 	if err != nil {
@@ -203,7 +205,11 @@ func acceptGap(cfg Config, state *stateFile, f *file, reason string) error {
 	if !found {
 		return fmt.Errorf("%w: there is no state in %s, so that no chain can go on", ErrState, cfg.StateDir)
 	}
-	t, err := skipped(saved, reason)
+	kept, err := lastKept(f)
+	if err != nil {
+		return fmt.Errorf("read audit log %s: %w", f, err)
+	}
+	t, err := skipped(saved, kept+1, reason)
 	if err != nil {
 		return err
 	}

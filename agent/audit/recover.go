@@ -206,6 +206,48 @@ func siblings(path string) ([]string, error) {
 	return names, nil
 }
 
+// lastSequence is the sequence number that the last record of f claims; 0 when
+// there is none near its end.
+func lastSequence(f *os.File) (uint64, error) {
+	size, err := f.Seek(0, io.SeekEnd)
+	if err != nil {
+		return 0, err
+	}
+	from := max(size-4*maxLine, 0)
+	end := make([]byte, size-from)
+	if _, err := f.ReadAt(end, from); err != nil && !errors.Is(err, io.EOF) {
+		return 0, err
+	}
+	var last uint64
+	for line := range bytes.SplitSeq(end, []byte("\n")) {
+		if s, ok := parseLine(line); ok {
+			last = s.sequence
+		}
+	}
+	return last, nil
+}
+
+// lastKept is the last record that the log and the files beside it claim to have.
+func lastKept(l *file) (uint64, error) {
+	last, err := lastSequence(l.open.Load())
+	if err != nil || last > 0 {
+		return last, err
+	}
+	names, err := siblings(l.path)
+	for _, name := range names[:min(len(names), maxMoved)] {
+		f, openErr := os.Open(name)
+		if openErr != nil {
+			return 0, openErr
+		}
+		n, readErr := lastSequence(f)
+		if err := errors.Join(readErr, f.Close()); err != nil {
+			return 0, err
+		}
+		last = max(last, n)
+	}
+	return last, err
+}
+
 // maxMoved bounds how many rotated files are searched.
 const maxMoved = 8
 
@@ -232,15 +274,15 @@ func findMoved(path string, saved savedState) (*os.File, int64, error) {
 	return nil, 0, nil
 }
 
-// skipped is the tail after records that cannot be known: the chain goes on
-// beyond every number that may have been used.
-func skipped(saved savedState, why string) (*tail, error) {
+// skipped is the tail after records that cannot be known, from is the first of
+// them: the chain goes on beyond every number that may have been used.
+func skipped(saved savedState, from uint64, why string) (*tail, error) {
 	at, err := saved.chain()
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrState, err)
 	}
-	from := at.next
-	at.skip(from + maxUnsaved)
+	from = min(from, at.next)
+	at.skip(at.next + maxUnsaved)
 	return &tail{chain: at, skipped: true, events: []*Record{{
 		Kind: KindEvent, Operation: EventGap, Detail: why,
 		Log: &LogEvent{GapFrom: from, GapTo: at.next - 1},

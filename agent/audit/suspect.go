@@ -1,8 +1,5 @@
 package audit
 
-// maxProbe bounds how far ahead of the chain a line is tried.
-const maxProbe = 1 << 22
-
 // suspect is the first line that did not verify. The lines after it tell why.
 type suspect struct {
 	place   Place

@@ -72,7 +72,8 @@ type Place struct {
 
 func (p Place) String() string { return fmt.Sprintf("%s:%d", p.File, p.Line) }
 
-// Gap is what the record at Place declares missing. Some of it may be there.
+// Gap is what is missing before the record at Place, which declares it. The
+// last of these numbers may never have been used.
 type Gap struct {
 	Place
 	From   uint64 `json:"from"`
@@ -151,15 +152,16 @@ func (v *verifier) file(in Input) error {
 	v.place = Place{File: in.Name}
 	lines := newLineReader(in.Reader)
 	for v.report.Fault == nil {
-		if !lines.split {
-			v.place.Line++
-		}
+		begins := !lines.split
 		line, newline, whole, err := lines.next()
 		if errors.Is(err, io.EOF) {
 			break
 		}
 		if err != nil {
 			return err
+		}
+		if begins {
+			v.place.Line++
 		}
 		v.line(line, newline, whole)
 	}
@@ -183,8 +185,8 @@ func (v *verifier) line(line []byte, newline, whole bool) {
 		v.report.Recovered = append(v.report.Recovered, v.suspect.place)
 		v.record(s)
 	case stepGap:
-		e := s.event(EventGap)
-		v.report.Gaps = append(v.report.Gaps, Gap{Place: v.place, From: e.GapFrom, To: e.GapTo, Reason: v.record(s).Detail})
+		from := max(v.report.Last+1, v.options.From, 1)
+		v.report.Gaps = append(v.report.Gaps, Gap{Place: v.place, From: from, To: s.sequence - 1, Reason: v.record(s).Detail})
 	case stepStray:
 		v.stray(s, newline)
 	case stepUnlinked:

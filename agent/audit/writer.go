@@ -56,6 +56,7 @@ type lineEnd struct {
 func (l *Log) run(begun chan<- struct{}) {
 	defer close(l.ended)
 	l.wrote(l.writer.writeGroup(nil))
+	_ = l.saver.flush() // what fails stands in the status, and is tried again
 	close(begun)
 	var group []*entry
 	for {
