@@ -1,0 +1,135 @@
+// Package agent builds a running agent from one configuration and keeps it
+// matching that file.
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"sync"
+	"time"
+
+	"go.uber.org/zap"
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
+
+	"github.com/kms-agent/kms-agent/agent/audit"
+	"github.com/kms-agent/kms-agent/agent/kms"
+	"github.com/kms-agent/kms-agent/identity"
+)
+
+// confirmTimeout bounds one confirmation upstream.
+const confirmTimeout = 10 * time.Second
+
+// Agent is one agent. New builds it, Run serves until its context ends.
+type Agent struct {
+	path    string
+	logger  *zap.Logger
+	started time.Time
+	audit   *audit.Log
+	service *kms.Service
+	source  *identity.Source // nil without a Workload API
+	creds   *identity.Credentials
+
+	mu         sync.Mutex // guards what follows
+	cfg        *Config
+	backends   map[string]*backend
+	loaded     time.Time
+	generation uint64
+	rejected   string
+
+	// ready is called once when every door is open.
+	ready func()
+}
+
+// New builds an agent from a configuration that LoadConfig accepted. It opens
+// the audit log, and starts nothing. path is the file that cfg came from.
+func New(cfg *Config, path string, logger *zap.Logger) (*Agent, error) {
+	for _, dir := range []string{cfg.StateDir, cfg.RuntimeDir} {
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return nil, fmt.Errorf("directory of the agent: %w", err)
+		}
+	}
+	a := &Agent{path: path, logger: logger, cfg: cfg, started: time.Now(), backends: map[string]*backend{}, ready: func() {}}
+	if err := a.buildIdentity(cfg); err != nil {
+		return nil, err
+	}
+	log, err := audit.Open(auditConfig(cfg))
+	if err != nil {
+		return nil, fmt.Errorf("audit log: %w", err)
+	}
+	a.audit = log
+	a.service, err = kms.New(kms.Options{
+		Audit: log, MaxEntries: cfg.Cache.MaxEntries, Now: bootTime, ConfirmTimeout: confirmTimeout, Alarm: a.alarm,
+	})
+	if err != nil {
+		return nil, errors.Join(err, log.Close())
+	}
+	return a, nil
+}
+
+// bootTime is CLOCK_BOOTTIME: it runs on while the host is suspended.
+func bootTime() time.Duration {
+	var ts unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &ts); err != nil {
+		panic("CLOCK_BOOTTIME: " + err.Error()) // every Linux since 2.6.39 has it
+	}
+	return time.Duration(ts.Nano())
+}
+
+func (a *Agent) alarm(message string, err error, backend, wrappingKey string) {
+	a.logger.Error(message, zap.String("backend", backend), zap.String("wrapping_key", wrappingKey), zap.Error(err))
+}
+
+// OnReady sets what is called once, when every door is open. Call it before Run.
+func (a *Agent) OnReady(f func()) { a.ready = f }
+
+// Run serves until ctx ends, then drains: doors first, then data keys, plugin
+// processes, audit log. It returns nil after an ordered end.
+func (a *Agent) Run(ctx context.Context) error {
+	below, stopBelow := context.WithCancel(context.WithoutCancel(ctx))
+	var lower errgroup.Group
+	lower.Go(func() error { return a.service.Run(below) })
+	if a.source != nil {
+		lower.Go(func() error { return a.source.Run(below) })
+	}
+	err := a.serve(ctx)
+	a.service.Close()
+	stopBelow()
+	a.stopBackends()
+	err = errors.Join(err, ignoreEnd(lower.Wait()), a.audit.Close())
+	a.logger.Info("agent stopped", zap.Error(err))
+	return err
+}
+
+// serve opens the doors and watches the configuration until ctx ends.
+func (a *Agent) serve(ctx context.Context) error {
+	a.mu.Lock()
+	err := a.applyLocked(ctx, a.cfg)
+	a.mu.Unlock()
+	if err != nil {
+		return err
+	}
+	doors, err := a.openDoors(ctx)
+	if err != nil {
+		return err
+	}
+	upper, ctx := errgroup.WithContext(ctx)
+	for _, d := range doors {
+		upper.Go(func() error { return d.run(ctx) })
+	}
+	upper.Go(func() error { return a.watch(ctx) })
+	a.logger.Info("agent ready", zap.String("config", a.path), zap.String("native", a.cfg.Listen.Native.Socket),
+		zap.Int("keys", len(a.cfg.Keys)), zap.Int("backends", len(a.cfg.Backends)))
+	a.ready()
+	return ignoreEnd(upper.Wait())
+}
+
+// ignoreEnd drops the errors that only say that a context ended.
+func ignoreEnd(err error) error {
+	if errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
+		return nil
+	}
+	return err
+}

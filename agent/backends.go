@@ -1,0 +1,144 @@
+package agent
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"maps"
+	"os"
+	"reflect"
+	"slices"
+	"strings"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/kms-agent/kms-agent/plugins/host"
+)
+
+const (
+	backoffMin = time.Second
+	backoffMax = time.Minute
+	// drainTime is how long a replaced backend may finish its calls.
+	drainTime = 5 * time.Second
+)
+
+// backend is one configured backend and its supervisor.
+type backend struct {
+	cfg        BackendConfig
+	supervisor *host.Supervisor
+	cancel     context.CancelFunc
+	done       chan struct{}
+}
+
+// startBackend starts a plugin process and goes on supervising it.
+func (a *Agent) startBackend(cfg BackendConfig) (*backend, error) {
+	hc, err := a.hostConfig(cfg)
+	if err != nil {
+		return nil, fmt.Errorf("backend %q: %w", cfg.Name, err)
+	}
+	s, err := host.New(hc)
+	if err != nil {
+		return nil, fmt.Errorf("backend %q: %w", cfg.Name, err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	b := &backend{cfg: cfg, supervisor: s, cancel: cancel, done: make(chan struct{})}
+	go func() {
+		defer close(b.done)
+		if err := s.Run(ctx); ignoreEnd(err) != nil {
+			a.logger.Error("backend ended", zap.String("backend", cfg.Name), zap.Error(err))
+		}
+	}()
+	return b, nil
+}
+
+// stop ends the plugin process and waits for it.
+func (b *backend) stop() {
+	b.cancel()
+	<-b.done
+}
+
+func (a *Agent) hostConfig(cfg BackendConfig) (host.Config, error) {
+	env, err := pluginEnv(cfg)
+	if err != nil {
+		return host.Config{}, err
+	}
+	hc := host.Config{
+		Name: cfg.Name, Command: cfg.Path, Args: cfg.Args, Env: env, SHA256: cfg.SHA256,
+		Settings: json.RawMessage(cfg.Settings), RuntimeDir: a.cfg.RuntimeDir,
+		StartTimeout: cfg.StartTimeout, CallTimeout: cfg.CallTimeout, MaxConcurrent: cfg.MaxConcurrent,
+		BackoffMin: backoffMin, BackoffMax: backoffMax, Logger: a.logger.Named("plugin"),
+	}
+	if cfg.Plugin != "" {
+		hc.Self, hc.Command, hc.Args = true, "", []string{"plugin", "serve", cfg.Plugin}
+	}
+	return hc, nil
+}
+
+// pluginEnv is the whole environment of a plugin. systemd's credentials are
+// passed on: they are how a plugin is given its own secrets.
+func pluginEnv(cfg BackendConfig) ([]string, error) {
+	env := make([]string, 0, len(cfg.Env)+len(cfg.EnvFromFiles)+1)
+	if dir, ok := os.LookupEnv("CREDENTIALS_DIRECTORY"); ok {
+		env = append(env, "CREDENTIALS_DIRECTORY="+dir)
+	}
+	for _, name := range slices.Sorted(maps.Keys(cfg.Env)) {
+		env = append(env, name+"="+cfg.Env[name])
+	}
+	for _, name := range slices.Sorted(maps.Keys(cfg.EnvFromFiles)) {
+		value, err := os.ReadFile(cfg.EnvFromFiles[name])
+		if err != nil {
+			return nil, fmt.Errorf("environment variable %s: %w", name, err)
+		}
+		env = append(env, name+"="+strings.TrimRight(string(value), "\n"))
+	}
+	return env, nil
+}
+
+// nextBackends returns the backends that a configuration asks for: those that
+// run already unchanged, and new ones. On an error nothing new is left running.
+func (a *Agent) nextBackends(ctx context.Context, cfg *Config) (map[string]*backend, error) {
+	next, started := map[string]*backend{}, []*backend{}
+	fail := func(err error) (map[string]*backend, error) {
+		for _, b := range started {
+			b.stop()
+		}
+		return nil, err
+	}
+	for _, c := range cfg.Backends {
+		running := a.backends[c.Name]
+		if running != nil && reflect.DeepEqual(running.cfg, c) {
+			next[c.Name] = running
+			continue
+		}
+		b, err := a.startBackend(c)
+		if err != nil {
+			return fail(err)
+		}
+		started = append(started, b)
+		next[c.Name] = b
+		if running == nil {
+			continue
+		}
+		// A backend that replaces a working one must work before it does.
+		ready, cancel := context.WithTimeout(ctx, c.StartTimeout)
+		err = b.supervisor.Ready(ready)
+		cancel()
+		if err != nil {
+			return fail(fmt.Errorf("backend %q does not start with its new configuration; the old one goes on: %w", c.Name, err))
+		}
+	}
+	return next, nil
+}
+
+// stopBackends ends every plugin process.
+func (a *Agent) stopBackends() {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for _, b := range a.backends {
+		b.cancel()
+	}
+	for _, b := range a.backends {
+		<-b.done
+	}
+}

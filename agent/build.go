@@ -1,0 +1,135 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/kms-agent/kms-agent/agent/audit"
+	"github.com/kms-agent/kms-agent/agent/kms"
+	"github.com/kms-agent/kms-agent/agent/serve"
+	"github.com/kms-agent/kms-agent/cache"
+	"github.com/kms-agent/kms-agent/identity"
+	"github.com/kms-agent/kms-agent/plugins"
+)
+
+func auditConfig(cfg *Config) audit.Config {
+	return audit.Config{
+		Path: cfg.Audit.File, StateDir: cfg.StateDir, InitialKeyPath: cfg.Audit.InitialKey,
+		Durable: cfg.Audit.Durable, WriteTimeout: cfg.Audit.WriteTimeout,
+		ContextValues: audit.ContextValues(cfg.Audit.ContextValues),
+	}
+}
+
+func (a *Agent) buildIdentity(cfg *Config) error {
+	if cfg.Identity.WorkloadAPI != "" {
+		source, err := identity.NewSource(identity.SourceConfig{
+			Address: cfg.Identity.WorkloadAPI, TrustDomain: cfg.TrustDomain, BundleMaxAge: cfg.Identity.BundleMaxAge,
+		})
+		if err != nil {
+			return fmt.Errorf("identity: %w", err)
+		}
+		a.source = source
+	}
+	creds, err := identity.NewCredentials(identity.Config{
+		Source: a.source, StaticPeers: staticPeers(cfg),
+		TrustDomain: cfg.TrustDomain, FederatedTrustDomains: cfg.Identity.FederatedTrustDomains,
+		OnRefused: a.refusedConnection,
+	})
+	if err != nil {
+		return fmt.Errorf("identity: %w", err)
+	}
+	a.creds = creds
+	return nil
+}
+
+// refusedConnection puts a failed handshake on the record.
+func (a *Agent) refusedConnection(r identity.Refusal) {
+	call := kms.Call{Door: "native", Caller: identity.Caller{Peer: r.Peer}}
+	if r.TLS {
+		call.Caller.Proof = identity.ProofX509SVID
+	}
+	_ = a.service.Refuse(context.Background(), call, "connect", &kms.Error{ // there is nobody to answer
+		Reason: kms.ReasonUnidentified, Message: "handshake failed", Cause: r.Err,
+	})
+}
+
+func staticPeers(cfg *Config) []identity.StaticPeer {
+	peers := make([]identity.StaticPeer, 0, len(cfg.Identity.StaticPeers))
+	for _, p := range cfg.Identity.StaticPeers {
+		peers = append(peers, identity.StaticPeer{UID: (*uint32)(p.UID), GID: (*uint32)(p.GID), ID: p.ID})
+	}
+	return peers
+}
+
+func limits(cfg *Config) serve.Limits {
+	return serve.Limits{
+		MaxPayload:      int(cfg.Limits.MaxMessage),
+		DefaultDeadline: cfg.Limits.DefaultDeadline, MaxDeadline: cfg.Limits.MaxDeadline,
+		MaxConcurrent: cfg.Limits.MaxConcurrent, MaxConcurrentPerCaller: cfg.Limits.MaxConcurrentPerCaller,
+		MaxConnections: cfg.Limits.MaxConnections,
+	}
+}
+
+func serviceConfig(cfg *Config, backends map[string]*backend) kms.Config {
+	c := kms.Config{
+		Policy: cfg.compiled, Backends: map[string]plugins.Backend{},
+		DataKeyUse: cfg.Limits.DataKeyUse, MaxStream: uint64(cfg.Limits.MaxStream),
+	}
+	for name, b := range backends {
+		c.Backends[name] = b.supervisor
+	}
+	for _, r := range cfg.Admin.Allow {
+		c.Administrators = append(c.Administrators, kms.Administrator{
+			UID: (*uint32)(r.UID), GID: (*uint32)(r.GID), Operations: r.Operations,
+		})
+	}
+	for _, k := range cfg.Keys {
+		c.Keys = append(c.Keys, kms.Key{
+			Name: k.Name, FormerNames: k.FormerNames, Labels: k.Labels,
+			Backend: k.Backend, WrappingKey: k.WrappingKey, BindContext: k.BindContext,
+			Partition: kms.Partition(k.Cache.Partition),
+			Limits: cache.Limits{
+				MaxAge: k.Cache.MaxAge, MaxLifetime: k.Cache.MaxLifetime, MaxIdle: k.Cache.MaxIdle,
+				MaxMessages: k.Cache.MaxMessages, MaxBytes: uint64(k.Cache.MaxBytes),
+			},
+		})
+	}
+	return c
+}
+
+// applyLocked puts a configuration to use: build, switch, close old. What did
+// not change keeps running; on an error nothing has changed. It requires a.mu.
+func (a *Agent) applyLocked(ctx context.Context, cfg *Config) error {
+	next, err := a.nextBackends(ctx, cfg)
+	if err != nil {
+		return err
+	}
+	old := a.backends
+	err = a.creds.SetStaticPeers(staticPeers(cfg))
+	if err == nil {
+		err = a.service.Apply(serviceConfig(cfg, next))
+	}
+	if err != nil {
+		err = errors.Join(err, a.creds.SetStaticPeers(staticPeers(a.cfg)))
+		for name, b := range next {
+			if old[name] != b {
+				b.stop()
+			}
+		}
+		return err
+	}
+	a.cfg, a.backends, a.loaded = cfg, next, time.Now()
+	a.generation++
+	a.rejected = ""
+	for name, b := range old {
+		if next[name] != b {
+			a.logger.Info("backend stopped: the configuration has no use for it", zap.String("backend", name))
+			b.stop()
+		}
+	}
+	return nil
+}

@@ -1,0 +1,108 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"time"
+
+	"go.uber.org/zap"
+	"golang.org/x/net/netutil"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/health"
+	"google.golang.org/grpc/health/grpc_health_v1"
+
+	"github.com/kms-agent/kms-agent/agent/serve"
+	"github.com/kms-agent/kms-agent/agent/serve/admin"
+	"github.com/kms-agent/kms-agent/agent/serve/native"
+	kmsagentv1 "github.com/kms-agent/kms-agent/api/kmsagent/v1"
+	"github.com/kms-agent/kms-agent/identity"
+)
+
+// drainDoor is how long calls under way may take once the agent stops.
+const drainDoor = 5 * time.Second
+
+// door is one open listener and the server behind it.
+type door struct {
+	*serve.Door
+	listener net.Listener
+	server   *grpc.Server
+	health   *health.Server
+}
+
+// openDoors listens on every socket of the configuration, or on none.
+func (a *Agent) openDoors(ctx context.Context) ([]*door, error) {
+	cfg := a.cfg
+	gid := -1
+	if g := cfg.Listen.Native.Group; g != nil {
+		gid = int(*g)
+	}
+	listener, err := identity.Listen(ctx, cfg.Listen.Native.Socket, cfg.Listen.Native.Mode.FileMode(), gid)
+	if err != nil {
+		return nil, fmt.Errorf("native socket: %w", err)
+	}
+	n := a.newDoor("native", listener, a.creds, identity.CallerFromContext)
+	native.Register(n.server, n.Door)
+	n.health.SetServingStatus(kmsagentv1.KMS_ServiceDesc.ServiceName, grpc_health_v1.HealthCheckResponse_SERVING)
+	doors := []*door{n}
+	if cfg.Admin.Socket == "" {
+		return doors, nil
+	}
+	// Administrators are known by what the kernel says of them, not by SPIFFE:
+	// the agent can be looked at while its identities are what is broken.
+	creds, err := identity.NewCredentials(identity.Config{TrustDomain: cfg.TrustDomain})
+	if err == nil {
+		listener, err = identity.Listen(ctx, cfg.Admin.Socket, 0o600, -1)
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("admin socket: %w", err), n.listener.Close())
+	}
+	m := a.newDoor("admin", listener, creds, localPeer)
+	admin.Register(m.server, m.Door, a)
+	return append(doors, m), nil
+}
+
+// localPeer is the identity of an administrator: the kernel's word alone.
+func localPeer(ctx context.Context) (identity.Caller, error) {
+	peer, ok := identity.PeerFromContext(ctx)
+	if !ok {
+		return identity.Caller{}, identity.ErrUnidentified
+	}
+	return identity.Caller{Proof: identity.ProofStaticPeer, Peer: peer}, nil
+}
+
+func (a *Agent) newDoor(name string, l net.Listener, creds *identity.Credentials, identify func(context.Context) (identity.Caller, error)) *door {
+	bounds := limits(a.cfg)
+	d := &door{
+		Door:     serve.NewDoor(name, a.service, bounds, identify, a.logger),
+		listener: netutil.LimitListener(l, bounds.MaxConnections),
+		health:   health.NewServer(),
+	}
+	d.server = d.Server(creds)
+	grpc_health_v1.RegisterHealthServer(d.server, d.health)
+	return d
+}
+
+// run serves until ctx ends, then lets calls under way finish for drainDoor.
+func (d *door) run(ctx context.Context) error {
+	stopped := make(chan struct{})
+	serving, cancel := context.WithCancel(ctx)
+	go func() {
+		defer close(stopped)
+		<-serving.Done()
+		d.health.Shutdown()
+		force := time.AfterFunc(drainDoor, d.server.Stop)
+		defer force.Stop()
+		d.server.GracefulStop()
+	}()
+	err := d.server.Serve(d.listener)
+	cancel()
+	<-stopped
+	d.Wait()
+	if err != nil && ctx.Err() == nil {
+		d.Logger.Error("socket failed", zap.String("door", d.Name), zap.Error(err))
+		return fmt.Errorf("%s socket: %w", d.Name, err)
+	}
+	return nil
+}

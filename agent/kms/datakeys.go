@@ -1,0 +1,218 @@
+package kms
+
+import (
+	"context"
+	"errors"
+	"time"
+
+	"github.com/kms-agent/kms-agent/agent/policy"
+	"github.com/kms-agent/kms-agent/cache"
+	"github.com/kms-agent/kms-agent/envelope"
+)
+
+// GenerateDataKeyRequest asks for a new data key.
+type GenerateDataKeyRequest struct {
+	Key     string
+	Context map[string]string
+}
+
+// DataKeyResponse holds a data key: in clear where the operation gives that.
+type DataKeyResponse struct {
+	Plaintext []byte
+	EDK       envelope.EDK
+	KeyUse    KeyUse
+	// UseUntil bounds how long a receiver may cache the plaintext.
+	UseUntil time.Time
+}
+
+func (r *DataKeyResponse) wipe() { clear(r.Plaintext) }
+
+// GenerateDataKey makes a data key and wraps it, with the context bound. The
+// data key is the caller's alone: the agent never uses or caches it.
+func (s *Service) GenerateDataKey(ctx context.Context, call Call, req GenerateDataKeyRequest) (DataKeyResponse, error) {
+	return perform(ctx, s, call, policy.GenerateDataKey, func(ctx context.Context, t *transaction) (DataKeyResponse, error) {
+		return t.generate(ctx, req, policy.GenerateDataKey)
+	})
+}
+
+// GenerateDataKeyWithoutPlaintext is GenerateDataKey without the clear form.
+func (s *Service) GenerateDataKeyWithoutPlaintext(ctx context.Context, call Call, req GenerateDataKeyRequest) (DataKeyResponse, error) {
+	const op = policy.GenerateDataKeyWithoutPlaintext
+	return perform(ctx, s, call, op, func(ctx context.Context, t *transaction) (DataKeyResponse, error) {
+		r, err := t.generate(ctx, req, op)
+		r.wipe()
+		r.Plaintext, r.UseUntil = nil, time.Time{}
+		return r, err
+	})
+}
+
+func (t *transaction) generate(ctx context.Context, req GenerateDataKeyRequest, op policy.Operation) (DataKeyResponse, error) {
+	k, err := t.authorise(req.Key, op, req.Context)
+	if err != nil {
+		return DataKeyResponse{}, err
+	}
+	material := newDataKey()
+	edk, use, err := t.wrapBound(ctx, k, material, envelope.PurposeExported, req.Context)
+	if err != nil {
+		clear(material)
+		return DataKeyResponse{}, err
+	}
+	return DataKeyResponse{Plaintext: material, EDK: edk, KeyUse: use, UseUntil: t.useUntil(k)}, nil
+}
+
+func (t *transaction) useUntil(k *key) time.Time {
+	return t.began.Add(min(t.state.DataKeyUse, k.Limits.MaxAge))
+}
+
+// wrapBound wraps key material under the current version with the context
+// bound, past the cache, which learns from it all the same.
+func (t *transaction) wrapBound(ctx context.Context, k *key, material []byte, purpose envelope.Purpose, encryptionContext map[string]string) (envelope.EDK, KeyUse, error) {
+	if err := envelope.CheckContext(encryptionContext); err != nil {
+		return envelope.EDK{}, KeyUse{}, invalid(k.Name, "encryption context: %v", err)
+	}
+	version, err := t.current(ctx, k)
+	if err != nil {
+		return envelope.EDK{}, KeyUse{}, err
+	}
+	s, authority := t.service, k.wrapping.authority(version, cache.Encrypt)
+	info := envelope.ProviderInfo{
+		Purpose: purpose, Key: k.Name, URI: k.WrappingKey, Version: version, ContextBound: true,
+		Partition: s.partitionID(t.partition(k, encryptionContext)),
+	}
+	began := s.now()
+	wrapped, err := s.wrap(t.upstream(ctx), k.wrapping, material, info, encryptionContext)
+	s.observe(ctx, authority, err, began)
+	if err != nil {
+		return envelope.EDK{}, KeyUse{}, failure(ctx, k.Name, err)
+	}
+	return wrapped.edk, t.used(k, version, cache.Freshness{Source: cache.Upstream}), nil
+}
+
+// observe tells the cache what traffic past it has learned, unless the
+// caller's own end explains the error.
+func (s *Service) observe(ctx context.Context, a cache.Authority, err error, began time.Duration) {
+	if err != nil && ctx.Err() != nil {
+		return
+	}
+	s.cache.Observe(a, verdictOf(err), began)
+}
+
+// DecryptDataKeyRequest asks for the clear form of an exported data key.
+type DecryptDataKeyRequest struct {
+	EDK     envelope.EDK
+	Context map[string]string
+}
+
+// DecryptDataKey opens what GenerateDataKey made, with exactly its context,
+// and nothing else.
+func (s *Service) DecryptDataKey(ctx context.Context, call Call, req DecryptDataKeyRequest) (DataKeyResponse, error) {
+	return perform(ctx, s, call, policy.DecryptDataKey, func(ctx context.Context, t *transaction) (DataKeyResponse, error) {
+		k, edk, err := t.admitEDK(req.EDK, policy.DecryptDataKey, req.Context, envelope.PurposeExported)
+		if err != nil {
+			return DataKeyResponse{}, err
+		}
+		use, err := t.decryptionKey(ctx, k, edk)
+		if err != nil {
+			return DataKeyResponse{}, err
+		}
+		defer use.Release()
+		plaintext := append([]byte(nil), use.DataKey()...)
+		return DataKeyResponse{
+			Plaintext: plaintext, KeyUse: t.used(k, edk.version, use.Freshness()), UseUntil: t.useUntil(k),
+		}, nil
+	})
+}
+
+// admitEDK authorises the caller for the key that an EDK names and returns the
+// EDK ready to be opened.
+func (t *transaction) admitEDK(edk envelope.EDK, op policy.Operation, encryptionContext map[string]string, purpose envelope.Purpose) (*key, sealed, error) {
+	if edk.ProviderID != envelope.ProviderID {
+		return nil, sealed{}, foreign(errors.New("its provider is not kms-agent"))
+	}
+	info, err := envelope.ParseProviderInfo(edk.ProviderInfo)
+	if err != nil {
+		return nil, sealed{}, foreign(err)
+	}
+	k, err := t.authorise(info.Key, op, encryptionContext)
+	if err != nil {
+		return nil, sealed{}, err
+	}
+	if !info.ContextBound {
+		return nil, sealed{}, undecryptable(k.Name, errors.New("its context is not bound"))
+	}
+	ready, err := t.recognise(k, edk, info, encryptionContext, purpose)
+	return k, ready, err
+}
+
+// WrapRequest asks for key material to be wrapped.
+type WrapRequest struct {
+	Key       string
+	Plaintext []byte
+	Context   map[string]string
+}
+
+// WrapResponse holds wrapped key material.
+type WrapResponse struct {
+	EDK    envelope.EDK
+	KeyUse KeyUse
+}
+
+// Wrap wraps 1 to MaxWrapSize bytes of the caller's own key material directly
+// under the wrapping key. Nothing is cached.
+func (s *Service) Wrap(ctx context.Context, call Call, req WrapRequest) (WrapResponse, error) {
+	return perform(ctx, s, call, policy.Wrap, func(ctx context.Context, t *transaction) (WrapResponse, error) {
+		k, err := t.authorise(req.Key, policy.Wrap, req.Context)
+		if err != nil {
+			return WrapResponse{}, err
+		}
+		if n := len(req.Plaintext); n < 1 || n > MaxWrapSize {
+			return WrapResponse{}, invalid(k.Name, "Wrap takes 1 to %d bytes of key material, this is %d; use Encrypt for data", MaxWrapSize, n)
+		}
+		t.record.BytesIn = uint64(len(req.Plaintext))
+		edk, use, err := t.wrapBound(ctx, k, req.Plaintext, envelope.PurposeWrap, req.Context)
+		return WrapResponse{EDK: edk, KeyUse: use}, err
+	})
+}
+
+// UnwrapRequest asks for wrapped key material in clear.
+type UnwrapRequest struct {
+	EDK     envelope.EDK
+	Context map[string]string
+}
+
+// UnwrapResponse holds key material in clear.
+type UnwrapResponse struct {
+	Plaintext []byte
+	KeyUse    KeyUse
+}
+
+func (r *UnwrapResponse) wipe() { clear(r.Plaintext) }
+
+// Unwrap opens what Wrap made, with exactly its context, and nothing else. It
+// always asks upstream.
+func (s *Service) Unwrap(ctx context.Context, call Call, req UnwrapRequest) (UnwrapResponse, error) {
+	return perform(ctx, s, call, policy.Unwrap, func(ctx context.Context, t *transaction) (UnwrapResponse, error) {
+		k, edk, err := t.admitEDK(req.EDK, policy.Unwrap, req.Context, envelope.PurposeWrap)
+		if err != nil {
+			return UnwrapResponse{}, err
+		}
+		plaintext, err := t.unwrapDirect(ctx, k, edk)
+		if err != nil {
+			return UnwrapResponse{}, failure(ctx, k.Name, err)
+		}
+		t.record.BytesOut = uint64(len(plaintext))
+		use := t.used(k, edk.version, cache.Freshness{Source: cache.Upstream})
+		return UnwrapResponse{Plaintext: plaintext, KeyUse: use}, nil
+	})
+}
+
+func (t *transaction) unwrapDirect(ctx context.Context, k *key, edk sealed) ([]byte, error) {
+	s, authority := t.service, k.wrapping.authority(edk.version, cache.Decrypt)
+	if err := s.knows(t.upstream(ctx), k.wrapping, edk.version); err != nil {
+		return nil, err
+	}
+	began := s.now()
+	plaintext, err := k.wrapping.unwrap(t.upstream(ctx), edk)
+	s.observe(ctx, authority, err, began)
+	return plaintext, err
+}

@@ -1,0 +1,159 @@
+package kms
+
+import (
+	"context"
+	"crypto/rand"
+	"slices"
+	"time"
+
+	"github.com/kms-agent/kms-agent/agent/policy"
+	"github.com/kms-agent/kms-agent/cache"
+	"github.com/kms-agent/kms-agent/identity"
+	"github.com/kms-agent/kms-agent/plugins"
+)
+
+// KeyDescription is what a caller may know of a key.
+type KeyDescription struct {
+	Name        string
+	FormerNames []string
+	Labels      map[string]string
+	// Operations that policy gives this caller in some context.
+	Operations []policy.Operation
+	// CurrentVersion and Versions are empty while upstream has not said them.
+	CurrentVersion string
+	Versions       []plugins.KeyVersion
+	BindContext    bool
+	MaxAge         time.Duration
+}
+
+// DescribeKey describes one key.
+func (s *Service) DescribeKey(ctx context.Context, call Call, name string) (KeyDescription, error) {
+	return perform(ctx, s, call, policy.Describe, func(ctx context.Context, t *transaction) (KeyDescription, error) {
+		k, err := t.authorise(name, policy.Describe, nil)
+		if err != nil {
+			return KeyDescription{}, err
+		}
+		if _, err := t.current(ctx, k); err != nil {
+			return KeyDescription{}, err
+		}
+		return t.description(k), nil
+	})
+}
+
+// description tells what is known of a key without asking upstream.
+func (t *transaction) description(k *key) KeyDescription {
+	d := KeyDescription{
+		Name: k.Name, FormerNames: k.FormerNames, Labels: k.Labels, BindContext: k.BindContext,
+		MaxAge: k.Limits.MaxAge, Operations: t.state.Policy.Operations(t.call.Caller, k.Name),
+	}
+	if known := k.wrapping.described.Load(); known != nil {
+		d.CurrentVersion, d.Versions = known.Current, known.Versions
+	}
+	return d
+}
+
+// ListKeys returns the keys after the named one that the caller may describe,
+// in order of their names: at most limit, 0 for 100. more tells whether there
+// are others.
+func (s *Service) ListKeys(ctx context.Context, call Call, after string, limit int) (keys []KeyDescription, more bool, err error) {
+	if limit <= 0 {
+		limit = 100
+	}
+	limit = min(limit, MaxPageSize)
+	keys, err = perform(ctx, s, call, opListKeys, func(_ context.Context, t *transaction) ([]KeyDescription, error) {
+		var visible []KeyDescription
+		start, found := slices.BinarySearch(t.state.names, after)
+		if found {
+			start++
+		}
+		for _, name := range t.state.names[start:] {
+			if !t.decide(t.state, name, policy.Describe, nil).Allowed {
+				continue
+			}
+			if len(visible) == limit {
+				more = true
+				break
+			}
+			visible = append(visible, t.description(t.state.keys[name]))
+		}
+		return visible, nil
+	})
+	return keys, more && err == nil, err
+}
+
+// The operations that need no permission of their own on a key, as they stand
+// in the audit record.
+const (
+	opListKeys policy.Operation = "list-keys"
+	opWhoAmI   policy.Operation = "whoami"
+)
+
+// WhoAmI returns the caller as the agent knows it.
+func (s *Service) WhoAmI(ctx context.Context, call Call) (identity.Caller, error) {
+	return perform(ctx, s, call, opWhoAmI, func(context.Context, *transaction) (identity.Caller, error) {
+		return call.Caller, nil
+	})
+}
+
+// GenerateRandom returns 1 to MaxRandomSize bytes of the system's random. It
+// needs generate-random on any key, since it concerns none.
+func (s *Service) GenerateRandom(ctx context.Context, call Call, length int) ([]byte, error) {
+	return perform(ctx, s, call, policy.GenerateRandom, func(_ context.Context, t *transaction) ([]byte, error) {
+		decision := t.decide(t.state, "", policy.GenerateRandom, nil)
+		t.record.Rule = decision.Rule
+		if !decision.Allowed {
+			return nil, denied("")
+		}
+		if length < 1 || length > MaxRandomSize {
+			return nil, invalid("", "length must be 1 to %d bytes, not %d", MaxRandomSize, length)
+		}
+		random := make([]byte, length)
+		_, _ = rand.Read(random) // never fails: crypto/rand
+		t.record.BytesOut = uint64(length)
+		return random, nil
+	})
+}
+
+// KeyHealth is what an operator sees of a key.
+type KeyHealth struct {
+	Name, Backend, WrappingKey, CurrentVersion string
+	// EncryptConfirmed and DecryptConfirmed are how long ago upstream said yes
+	// for the current version; negative: not yet.
+	EncryptConfirmed, DecryptConfirmed time.Duration
+	// Problem says what is wrong; empty where nothing is known to be.
+	Problem string
+}
+
+// Health tells of every key without asking upstream.
+func (s *Service) Health() []KeyHealth {
+	st := s.state.Load()
+	keys := make([]KeyHealth, 0, len(st.names))
+	for _, name := range st.names {
+		keys = append(keys, s.health(st.keys[name]))
+	}
+	return keys
+}
+
+func (s *Service) health(k *key) KeyHealth {
+	h := KeyHealth{Name: k.Name, Backend: k.Backend, WrappingKey: k.WrappingKey, EncryptConfirmed: -1, DecryptConfirmed: -1}
+	known := k.wrapping.described.Load()
+	if known == nil {
+		return h
+	}
+	h.CurrentVersion = known.Current
+	for _, direction := range []cache.Direction{cache.Encrypt, cache.Decrypt} {
+		a := k.wrapping.authority(known.Current, direction)
+		if err := s.cache.Recheck(a); err != nil {
+			h.Problem = err.Error()
+		}
+		age, ok := s.cache.Confirmed(a)
+		switch {
+		case !ok:
+		case direction == cache.Encrypt:
+			h.EncryptConfirmed = age
+		default:
+			h.DecryptConfirmed = age
+		}
+	}
+	return h
+}

@@ -1,0 +1,182 @@
+package kms
+
+import (
+	"context"
+	"encoding/hex"
+	"errors"
+	"maps"
+	"slices"
+	"time"
+
+	"github.com/kms-agent/kms-agent/agent/audit"
+	"github.com/kms-agent/kms-agent/agent/policy"
+	"github.com/kms-agent/kms-agent/cache"
+	"github.com/kms-agent/kms-agent/envelope"
+)
+
+// maxKeyName bounds what of a caller's key name reaches policy and audit.
+const maxKeyName = 128
+
+// transaction is one operation on its way through the one door: authorise,
+// act, audit.
+type transaction struct {
+	service *Service
+	state   *state
+	call    Call
+	// arrived is when the request came, for max_stale of zero.
+	arrived  time.Duration
+	began    time.Time
+	maxStale *time.Duration
+	record   audit.Record
+}
+
+// wiper is an answer that holds plaintext; it is wiped when the answer must
+// not go out.
+type wiper interface{ wipe() }
+
+// perform is the one door. It runs act and writes the audit record; only then
+// is there an answer.
+func perform[R any](ctx context.Context, s *Service, call Call, op policy.Operation, act func(context.Context, *transaction) (R, error)) (R, error) {
+	t := s.begin(call, op)
+	answer, err := act(ctx, t)
+	if auditErr := t.finish(ctx, err); auditErr != nil {
+		err = auditErr
+	}
+	if err == nil {
+		return answer, nil
+	}
+	if w, ok := any(&answer).(wiper); ok {
+		w.wipe()
+	}
+	var none R
+	return none, err
+}
+
+func (s *Service) begin(call Call, op policy.Operation) *transaction {
+	return &transaction{
+		service: s, state: s.state.Load(), call: call,
+		arrived: s.now(), began: time.Now(), maxStale: call.MaxStale,
+		record: audit.Record{
+			Kind: audit.KindOperation, RequestID: call.RequestID, Door: call.Door, Operation: string(op),
+			Caller: callerRecord(call),
+		},
+	}
+}
+
+func callerRecord(call Call) audit.Caller {
+	return audit.Caller{
+		SPIFFEID: call.Caller.ID.String(), Proof: string(call.Caller.Proof),
+		UID: call.Caller.Peer.UID, GID: call.Caller.Peer.GID, PID: call.Caller.Peer.PID,
+	}
+}
+
+// authorise decides whether the caller may perform op on the key of that name.
+// The answers for an unknown key and for a forbidden one are the same.
+func (t *transaction) authorise(name string, op policy.Operation, encryptionContext map[string]string) (*key, error) {
+	if len(name) > maxKeyName {
+		name = name[:maxKeyName]
+	}
+	t.record.Key = name
+	t.record.Context = encryptionContext
+	k := t.state.keys[name]
+	if k != nil {
+		t.record.Key = k.Name
+	}
+	decision := t.decide(t.state, t.record.Key, op, encryptionContext)
+	t.record.Rule = decision.Rule
+	if k == nil || !decision.Allowed {
+		return nil, denied(name)
+	}
+	t.bound(decision.MaxStale)
+	t.record.Backend = k.Backend
+	return k, nil
+}
+
+func (t *transaction) decide(st *state, name string, op policy.Operation, encryptionContext map[string]string) policy.Decision {
+	if st.Policy == nil {
+		return policy.Decision{}
+	}
+	return st.Policy.Decide(policy.Request{
+		Caller: t.call.Caller, Operation: op, Key: name, Context: encryptionContext, Time: t.began,
+	})
+}
+
+// bound tightens how stale a key may be.
+func (t *transaction) bound(limit *time.Duration) {
+	if limit != nil && (t.maxStale == nil || *limit < *t.maxStale) {
+		t.maxStale = limit
+	}
+}
+
+// used notes which key stands behind the answer, and returns it for the caller.
+func (t *transaction) used(k *key, version string, f cache.Freshness) KeyUse {
+	t.record.KeyVersion = version
+	t.record.Freshness = audit.Freshness{
+		Source:          f.Source.String(),
+		AgeMillis:       f.Age.Milliseconds(),
+		GraceLeftMillis: f.GraceLeft.Milliseconds(),
+	}
+	return KeyUse{Key: k.Name, Version: version, Freshness: f}
+}
+
+// finish writes the record of an operation that ended with err. Its own error
+// replaces any answer.
+func (t *transaction) finish(ctx context.Context, err error) error {
+	r := &t.record
+	r.Outcome, r.Reason, r.Detail = audit.Success, "", ""
+	if err != nil {
+		r.Outcome, r.Reason, r.Detail = audit.Error, string(ReasonOf(err)), detailOf(err)
+	}
+	switch ReasonOf(err) {
+	case ReasonAccessDenied, ReasonUnidentified:
+		r.Outcome = audit.Denied
+	}
+	r.DurationMicros = time.Since(t.began).Microseconds()
+	return t.write(ctx)
+}
+
+// write hands the record to the audit log. The caller's own deadline does not
+// count here: what was done must be recorded.
+func (t *transaction) write(ctx context.Context) error {
+	t.record.Time = time.Now()
+	if err := t.service.audit.Write(context.WithoutCancel(ctx), &t.record); err != nil {
+		return &Error{
+			Reason: ReasonAuditUnavailable, Key: t.record.Key, Cause: err, RetryAfter: time.Second,
+			Message: "the audit record cannot be written, so there is no answer; `kms-agent status` on the host says why",
+		}
+	}
+	return nil
+}
+
+// Refuse records a request that never became an operation: its caller could
+// not be identified, or it broke a limit of the door. It returns the error for
+// the caller.
+func (s *Service) Refuse(ctx context.Context, call Call, operation string, refusal *Error) error {
+	t := s.begin(call, policy.Operation(operation))
+	if err := t.finish(ctx, refusal); err != nil {
+		return err
+	}
+	return refusal
+}
+
+// detailOf is what an auditor needs to tell failures apart that look alike
+// outside.
+func detailOf(err error) string {
+	var e *Error
+	if errors.As(err, &e) && e.Cause != nil {
+		return e.Cause.Error()
+	}
+	if e != nil {
+		return e.Message
+	}
+	return err.Error()
+}
+
+func messageID(id [envelope.MessageIDSize]byte) string { return hex.EncodeToString(id[:]) }
+
+func sortedKeys(m map[string]string) []string {
+	if len(m) == 0 {
+		return nil
+	}
+	return slices.Sorted(maps.Keys(m))
+}

@@ -1,0 +1,261 @@
+package kms
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/kms-agent/kms-agent/agent/audit"
+	"github.com/kms-agent/kms-agent/agent/policy"
+	"github.com/kms-agent/kms-agent/cache"
+	"github.com/kms-agent/kms-agent/envelope"
+)
+
+// KeyUse names the key behind an answer and how fresh it is.
+type KeyUse struct {
+	Key       string
+	Version   string
+	Freshness cache.Freshness
+}
+
+// EncryptRequest asks for a message.
+type EncryptRequest struct {
+	Key       string
+	Plaintext []byte
+	Context   map[string]string
+}
+
+// EncryptResponse holds a message.
+type EncryptResponse struct {
+	Message []byte
+	KeyUse  KeyUse
+}
+
+// Encrypt seals plaintext into a message under a data key of req.Key. The
+// plaintext is read during the call only.
+func (s *Service) Encrypt(ctx context.Context, call Call, req EncryptRequest) (EncryptResponse, error) {
+	return perform(ctx, s, call, policy.Encrypt, func(ctx context.Context, t *transaction) (EncryptResponse, error) {
+		k, err := t.authorise(req.Key, policy.Encrypt, req.Context)
+		if err != nil {
+			return EncryptResponse{}, err
+		}
+		return t.seal(ctx, k, req.Plaintext, req.Context)
+	})
+}
+
+// seal makes a message for a caller who may.
+func (t *transaction) seal(ctx context.Context, k *key, plaintext []byte, encryptionContext map[string]string) (EncryptResponse, error) {
+	t.record.BytesIn = uint64(len(plaintext))
+	if err := envelope.CheckContext(encryptionContext); err != nil {
+		return EncryptResponse{}, invalid(k.Name, "encryption context: %v", err)
+	}
+	use, err := t.encryptionKey(ctx, k, encryptionContext, uint64(len(plaintext)))
+	if err != nil {
+		return EncryptResponse{}, err
+	}
+	defer use.Release()
+	origin, _ := use.Origin().(sealed)
+	message, err := envelope.Seal(nil, use.DataKey(), []envelope.EDK{origin.edk}, encryptionContext, plaintext)
+	if err != nil {
+		return EncryptResponse{}, &Error{Reason: ReasonInternal, Key: k.Name, Message: "the message could not be made", Cause: err}
+	}
+	t.record.MessageID = messageID(envelope.MessageIDOf(message))
+	t.record.BytesOut = uint64(len(message))
+	return EncryptResponse{Message: message, KeyUse: t.used(k, origin.version, use.Freshness())}, nil
+}
+
+// DecryptRequest asks for the plaintext of a message.
+type DecryptRequest struct {
+	Message []byte
+	// ExpectedContext must all be present in the message's context.
+	ExpectedContext map[string]string
+}
+
+// DecryptResponse holds the plaintext and what the message says of itself.
+type DecryptResponse struct {
+	Plaintext []byte
+	KeyUse    KeyUse
+	Context   map[string]string
+}
+
+func (r *DecryptResponse) wipe() { clear(r.Plaintext) }
+
+// Decrypt opens a message. The key is read from the message and authorised
+// before anything is unwrapped.
+func (s *Service) Decrypt(ctx context.Context, call Call, req DecryptRequest) (DecryptResponse, error) {
+	return perform(ctx, s, call, policy.Decrypt, func(ctx context.Context, t *transaction) (DecryptResponse, error) {
+		return t.open(ctx, req)
+	})
+}
+
+func (t *transaction) open(ctx context.Context, req DecryptRequest) (DecryptResponse, error) {
+	t.record.BytesIn = uint64(len(req.Message))
+	message, err := envelope.Parse(req.Message)
+	if err != nil {
+		return DecryptResponse{}, foreign(err)
+	}
+	k, edks, err := t.admit(&message.Header, req.ExpectedContext)
+	if err != nil {
+		return DecryptResponse{}, err
+	}
+	var plaintext []byte
+	use, edk, err := t.unlock(ctx, k, edks, func(dataKey []byte) error {
+		plaintext, err = message.Open(nil, dataKey)
+		return err
+	})
+	if err != nil {
+		return DecryptResponse{}, err
+	}
+	defer use.Release()
+	t.record.BytesOut = uint64(len(plaintext))
+	return DecryptResponse{
+		Plaintext: plaintext, Context: message.Context, KeyUse: t.used(k, edk.version, use.Freshness()),
+	}, nil
+}
+
+// admit finds the one logical key of a message, authorises the caller for it,
+// and returns the EDKs that can be tried. Nothing has been unwrapped yet, and
+// the header is not proven yet: the context decides who may try, the message's
+// own tag then proves the context.
+func (t *transaction) admit(h *envelope.Header, expected map[string]string) (*key, []sealed, error) {
+	t.record.MessageID = messageID(h.MessageID)
+	name, infos, err := t.keyOf(h)
+	if err != nil {
+		return nil, nil, err
+	}
+	k, err := t.authorise(name, policy.Decrypt, h.Context)
+	if err != nil {
+		return nil, nil, err
+	}
+	for pair, want := range expected {
+		if got, ok := h.Context[pair]; !ok || got != want {
+			return nil, nil, undecryptable(k.Name, fmt.Errorf("expected context: %q is not as expected", pair))
+		}
+	}
+	var edks []sealed
+	var last error
+	for i, info := range infos {
+		if info == nil || t.state.keys[info.Key] != k {
+			continue
+		}
+		edk, err := t.recognise(k, h.EDKs[i], *info, h.Context, envelope.PurposeMessage, envelope.PurposeExported)
+		if err != nil {
+			last = err
+			continue
+		}
+		edks = append(edks, edk)
+	}
+	if len(edks) == 0 {
+		return nil, nil, last
+	}
+	return k, edks, nil
+}
+
+// keyOf reads the logical key of a message from its EDKs. All that this agent
+// recognises must name the same one.
+func (t *transaction) keyOf(h *envelope.Header) (string, []*envelope.ProviderInfo, error) {
+	infos := make([]*envelope.ProviderInfo, len(h.EDKs))
+	unknown, name := "", ""
+	for i, edk := range h.EDKs {
+		if edk.ProviderID != envelope.ProviderID {
+			continue
+		}
+		info, err := envelope.ParseProviderInfo(edk.ProviderInfo)
+		if err != nil {
+			return "", nil, foreign(err)
+		}
+		infos[i] = &info
+		k := t.state.keys[info.Key]
+		switch {
+		case k == nil:
+			unknown = info.Key
+		case name == "":
+			name = k.Name
+		case name != k.Name:
+			return "", nil, foreign(fmt.Errorf("its encrypted data keys name several keys (%q and %q)", name, k.Name))
+		}
+	}
+	switch {
+	case name != "":
+		return name, infos, nil
+	case unknown != "":
+		return unknown, infos, nil
+	}
+	return "", nil, foreign(errors.New("none of its encrypted data keys was made by a kms-agent"))
+}
+
+// unlock tries the EDKs until open succeeds with the data key behind one. The
+// returned use is the caller's to release.
+func (t *transaction) unlock(ctx context.Context, k *key, edks []sealed, open func(dataKey []byte) error) (*cache.Use, sealed, error) {
+	var first error
+	for _, edk := range edks {
+		use, err := t.decryptionKey(ctx, k, edk)
+		if err == nil {
+			if err = open(use.DataKey()); err == nil {
+				return use, edk, nil
+			}
+			use.Release()
+			err = undecryptable(k.Name, err)
+		}
+		if first == nil || ReasonOf(first) == ReasonDecryptFailed {
+			first = err
+		}
+	}
+	return nil, sealed{}, first
+}
+
+// ReEncryptRequest asks for a new message with the plaintext of another.
+type ReEncryptRequest struct {
+	Message         []byte
+	ExpectedContext map[string]string
+	// DestinationKey is empty to stay with the message's key.
+	DestinationKey string
+	// DestinationContext replaces the context where ReplaceContext is set.
+	DestinationContext map[string]string
+	ReplaceContext     bool
+}
+
+// ReEncryptResponse holds the new message.
+type ReEncryptResponse struct {
+	Message     []byte
+	Source      KeyUse
+	Destination KeyUse
+}
+
+// ReEncrypt opens a message and seals its plaintext into a new one. It needs
+// decrypt on the source and encrypt on the destination; the plaintext does not
+// leave the agent. One audit record names both keys.
+func (s *Service) ReEncrypt(ctx context.Context, call Call, req ReEncryptRequest) (ReEncryptResponse, error) {
+	return perform(ctx, s, call, opReEncrypt, func(ctx context.Context, t *transaction) (ReEncryptResponse, error) {
+		opened, err := t.open(ctx, DecryptRequest{Message: req.Message, ExpectedContext: req.ExpectedContext})
+		if err != nil {
+			return ReEncryptResponse{}, err
+		}
+		defer opened.wipe()
+		t.record.Source = &audit.KeyUse{
+			Key: t.record.Key, KeyVersion: t.record.KeyVersion, Freshness: t.record.Freshness,
+			MessageID: t.record.MessageID, Rule: t.record.Rule,
+		}
+		name, encryptionContext := opened.KeyUse.Key, opened.Context
+		if req.DestinationKey != "" {
+			name = req.DestinationKey
+		}
+		if req.ReplaceContext {
+			encryptionContext = req.DestinationContext
+		}
+		k, err := t.authorise(name, policy.Encrypt, encryptionContext)
+		if err != nil {
+			return ReEncryptResponse{}, err
+		}
+		made, err := t.seal(ctx, k, opened.Plaintext, encryptionContext)
+		if err != nil {
+			return ReEncryptResponse{}, err
+		}
+		t.record.BytesIn = uint64(len(req.Message))
+		return ReEncryptResponse{Message: made.Message, Source: opened.KeyUse, Destination: made.KeyUse}, nil
+	})
+}
+
+// opReEncrypt names the operation in the audit record; policy knows only its
+// two halves.
+const opReEncrypt policy.Operation = "reencrypt"

@@ -1,0 +1,115 @@
+// Package kms performs key operations for an identified caller.
+package kms
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/kms-agent/kms-agent/agent/audit"
+	"github.com/kms-agent/kms-agent/cache"
+	"github.com/kms-agent/kms-agent/identity"
+)
+
+// Limits of what callers may ask for.
+const (
+	// MaxWrapSize is how many bytes Wrap takes at most.
+	MaxWrapSize = 4096
+	// MaxRandomSize is how many bytes GenerateRandom gives at most.
+	MaxRandomSize = 64 << 10
+	// MaxPageSize is how many keys one page of ListKeys holds at most.
+	MaxPageSize = 1000
+)
+
+// Call says who asks, through which door, and on what terms.
+type Call struct {
+	Caller identity.Caller
+	// Door names the protocol: "native", "admin".
+	Door string
+	// RequestID stands in the audit record and in the answer.
+	RequestID string
+	// MaxStale bounds the age of the last upstream confirmation; nil: no bound
+	// beyond the key's own; zero: confirmed by a call that began after this one.
+	MaxStale *time.Duration
+	// Recheck proves the caller again; streams call it periodically. nil: the
+	// proof cannot end.
+	Recheck func() error
+}
+
+// Options are what a Service needs for its whole life.
+type Options struct {
+	// Audit receives one record for each operation, before its answer.
+	Audit *audit.Log
+	// MaxEntries bounds the data-key cache, both directions together.
+	MaxEntries int
+	// Now is CLOCK_BOOTTIME: a suspended host does not stretch a limit.
+	Now func() time.Duration
+	// ConfirmTimeout bounds one confirmation upstream.
+	ConfirmTimeout time.Duration
+	// RecheckInterval is how often a stream asks again whether it may go on.
+	RecheckInterval time.Duration
+	// Alarm is told of what an operator must look at: a backend that lies, an
+	// own canary that does not open. It must not block.
+	Alarm func(message string, err error, backend, wrappingKey string)
+}
+
+// Service performs key operations. It is safe for concurrent use. Its
+// configuration is one immutable state that Apply replaces; an operation loads
+// it once.
+type Service struct {
+	audit   *audit.Log
+	cache   *cache.Cache
+	now     func() time.Duration
+	recheck time.Duration
+	alarm   func(string, error, string, string)
+	// partitionKey makes the partition identifiers of this process: random, so
+	// that they tell nobody who the writer was.
+	partitionKey [32]byte
+	state        atomic.Pointer[state]
+
+	mu        sync.Mutex // guards wrappings
+	wrappings map[wrappingID]*wrapping
+}
+
+// New returns a Service that knows no keys until Apply. Run must be running
+// for keys to be refreshed ahead of their age.
+func New(o Options) (*Service, error) {
+	if o.Audit == nil || o.Now == nil {
+		return nil, errors.New("kms: audit log and clock are required")
+	}
+	s := &Service{
+		audit: o.Audit, now: o.Now, recheck: o.RecheckInterval, alarm: o.Alarm,
+		wrappings: map[wrappingID]*wrapping{},
+	}
+	if s.recheck <= 0 {
+		s.recheck = 5 * time.Second
+	}
+	if s.alarm == nil {
+		s.alarm = func(string, error, string, string) {}
+	}
+	_, _ = rand.Read(s.partitionKey[:]) // never fails: crypto/rand
+	c, err := cache.New(cache.Config{
+		Now: o.Now, MaxEntries: o.MaxEntries, Classify: verdictOf,
+		Confirm: s.confirm, ConfirmTimeout: o.ConfirmTimeout,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("kms: %w", err)
+	}
+	s.cache = c
+	s.state.Store(emptyState())
+	return s, nil
+}
+
+// Run refreshes confirmations ahead of their age and forgets what expired. It
+// returns when ctx ends.
+func (s *Service) Run(ctx context.Context) error { return s.cache.Run(ctx) }
+
+// Close destroys every data key. Operations after it fail.
+func (s *Service) Close() { s.cache.Close() }
+
+// Stats tells the state of the data-key cache.
+func (s *Service) Stats() cache.Stats { return s.cache.Stats() }

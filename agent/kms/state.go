@@ -1,0 +1,136 @@
+package kms
+
+import (
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/kms-agent/kms-agent/agent/policy"
+	"github.com/kms-agent/kms-agent/cache"
+	"github.com/kms-agent/kms-agent/identity"
+	"github.com/kms-agent/kms-agent/plugins"
+)
+
+// Partition says what may share a data key for encryption.
+type Partition string
+
+// The partitions.
+const (
+	// PartitionCaller gives each caller data keys of its own. The default.
+	PartitionCaller Partition = "caller"
+	// PartitionKey lets all callers of a key share.
+	PartitionKey Partition = "key"
+	// PartitionContext gives each encryption context data keys of its own.
+	PartitionContext Partition = "context"
+)
+
+// Key is one logical key.
+type Key struct {
+	Name        string
+	FormerNames []string
+	Labels      map[string]string
+	// Backend names an entry of Config.Backends.
+	Backend string
+	// WrappingKey is the backend-independent URI of the wrapping key, such as
+	// "local:orders". It belongs to exactly one logical key.
+	WrappingKey string
+	// BindContext makes the wrapping key authenticate the encryption context
+	// of messages too, at the price of one data key for each context.
+	BindContext bool
+	Limits      cache.Limits
+	Partition   Partition
+}
+
+// Config is what an administrator decides, and what a reload replaces.
+type Config struct {
+	Keys     []Key
+	Policy   *policy.Policy
+	Backends map[string]plugins.Backend
+	// Administrators says which local users may do what on the admin door.
+	Administrators []Administrator
+	// DataKeyUse bounds how long a receiver may cache a data key in clear.
+	DataKeyUse time.Duration
+	// MaxStream bounds the plaintext of one stream, in bytes.
+	MaxStream uint64
+}
+
+// Administrator gives operations on the admin door to the local peers that
+// match every field that is set. One that sets none matches nobody.
+type Administrator struct {
+	UID, GID   *uint32
+	Operations []policy.Operation
+}
+
+func (a Administrator) may(p identity.Peer, op policy.Operation) bool {
+	return (a.UID != nil || a.GID != nil) &&
+		(a.UID == nil || *a.UID == p.UID) && (a.GID == nil || *a.GID == p.GID) &&
+		slices.Contains(a.Operations, op)
+}
+
+// state is one configuration, ready for use and never changed.
+type state struct {
+	Config
+	keys  map[string]*key // by name and by former name
+	names []string        // sorted, without former names
+}
+
+type key struct {
+	Key
+	wrapping *wrapping
+}
+
+func emptyState() *state { return &state{keys: map[string]*key{}} }
+
+// Apply puts a configuration to use. Operations under way finish with the
+// state they began with. Data keys of keys that are gone are destroyed.
+func (s *Service) Apply(c Config) error {
+	next := emptyState()
+	next.Config = c
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	used := map[wrappingID]*wrapping{}
+	for _, k := range c.Keys {
+		if err := s.addKey(next, used, k); err != nil {
+			return err
+		}
+	}
+	slices.Sort(next.names)
+	previous := s.state.Swap(next)
+	s.wrappings = used
+	for _, name := range previous.names {
+		old := previous.keys[name]
+		if k := next.keys[name]; k == nil || k.wrapping != old.wrapping {
+			s.cache.EvictKey(name)
+		}
+	}
+	return nil
+}
+
+// addKey requires s.mu.
+func (s *Service) addKey(next *state, used map[wrappingID]*wrapping, k Key) error {
+	backend := next.Backends[k.Backend]
+	if backend == nil {
+		return fmt.Errorf("kms: key %q: no backend %q", k.Name, k.Backend)
+	}
+	id := wrappingID{backend: k.Backend, uri: k.WrappingKey}
+	if used[id] != nil {
+		return fmt.Errorf("kms: key %q: wrapping key %s of backend %s belongs to key %q already", k.Name, id.uri, id.backend, used[id].key)
+	}
+	w := s.wrappings[id]
+	if w == nil || w.backend != backend || w.key != k.Name {
+		w = newWrapping(id, k.Name, backend)
+	}
+	used[id] = w
+	entry := &key{Key: k, wrapping: w}
+	for _, name := range append([]string{k.Name}, k.FormerNames...) {
+		if next.keys[name] != nil {
+			return fmt.Errorf("kms: key %q: the name %q belongs to key %q already", k.Name, name, next.keys[name].Name)
+		}
+		next.keys[name] = entry
+	}
+	next.names = append(next.names, k.Name)
+	return nil
+}
+
+// current returns the newest state's key of that name, nil when it is gone.
+func (s *Service) currentKey(name string) *key { return s.state.Load().keys[name] }

@@ -1,0 +1,264 @@
+package kms
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"time"
+
+	"github.com/kms-agent/kms-agent/agent/audit"
+	"github.com/kms-agent/kms-agent/agent/policy"
+	"github.com/kms-agent/kms-agent/cache"
+	"github.com/kms-agent/kms-agent/envelope"
+)
+
+// stream is what both directions share: the start record has been written, and
+// the end record will be, once.
+type stream struct {
+	t         *transaction
+	k         *key
+	op        policy.Operation
+	context   map[string]string
+	use       *cache.Use
+	authority cache.Authority
+	keyUse    KeyUse
+	checked   time.Duration
+	ended     bool
+}
+
+// KeyUse names the key behind the stream.
+func (s *stream) KeyUse() KeyUse { return s.keyUse }
+
+// openStream writes the start record; nothing has left the agent before it.
+func (t *transaction) openStream(ctx context.Context, st *stream) error {
+	t.record.Kind = audit.KindStart
+	t.record.Outcome = audit.Success
+	if err := t.write(ctx); err != nil {
+		return err
+	}
+	t.record.Kind = audit.KindEnd
+	st.checked = t.service.now()
+	return nil
+}
+
+// mayGoOn asks again, now and then, whether the caller is still who it was,
+// policy still gives the operation and the key is not revoked.
+func (s *stream) mayGoOn() error {
+	service := s.t.service
+	now := service.now()
+	if now-s.checked < service.recheck {
+		return nil
+	}
+	s.checked = now
+	if s.t.call.Recheck != nil {
+		if err := s.t.call.Recheck(); err != nil {
+			return &Error{Reason: ReasonUnidentified, Key: s.k.Name, Cause: err, Message: "the caller's proof of identity ended during the stream: " + err.Error()}
+		}
+	}
+	state := service.state.Load()
+	if k := state.keys[s.k.Name]; k == nil || k.wrapping != s.k.wrapping {
+		return denied(s.k.Name)
+	}
+	decision := s.t.decide(state, s.k.Name, s.op, s.context)
+	if !decision.Allowed {
+		s.t.record.Rule = decision.Rule
+		return denied(s.k.Name)
+	}
+	if err := service.cache.Recheck(s.authority); err != nil {
+		return failure(context.Background(), s.k.Name, err)
+	}
+	return nil
+}
+
+// end releases the data key and writes the end record. It returns err, or why
+// the record could not be written.
+func (s *stream) end(ctx context.Context, err error) error {
+	if s.ended {
+		return err
+	}
+	s.ended = true
+	s.use.Release()
+	if auditErr := s.t.finish(ctx, err); auditErr != nil {
+		return auditErr
+	}
+	return err
+}
+
+// EncryptStreamRequest asks for a message of a length not known yet.
+type EncryptStreamRequest struct {
+	Key     string
+	Context map[string]string
+	// LengthLimit is how many bytes of plaintext may follow; 0: the configured
+	// bound for streams. It is counted against the data key's limit at once.
+	LengthLimit uint64
+}
+
+// EncryptStream makes one message from what is written to it. It is for one
+// goroutine. Close must be called, with the error that ended the plaintext
+// early or nil; only a nil answer of Close makes the message complete.
+type EncryptStream struct {
+	stream
+	w    *envelope.Writer
+	left uint64
+}
+
+// EncryptStream authorises the caller and begins a message on w.
+func (s *Service) EncryptStream(ctx context.Context, call Call, req EncryptStreamRequest, w io.Writer) (*EncryptStream, error) {
+	t := s.begin(call, policy.Encrypt)
+	st, err := t.beginEncrypt(ctx, req, w)
+	if err == nil {
+		return st, nil
+	}
+	if auditErr := t.finish(ctx, err); auditErr != nil {
+		err = auditErr
+	}
+	return nil, err
+}
+
+func (t *transaction) beginEncrypt(ctx context.Context, req EncryptStreamRequest, w io.Writer) (*EncryptStream, error) {
+	k, err := t.authorise(req.Key, policy.Encrypt, req.Context)
+	if err != nil {
+		return nil, err
+	}
+	if err := envelope.CheckContext(req.Context); err != nil {
+		return nil, invalid(k.Name, "encryption context: %v", err)
+	}
+	limit := min(t.state.MaxStream, k.Limits.MaxBytes)
+	if req.LengthLimit > limit {
+		return nil, &Error{Reason: ReasonTooLarge, Key: k.Name, Message: fmt.Sprintf("a stream may hold %d bytes, not %d; split the data, or raise limits.max_stream", limit, req.LengthLimit)}
+	}
+	if req.LengthLimit > 0 {
+		limit = req.LengthLimit
+	}
+	use, err := t.encryptionKey(ctx, k, req.Context, limit)
+	if err != nil {
+		return nil, err
+	}
+	origin, _ := use.Origin().(sealed)
+	st := &EncryptStream{left: limit, stream: stream{
+		t: t, k: k, op: policy.Encrypt, context: req.Context, use: use,
+		authority: k.wrapping.authority(origin.version, cache.Encrypt),
+		keyUse:    t.used(k, origin.version, use.Freshness()),
+	}}
+	if err := t.openStream(ctx, &st.stream); err != nil {
+		use.Release()
+		return nil, err
+	}
+	st.w, err = envelope.NewWriter(w, use.DataKey(), []envelope.EDK{origin.edk}, req.Context)
+	if err != nil {
+		use.Release()
+		return nil, &Error{Reason: ReasonInternal, Key: k.Name, Message: "the message could not be begun", Cause: err}
+	}
+	t.record.MessageID = messageID(st.w.Header().MessageID)
+	return st, nil
+}
+
+// Write encrypts p. After an error the stream is over; Close it with the error.
+func (s *EncryptStream) Write(p []byte) (int, error) {
+	if err := s.mayGoOn(); err != nil {
+		return 0, err
+	}
+	if uint64(len(p)) > s.left {
+		return 0, &Error{Reason: ReasonTooLarge, Key: s.k.Name, Message: "the stream is longer than its length limit; the message is not complete"}
+	}
+	n, err := s.w.Write(p)
+	s.left -= uint64(n)
+	s.t.record.BytesIn += uint64(n)
+	return n, err
+}
+
+// Close ends the message when cause is nil, and leaves it incomplete when it is
+// not. The end record is written before it returns.
+func (s *EncryptStream) Close(ctx context.Context, cause error) error {
+	if cause == nil && !s.ended {
+		cause = s.w.Close()
+	}
+	return s.end(ctx, streamFailure(ctx, s.k.Name, cause))
+}
+
+// DecryptStream gives the plaintext of one message. It is for one goroutine.
+// Close must be called; only a nil answer makes the plaintext complete.
+type DecryptStream struct {
+	stream
+	r      *envelope.Reader
+	source io.Reader
+}
+
+// DecryptStream reads the header of a message from r, authorises the caller for
+// its key and opens it.
+func (s *Service) DecryptStream(ctx context.Context, call Call, expected map[string]string, r io.Reader) (*DecryptStream, error) {
+	t := s.begin(call, policy.Decrypt)
+	st, err := t.beginDecrypt(ctx, expected, r)
+	if err == nil {
+		return st, nil
+	}
+	if auditErr := t.finish(ctx, err); auditErr != nil {
+		err = auditErr
+	}
+	return nil, err
+}
+
+func (t *transaction) beginDecrypt(ctx context.Context, expected map[string]string, r io.Reader) (*DecryptStream, error) {
+	reader, err := envelope.NewReader(r)
+	if err != nil {
+		return nil, streamFailure(ctx, "", err)
+	}
+	k, edks, err := t.admit(reader.Header(), expected)
+	if err != nil {
+		return nil, err
+	}
+	use, edk, err := t.unlock(ctx, k, edks, reader.Unlock)
+	if err != nil {
+		return nil, err
+	}
+	st := &DecryptStream{r: reader, source: r, stream: stream{
+		t: t, k: k, op: policy.Decrypt, context: reader.Header().Context, use: use,
+		authority: k.wrapping.authority(edk.version, cache.Decrypt),
+		keyUse:    t.used(k, edk.version, use.Freshness()),
+	}}
+	if err := t.openStream(ctx, &st.stream); err != nil {
+		use.Release()
+		return nil, err
+	}
+	return st, nil
+}
+
+// Context returns the message's encryption context.
+func (s *DecryptStream) Context() map[string]string { return s.context }
+
+// Read gives verified plaintext only. io.EOF means that the whole message was
+// verified.
+func (s *DecryptStream) Read(p []byte) (int, error) {
+	if err := s.mayGoOn(); err != nil {
+		return 0, err
+	}
+	n, err := s.r.Read(p)
+	s.t.record.BytesOut += uint64(n)
+	return n, err
+}
+
+// Close ends the stream with the error that ended it, or nil after io.EOF. The
+// end record is written before it returns.
+func (s *DecryptStream) Close(ctx context.Context, cause error) error {
+	return s.end(ctx, streamFailure(ctx, s.k.Name, cause))
+}
+
+// streamFailure explains what ended a stream.
+func streamFailure(ctx context.Context, key string, err error) error {
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, envelope.ErrTruncated):
+		return &Error{Reason: ReasonTruncated, Key: key, Cause: err, Message: "the message ends too early: it is incomplete, and so is the plaintext before this error"}
+	case errors.Is(err, envelope.ErrMalformed), errors.Is(err, envelope.ErrLimit):
+		return foreign(err)
+	case errors.Is(err, envelope.ErrDecrypt):
+		return undecryptable(key, err)
+	}
+	var known *Error
+	if errors.As(err, &known) || ctx.Err() != nil {
+		return failure(ctx, key, err)
+	}
+	return &Error{Reason: ReasonInternal, Key: key, Cause: err, Message: "the stream broke; what came before this error is incomplete"}
+}

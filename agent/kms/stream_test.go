@@ -1,0 +1,191 @@
+package kms_test
+
+import (
+	"bytes"
+	"errors"
+	"io"
+	"testing"
+	"time"
+
+	"github.com/kms-agent/kms-agent/agent/audit"
+	"github.com/kms-agent/kms-agent/agent/kms"
+	"github.com/kms-agent/kms-agent/agent/policy"
+	"github.com/kms-agent/kms-agent/envelope"
+	"github.com/kms-agent/kms-agent/identity"
+)
+
+func encryptStream(t *testing.T, r *rig, c kms.Call, plaintext []byte) []byte {
+	t.Helper()
+	var message bytes.Buffer
+	st, err := r.EncryptStream(t.Context(), c, kms.EncryptStreamRequest{Key: "orders", Context: map[string]string{"tenant": "acme"}}, &message)
+	if err != nil {
+		t.Fatalf("begin: %v", err)
+	}
+	if _, err := st.Write(plaintext); err != nil {
+		t.Fatalf("write: %v", err)
+	}
+	if err := st.Close(t.Context(), nil); err != nil {
+		t.Fatalf("close: %v", err)
+	}
+	return message.Bytes()
+}
+
+func TestStreamRoundTrip(t *testing.T) {
+	r := newRig(t)
+	c := caller(t, orders)
+	plaintext := bytes.Repeat([]byte("0123456789abcdef"), 12_345)
+	message := encryptStream(t, r, c, plaintext)
+	st, err := r.DecryptStream(t.Context(), c, map[string]string{"tenant": "acme"}, bytes.NewReader(message))
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := io.ReadAll(st)
+	if err = errors.Join(err, st.Close(t.Context(), nil)); err != nil || !bytes.Equal(got, plaintext) {
+		t.Errorf("got %d bytes, %v; want %d", len(got), err, len(plaintext))
+	}
+	records := r.records()
+	if len(records) != 4 {
+		t.Fatalf("%d records, want a start and an end for each of two streams", len(records))
+	}
+	for i, want := range []audit.Kind{audit.KindStart, audit.KindEnd, audit.KindStart, audit.KindEnd} {
+		if records[i].Kind != want || records[i].Key != "orders" || records[i].Rule != "orders" {
+			t.Errorf("record %d = %s %s by %q, want a %s", i, records[i].Kind, records[i].Key, records[i].Rule, want)
+		}
+	}
+	if n := records[1].BytesIn; n != uint64(len(plaintext)) {
+		t.Errorf("end record counts %d bytes, want %d", n, len(plaintext))
+	}
+}
+
+func TestStreamDenied(t *testing.T) {
+	r := newRig(t)
+	message := encryptStream(t, r, caller(t, orders), []byte("x"))
+	var out bytes.Buffer
+	_, err := r.EncryptStream(t.Context(), caller(t, stranger), kms.EncryptStreamRequest{Key: "orders"}, &out)
+	wantReason(t, err, kms.ReasonAccessDenied)
+	if out.Len() != 0 {
+		t.Errorf("%d bytes came out before the refusal", out.Len())
+	}
+	_, err = r.DecryptStream(t.Context(), caller(t, stranger), nil, bytes.NewReader(message))
+	wantReason(t, err, kms.ReasonAccessDenied)
+	if got := r.lastRecord(); got.Outcome != audit.Denied {
+		t.Errorf("last record = %+v, want a denial", got)
+	}
+}
+
+func TestStreamThatEndsTooEarly(t *testing.T) {
+	r := newRig(t)
+	c := caller(t, orders)
+	message := encryptStream(t, r, c, bytes.Repeat([]byte("x"), 3*envelope.StreamFrameLength))
+	st, err := r.DecryptStream(t.Context(), c, nil, bytes.NewReader(message[:len(message)-10]))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = io.Copy(io.Discard, st)
+	err = st.Close(t.Context(), err)
+	wantReason(t, err, kms.ReasonTruncated)
+	if got := r.lastRecord(); got.Kind != audit.KindEnd || got.Outcome != audit.Error {
+		t.Errorf("last record = %s %s, want a failed end", got.Kind, got.Outcome)
+	}
+	_, err = r.DecryptStream(t.Context(), c, nil, bytes.NewReader(message[:20]))
+	wantReason(t, err, kms.ReasonTruncated)
+	_, err = r.DecryptStream(t.Context(), c, nil, bytes.NewReader([]byte("rubbish that is long enough to be a header")))
+	wantReason(t, err, kms.ReasonInvalidMessage)
+	_, err = r.DecryptStream(t.Context(), c, map[string]string{"tenant": "other"}, bytes.NewReader(message))
+	wantReason(t, err, kms.ReasonDecryptFailed)
+}
+
+// A stream does not outlive the permission, the proof or the key behind it.
+func TestStreamIsCheckedAgain(t *testing.T) {
+	for name, tc := range map[string]struct {
+		withdraw func(r *rig, proof *error)
+		want     kms.Reason
+	}{
+		"policy": {func(r *rig, _ *error) {
+			r.config.Policy = compile(r.t)
+			r.apply()
+		}, kms.ReasonAccessDenied},
+		"key": {func(r *rig, _ *error) {
+			r.config.Keys = r.config.Keys[1:]
+			r.apply()
+		}, kms.ReasonAccessDenied},
+		"proof": {func(_ *rig, proof *error) { *proof = identity.ErrExpired }, kms.ReasonUnidentified},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := newRig(t)
+			var proof error
+			c := caller(t, orders)
+			c.Recheck = func() error { return proof }
+			var out bytes.Buffer
+			st, err := r.EncryptStream(t.Context(), c, kms.EncryptStreamRequest{Key: "orders"}, &out)
+			if err != nil {
+				t.Fatal(err)
+			}
+			tc.withdraw(r, &proof)
+			if _, err := st.Write([]byte("still within the interval")); err != nil {
+				t.Errorf("before the interval has passed: %v", err)
+			}
+			r.clock.Advance(time.Minute)
+			_, err = st.Write([]byte("too late"))
+			wantReason(t, st.Close(t.Context(), err), tc.want)
+		})
+	}
+}
+
+func TestStreamLengthLimits(t *testing.T) {
+	r := newRig(t)
+	c := caller(t, orders)
+	_, err := r.EncryptStream(t.Context(), c, kms.EncryptStreamRequest{Key: "orders", LengthLimit: r.config.MaxStream + 1}, io.Discard)
+	wantReason(t, err, kms.ReasonTooLarge)
+	st, err := r.EncryptStream(t.Context(), c, kms.EncryptStreamRequest{Key: "orders", LengthLimit: 10}, io.Discard)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = st.Write(make([]byte, 11))
+	wantReason(t, st.Close(t.Context(), err), kms.ReasonTooLarge)
+}
+
+func TestStreamWithoutAudit(t *testing.T) {
+	r := newRig(t)
+	c := caller(t, orders)
+	var out bytes.Buffer
+	st, err := r.EncryptStream(t.Context(), c, kms.EncryptStreamRequest{Key: "orders"}, &out)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := r.audit.Close(); err != nil {
+		t.Fatal(err)
+	}
+	wantReason(t, st.Close(t.Context(), nil), kms.ReasonAuditUnavailable)
+	out.Reset()
+	_, err = r.EncryptStream(t.Context(), c, kms.EncryptStreamRequest{Key: "orders"}, &out)
+	wantReason(t, err, kms.ReasonAuditUnavailable)
+	if out.Len() != 0 {
+		t.Errorf("%d bytes came out without a start record", out.Len())
+	}
+}
+
+func TestAdministratorsAreNamed(t *testing.T) {
+	r := newRig(t)
+	ran := false
+	act := func() error { ran = true; return nil }
+	c := kms.Call{Door: "test", RequestID: "r", Caller: identity.Caller{Proof: identity.ProofStaticPeer, Peer: identity.Peer{UID: 1000, GID: 1000}}}
+	wantReason(t, r.Administer(t.Context(), c, "status", act), kms.ReasonAccessDenied)
+	uid := uint32(1000)
+	for _, a := range []kms.Administrator{{}, {UID: &uid}, {UID: new(uint32), Operations: nil}} {
+		r.config.Administrators = []kms.Administrator{a}
+		r.apply()
+		wantReason(t, r.Administer(t.Context(), c, "status", act), kms.ReasonAccessDenied)
+	}
+	if ran {
+		t.Fatal("an operation ran for somebody who is no administrator")
+	}
+	r.config.Administrators = []kms.Administrator{{UID: &uid, Operations: []policy.Operation{"status"}}}
+	r.apply()
+	if err := r.Administer(t.Context(), c, "status", act); err != nil || !ran {
+		t.Errorf("status = %v, ran %v", err, ran)
+	}
+	if got := r.lastRecord(); got.Operation != "status" || got.Outcome != audit.Success {
+		t.Errorf("record = %+v", got)
+	}
+}

@@ -1,0 +1,247 @@
+package kms
+
+import (
+	"context"
+	"crypto/hmac"
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/binary"
+	"errors"
+	"slices"
+	"time"
+
+	"github.com/kms-agent/kms-agent/cache"
+	"github.com/kms-agent/kms-agent/envelope"
+	"github.com/kms-agent/kms-agent/plugins"
+)
+
+// verdictOf tells the cache what an error from upstream means.
+func verdictOf(err error) cache.Verdict {
+	if err == nil {
+		return cache.Yes
+	}
+	if errors.Is(err, context.Canceled) {
+		return cache.Other
+	}
+	switch class := plugins.ClassOf(err); {
+	case class.Definite():
+		return cache.No
+	case class == plugins.BadCiphertext, class == plugins.Invalid:
+		return cache.Other
+	default:
+		return cache.Unreachable
+	}
+}
+
+// current returns the version that new data keys are wrapped under.
+func (t *transaction) current(ctx context.Context, k *key) (string, error) {
+	maxAge := k.Limits.MaxAge
+	if t.maxStale != nil {
+		maxAge = min(maxAge, *t.maxStale)
+	}
+	d, err := t.service.describe(t.upstream(ctx), k.wrapping, maxAge)
+	if err != nil {
+		return "", failure(ctx, k.Name, err)
+	}
+	t.record.KeyVersion = d.Current
+	return d.Current, nil
+}
+
+// upstream marks calls to the backend with who they are for.
+func (t *transaction) upstream(ctx context.Context) context.Context {
+	return plugins.WithCaller(ctx, t.call.Caller.ID.String())
+}
+
+// encryptionKey takes a data key for one message of that many bytes from the
+// cache, which wraps a new one where it has to.
+func (t *transaction) encryptionKey(ctx context.Context, k *key, encryptionContext map[string]string, bytes uint64) (*cache.Use, error) {
+	version, err := t.current(ctx, k)
+	if err != nil {
+		return nil, err
+	}
+	partition := t.partition(k, encryptionContext)
+	use, err := t.service.cache.Encrypt(t.upstream(ctx), cache.EncryptRequest{
+		Caller: t.call.Caller.ID.String(),
+		Slot: cache.Slot{
+			Key: k.Name, Authority: k.wrapping.authority(version, cache.Encrypt), Partition: partition,
+		},
+		Limits: k.Limits, Bytes: bytes, MaxStale: t.maxStale, Arrived: t.arrived,
+		Fill: func(ctx context.Context) (cache.Material, error) {
+			return t.service.newMessageKey(ctx, k, version, partition, encryptionContext)
+		},
+	})
+	if err != nil {
+		return nil, failure(ctx, k.Name, err)
+	}
+	return use, nil
+}
+
+// newMessageKey makes a data key for messages and has it wrapped and proven.
+func (s *Service) newMessageKey(ctx context.Context, k *key, version, partition string, encryptionContext map[string]string) (cache.Material, error) {
+	began := s.now()
+	material := newDataKey()
+	info := envelope.ProviderInfo{
+		Purpose: envelope.PurposeMessage, Key: k.Name, URI: k.WrappingKey, Version: version,
+		ContextBound: k.BindContext, Partition: s.partitionID(partition),
+	}
+	wrapped, err := s.wrap(ctx, k.wrapping, material, info, encryptionContext)
+	if err != nil {
+		clear(material)
+		return cache.Material{}, err
+	}
+	s.cache.Observe(k.wrapping.authority(version, cache.Decrypt), cache.Yes, began)
+	return cache.Material{DataKey: material, Origin: wrapped}, nil
+}
+
+func newDataKey() []byte {
+	material := make([]byte, envelope.DataKeySize)
+	_, _ = rand.Read(material) // never fails: crypto/rand
+	return material
+}
+
+// partition names who shares a data key for encryption. The parts are
+// length-prefixed: no two partitions have the same name.
+func (t *transaction) partition(k *key, encryptionContext map[string]string) string {
+	var name []byte
+	switch k.Partition {
+	case PartitionKey:
+		name = append(name, 'k')
+	case PartitionContext:
+		name = append(name, 'x')
+	default:
+		name = append(name, 'c')
+		name = append(name, t.call.Caller.ID.String()...)
+	}
+	if k.BindContext || k.Partition == PartitionContext {
+		sum := contextHash(encryptionContext)
+		name = append(append(name, 0), sum[:]...)
+	}
+	return string(name)
+}
+
+func contextHash(encryptionContext map[string]string) [sha256.Size]byte {
+	h := sha256.New()
+	for _, name := range sortedKeys(encryptionContext) {
+		writeField(h.Write, []byte(name))
+		writeField(h.Write, []byte(encryptionContext[name]))
+	}
+	return [sha256.Size]byte(h.Sum(nil))
+}
+
+func writeField(write func([]byte) (int, error), field []byte) {
+	var length [8]byte
+	binary.BigEndian.PutUint64(length[:], uint64(len(field)))
+	_, _ = write(length[:]) // a hash never fails
+	_, _ = write(field)
+}
+
+// partitionID separates writers in a message without naming them.
+func (s *Service) partitionID(partition string) (id [16]byte) {
+	mac := hmac.New(sha256.New, s.partitionKey[:])
+	mac.Write([]byte(partition))
+	copy(id[:], mac.Sum(nil))
+	return id
+}
+
+// decryptionKey takes the data key behind one EDK from the cache, which asks
+// upstream where it has to.
+func (t *transaction) decryptionKey(ctx context.Context, k *key, edk sealed) (*cache.Use, error) {
+	w := k.wrapping
+	if err := t.service.knows(t.upstream(ctx), w, edk.version); err != nil {
+		return nil, failure(ctx, k.Name, err)
+	}
+	t.record.KeyVersion = edk.version
+	use, err := t.service.cache.Decrypt(t.upstream(ctx), cache.DecryptRequest{
+		Caller: t.call.Caller.ID.String(), Key: k.Name, ID: decryptID(k, edk),
+		Authority: w.authority(edk.version, cache.Decrypt),
+		Limits:    k.Limits, MaxStale: t.maxStale, Arrived: t.arrived,
+		Fill: func(ctx context.Context) (cache.Material, error) {
+			material, err := w.unwrap(ctx, edk)
+			return cache.Material{DataKey: material, Origin: edk}, err
+		},
+	})
+	if err != nil {
+		return nil, failure(ctx, k.Name, err)
+	}
+	return use, nil
+}
+
+func decryptID(k *key, edk sealed) cache.DecryptID {
+	h := sha256.New()
+	for _, field := range [][]byte{
+		[]byte(k.Backend), []byte(k.Name), edk.edk.ProviderInfo, edk.edk.Ciphertext, edk.binding.AAD(),
+	} {
+		writeField(h.Write, field)
+	}
+	return cache.DecryptID(h.Sum(nil))
+}
+
+// recognise turns an EDK into something that can be opened: it must be of this
+// agent, of a purpose in allowed, and under the wrapping key that the
+// configuration gives its logical key.
+func (t *transaction) recognise(k *key, edk envelope.EDK, info envelope.ProviderInfo, encryptionContext map[string]string, allowed ...envelope.Purpose) (sealed, error) {
+	if !slices.Contains(allowed, info.Purpose) {
+		return sealed{}, undecryptable(k.Name, errors.New("purpose "+info.Purpose.String()+" is not for this operation"))
+	}
+	if info.URI != k.WrappingKey {
+		return sealed{}, undecryptable(k.Name, errors.New("wrapped under "+info.URI+", which is not the wrapping key of "+k.Name))
+	}
+	b := plugins.Binding{Purpose: info.Purpose.String(), ProviderInfo: edk.ProviderInfo, ContextBound: info.ContextBound}
+	if info.ContextBound {
+		b.Context = encryptionContext
+	}
+	return sealed{edk: edk, version: info.Version, binding: b}, nil
+}
+
+// failure turns what a leaf returned into what the caller is told. ctx is the
+// caller's: its end explains an error better than anything behind it.
+func failure(ctx context.Context, key string, err error) *Error {
+	var done *Error
+	if errors.As(err, &done) {
+		return done
+	}
+	e := &Error{Key: key, Cause: err}
+	switch {
+	case errors.Is(ctx.Err(), context.DeadlineExceeded):
+		e.Reason, e.Message = ReasonDeadlineExceeded, "the caller's deadline passed before the backend answered; allow more time"
+	case errors.Is(ctx.Err(), context.Canceled):
+		e.Reason, e.Message = ReasonCancelled, "the caller cancelled the request"
+	case errors.Is(err, cache.ErrSuspended):
+		e.Reason, e.RetryAfter = ReasonKeySuspended, time.Second
+		e.Message = "the backend refused this key and the agent is making sure; retry, and if it stays so the key was disabled upstream"
+	case errors.Is(err, cache.ErrOverShare):
+		e.Reason, e.RetryAfter = ReasonTooManyRequests, time.Second
+		e.Message = "the caller has too many requests waiting for the backend; send fewer at once"
+	case errors.Is(err, cache.ErrClosed):
+		e.Reason, e.RetryAfter, e.Message = ReasonShuttingDown, time.Second, "the agent is shutting down"
+	default:
+		upstreamFailure(e, err)
+	}
+	return e
+}
+
+func upstreamFailure(e *Error, err error) {
+	switch plugins.ClassOf(err) {
+	case plugins.Denied, plugins.KeyUnusable, plugins.KeyNotFound:
+		e.Reason = ReasonKeyUnusable
+		e.Message = "the backend does not let this version of the key be used: it is disabled, destroyed or gone; an administrator of the key must enable or restore it"
+	case plugins.BadCiphertext:
+		*e = *undecryptable(e.Key, err)
+	case plugins.Internal:
+		e.Reason, e.RetryAfter = ReasonBackendBroken, time.Second
+		e.Message = "the backend gave an answer that cannot be right; it is not used; `kms-agent status` on the host says more"
+	case plugins.Invalid:
+		e.Reason, e.Message = ReasonInternal, "the backend refused the agent's request as invalid; see the agent's log"
+	default:
+		e.Reason, e.RetryAfter = ReasonBackendDown, retryAfter(err)
+		e.Message = "the backend cannot be reached now; retry"
+	}
+}
+
+func retryAfter(err error) time.Duration {
+	var e *plugins.Error
+	if errors.As(err, &e) && e.RetryAfter > 0 {
+		return e.RetryAfter
+	}
+	return time.Second
+}

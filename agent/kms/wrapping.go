@@ -1,0 +1,267 @@
+package kms
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/subtle"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sync/singleflight"
+
+	"github.com/kms-agent/kms-agent/cache"
+	"github.com/kms-agent/kms-agent/envelope"
+	"github.com/kms-agent/kms-agent/plugins"
+)
+
+const (
+	// describeTimeout bounds one question for the versions of a wrapping key.
+	describeTimeout = 5 * time.Second
+	// describePause is how long a failed question is not asked again, and how
+	// often a version that nobody knows may cause one.
+	describePause = time.Second
+)
+
+type wrappingID struct{ backend, uri string }
+
+// wrapping is a wrapping key in its backend and what is known of it. It lives
+// as long as the configuration names it.
+type wrapping struct {
+	id      wrappingID
+	key     string // logical key
+	backend plugins.Backend
+
+	described atomic.Pointer[described]
+	asked     atomic.Int64 // time of the last question, as time.Duration
+	flight    singleflight.Group
+
+	mu       sync.Mutex        // guards canaries
+	canaries map[string]sealed // by version
+}
+
+// described is what upstream said of a wrapping key, and when it was asked.
+type described struct {
+	plugins.Description
+	at time.Duration
+}
+
+// sealed is an encrypted data key with all that is needed to open it.
+type sealed struct {
+	edk     envelope.EDK
+	version string
+	binding plugins.Binding
+}
+
+func newWrapping(id wrappingID, key string, backend plugins.Backend) *wrapping {
+	return &wrapping{id: id, key: key, backend: backend, canaries: map[string]sealed{}}
+}
+
+func (w *wrapping) authority(version string, d cache.Direction) cache.Authority {
+	return cache.Authority{Backend: w.id.backend, WrappingKey: w.id.uri, Version: version, Direction: d}
+}
+
+func (w *wrapping) ref(version string) plugins.KeyRef {
+	return plugins.KeyRef{URI: w.id.uri, Version: version}
+}
+
+// describe returns what is known of the versions, asking upstream when it is
+// older than maxAge. While upstream does not answer, the last answer stands:
+// whether a key may still be used is the cache's decision, not this one's.
+func (s *Service) describe(ctx context.Context, w *wrapping, maxAge time.Duration) (*described, error) {
+	known := w.described.Load()
+	now := s.now()
+	if known != nil && now-known.at <= maxAge {
+		return known, nil
+	}
+	if known != nil && now-time.Duration(w.asked.Load()) < describePause {
+		return known, nil
+	}
+	fresh, err := s.askDescription(ctx, w)
+	if err == nil || known == nil {
+		return fresh, err
+	}
+	if plugins.ClassOf(err).Definite() {
+		return nil, err
+	}
+	return known, nil
+}
+
+// askDescription asks upstream, once for all who wait.
+func (s *Service) askDescription(ctx context.Context, w *wrapping) (*described, error) {
+	result := w.flight.DoChan("", func() (any, error) {
+		detached, cancel := context.WithTimeout(context.WithoutCancel(ctx), describeTimeout)
+		defer cancel()
+		began := s.now()
+		w.asked.Store(int64(began))
+		d, err := w.backend.Describe(detached, w.id.uri)
+		if err != nil {
+			s.descriptionFailed(w, err, began)
+			return nil, fmt.Errorf("describe %s: %w", w.id.uri, err)
+		}
+		fresh := &described{Description: d, at: began}
+		if old := w.described.Swap(fresh); old != nil && old.Current != d.Current {
+			s.cache.EvictAuthority(w.authority(old.Current, cache.Encrypt))
+		}
+		return fresh, nil
+	})
+	select {
+	case r := <-result:
+		fresh, _ := r.Val.(*described)
+		return fresh, r.Err
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+}
+
+// descriptionFailed lets the cache suspend, and ask for itself, when upstream
+// says that the wrapping key is gone.
+func (s *Service) descriptionFailed(w *wrapping, err error, began time.Duration) {
+	known := w.described.Load()
+	if known == nil || !plugins.ClassOf(err).Definite() {
+		return
+	}
+	s.cache.Observe(w.authority(known.Current, cache.Encrypt), cache.No, began)
+	for _, v := range known.Versions {
+		s.cache.Observe(w.authority(v.Version, cache.Decrypt), cache.No, began)
+	}
+}
+
+// knows tells whether upstream has said that the version exists. A version
+// that nobody knows may be a new one: the list is asked for again, at most
+// once in describePause, but the version itself is never tried upstream on a
+// caller's word.
+func (s *Service) knows(ctx context.Context, w *wrapping, version string) error {
+	known, err := s.describe(ctx, w, time.Duration(1<<62))
+	if err != nil {
+		return err
+	}
+	if findVersion(known.Description, version) != nil {
+		return nil
+	}
+	if known, err = s.describe(ctx, w, 0); err != nil {
+		return err
+	}
+	if findVersion(known.Description, version) == nil {
+		return plugins.Errorf(plugins.KeyNotFound, "%s has no version %q", w.id.uri, version)
+	}
+	return nil
+}
+
+func findVersion(d plugins.Description, version string) *plugins.KeyVersion {
+	for i := range d.Versions {
+		if d.Versions[i].Version == version {
+			return &d.Versions[i]
+		}
+	}
+	return nil
+}
+
+// binding is what the wrapping key authenticates with the key material.
+func (w *wrapping) binding(info envelope.ProviderInfo, encryptionContext map[string]string) (plugins.Binding, error) {
+	encoded, err := info.Marshal()
+	if err != nil {
+		return plugins.Binding{}, fmt.Errorf("provider information of key %q: %w", info.Key, err)
+	}
+	b := plugins.Binding{Purpose: info.Purpose.String(), ProviderInfo: encoded, ContextBound: info.ContextBound}
+	if info.ContextBound {
+		b.Context = encryptionContext
+	}
+	return b, nil
+}
+
+// wrap wraps key material and makes sure that upstream can open what it gave:
+// a wrap that does not unwrap must never lose data.
+func (s *Service) wrap(ctx context.Context, w *wrapping, material []byte, info envelope.ProviderInfo, encryptionContext map[string]string) (sealed, error) {
+	b, err := w.binding(info, encryptionContext)
+	if err != nil {
+		return sealed{}, err
+	}
+	ciphertext, err := w.backend.Wrap(ctx, w.ref(info.Version), material, b)
+	if err != nil {
+		return sealed{}, fmt.Errorf("wrap under %s version %s: %w", w.id.uri, info.Version, err)
+	}
+	opened, err := w.backend.Unwrap(ctx, w.ref(info.Version), ciphertext, b)
+	if err != nil && plugins.ClassOf(err) != plugins.BadCiphertext {
+		return sealed{}, fmt.Errorf("prove the wrap under %s version %s: %w", w.id.uri, info.Version, err)
+	}
+	same := subtle.ConstantTimeCompare(opened, material) == 1
+	clear(opened)
+	if err != nil || !same {
+		lie := plugins.Errorf(plugins.Internal, "backend %s wrapped a key that it does not unwrap", w.id.backend)
+		s.alarm("a wrap does not unwrap; it is not used", lie, w.id.backend, w.id.uri)
+		return sealed{}, lie
+	}
+	return sealed{
+		edk:     envelope.EDK{ProviderID: envelope.ProviderID, ProviderInfo: b.ProviderInfo, Ciphertext: ciphertext},
+		version: info.Version, binding: b,
+	}, nil
+}
+
+// unwrap opens one encrypted data key. The result is the caller's to clear.
+func (w *wrapping) unwrap(ctx context.Context, k sealed) ([]byte, error) {
+	material, err := w.backend.Unwrap(ctx, w.ref(k.version), k.edk.Ciphertext, k.binding)
+	if err != nil {
+		return nil, fmt.Errorf("unwrap with %s version %s: %w", w.id.uri, k.version, err)
+	}
+	return material, nil
+}
+
+// confirm asks upstream whether it still says yes: with a canary of the
+// agent's own where it has one. It is the cache's Confirm.
+func (s *Service) confirm(ctx context.Context, a cache.Authority, sample any) error {
+	s.mu.Lock()
+	w := s.wrappings[wrappingID{backend: a.Backend, uri: a.WrappingKey}]
+	s.mu.Unlock()
+	if w == nil {
+		return plugins.Errorf(plugins.KeyNotFound, "%s of backend %s is no longer configured", a.WrappingKey, a.Backend)
+	}
+	if a.Direction == cache.Encrypt {
+		return s.confirmWrap(ctx, w, a.Version)
+	}
+	return s.confirmUnwrap(ctx, w, a.Version, sample)
+}
+
+func (s *Service) confirmWrap(ctx context.Context, w *wrapping, version string) error {
+	d, err := s.askDescription(ctx, w)
+	if err != nil {
+		return err
+	}
+	v := findVersion(d.Description, version)
+	if v == nil {
+		return plugins.Errorf(plugins.KeyNotFound, "%s has no version %q", w.id.uri, version)
+	}
+	if v.State != plugins.Enabled {
+		return plugins.Errorf(plugins.KeyUnusable, "version %s of %s is %s", version, w.id.uri, v.State)
+	}
+	var material [envelope.DataKeySize]byte
+	_, _ = rand.Read(material[:]) // never fails: crypto/rand
+	info := envelope.ProviderInfo{Purpose: envelope.PurposeProbe, Key: w.key, URI: w.id.uri, Version: version}
+	canary, err := s.wrap(ctx, w, material[:], info, nil)
+	if err != nil {
+		return err
+	}
+	w.mu.Lock()
+	w.canaries[version] = canary
+	w.mu.Unlock()
+	return nil
+}
+
+func (s *Service) confirmUnwrap(ctx context.Context, w *wrapping, version string, sample any) error {
+	w.mu.Lock()
+	probe, ok := w.canaries[version]
+	w.mu.Unlock()
+	if !ok {
+		if probe, ok = sample.(sealed); !ok {
+			return plugins.Errorf(plugins.Unavailable, "nothing at hand to prove version %s of %s with", version, w.id.uri)
+		}
+	}
+	material, err := w.unwrap(ctx, probe)
+	clear(material)
+	if err != nil && plugins.ClassOf(err) == plugins.BadCiphertext {
+		s.alarm("what opened before no longer opens: the wrapping key may have been replaced", err, w.id.backend, w.id.uri)
+		return plugins.Errorf(plugins.Internal, "version %s of %s no longer opens what it opened before", version, w.id.uri)
+	}
+	return err
+}

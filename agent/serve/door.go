@@ -1,0 +1,234 @@
+package serve
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"errors"
+	"runtime/debug"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"go.uber.org/zap"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/keepalive"
+
+	"github.com/kms-agent/kms-agent/agent/kms"
+	"github.com/kms-agent/kms-agent/identity"
+)
+
+// Door is one gRPC listener's way in: every call is counted, bounded,
+// identified and given a request ID before its handler sees it.
+type Door struct {
+	// Name stands in the audit record: "native", "admin".
+	Name string
+	// Service refuses on the record.
+	Service *kms.Service
+	Limits  Limits
+	Logger  *zap.Logger
+	// identify says who is at the other end, or why nobody known is.
+	identify func(context.Context) (identity.Caller, error)
+
+	gate   *Gate
+	prefix string
+	next   atomic.Uint64
+	// streams counts handlers that run beside their RPC.
+	streams sync.WaitGroup
+}
+
+// NewDoor returns a door for one listener. identify is asked for every call,
+// and again during streams: it must be cheap.
+func NewDoor(name string, s *kms.Service, l Limits, identify func(context.Context) (identity.Caller, error), logger *zap.Logger) *Door {
+	var id [8]byte
+	_, _ = rand.Read(id[:]) // never fails: crypto/rand
+	return &Door{
+		Name: name, Service: s, Limits: l, Logger: logger, identify: identify,
+		gate: NewGate(l), prefix: hex.EncodeToString(id[:]) + "-",
+	}
+}
+
+// Server returns a gRPC server behind this door.
+func (d *Door) Server(creds credentials.TransportCredentials) *grpc.Server {
+	return grpc.NewServer(
+		grpc.Creds(creds),
+		// Twice the payload, so that what is a little too large is told so in
+		// the terms of the API rather than by the transport.
+		grpc.MaxRecvMsgSize(2*d.Limits.MaxPayload+128<<10),
+		grpc.MaxSendMsgSize(2*d.Limits.MaxPayload+128<<10),
+		grpc.MaxHeaderListSize(32<<10),
+		grpc.MaxConcurrentStreams(uint32(d.Limits.MaxConcurrentPerCaller)),
+		grpc.ConnectionTimeout(10*time.Second),
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 10 * time.Second, PermitWithoutStream: true}),
+		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 2 * time.Minute, Timeout: 20 * time.Second}),
+		grpc.SharedWriteBuffer(true),
+		grpc.UnaryInterceptor(d.unary),
+		grpc.StreamInterceptor(d.stream),
+	)
+}
+
+type callKey struct{}
+
+// CallFrom returns who calls, as the door found out. It panics outside a door.
+func CallFrom(ctx context.Context) kms.Call {
+	return *ctx.Value(callKey{}).(*kms.Call)
+}
+
+// unary is the way in of one request.
+func (d *Door) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, next grpc.UnaryHandler) (answer any, err error) {
+	if isHealth(info.FullMethod) {
+		return next(ctx, req)
+	}
+	call := d.newCall()
+	defer d.recovered(call, info.FullMethod, &err)
+	ctx, leave, err := d.enter(ctx, call, info.FullMethod)
+	if err != nil {
+		return nil, Status(err, call.RequestID)
+	}
+	defer leave()
+	ctx, cancel := context.WithDeadline(ctx, d.deadline(ctx))
+	defer cancel()
+	answer, err = next(ctx, req)
+	return answer, Status(err, call.RequestID)
+}
+
+// stream is the way in of one stream. It ends when no message passes for
+// MaxDeadline: the handler runs beside it, since only its return makes gRPC
+// give up a send or a receive that stands still.
+func (d *Door) stream(srv any, ss grpc.ServerStream, info *grpc.StreamServerInfo, next grpc.StreamHandler) error {
+	if isHealth(info.FullMethod) {
+		return next(srv, ss)
+	}
+	call := d.newCall()
+	ctx, leave, err := d.enter(ss.Context(), call, info.FullMethod)
+	if err != nil {
+		return Status(err, call.RequestID)
+	}
+	ctx, cancel := context.WithCancelCause(ctx)
+	watched := &watchedStream{ServerStream: ss, ctx: ctx, moved: make(chan struct{}, 1)}
+	done := make(chan error, 1)
+	d.streams.Add(1)
+	go func() {
+		defer d.streams.Done()
+		defer leave()
+		done <- d.handle(srv, watched, call, info.FullMethod, next)
+	}()
+	err = watched.wait(done, d.Limits.MaxDeadline)
+	cancel(err)
+	return Status(err, call.RequestID)
+}
+
+func (d *Door) handle(srv any, ss grpc.ServerStream, call *kms.Call, method string, next grpc.StreamHandler) (err error) {
+	defer d.recovered(call, method, &err)
+	return next(srv, ss)
+}
+
+// Wait returns when no stream's handler runs any more. Call it after the
+// server has stopped.
+func (d *Door) Wait() { d.streams.Wait() }
+
+// watchedStream carries the call in its context and tells of every message.
+type watchedStream struct {
+	grpc.ServerStream
+	ctx   context.Context //nolint:containedctx // grpc.ServerStream hands its context out this way
+	moved chan struct{}
+}
+
+func (s *watchedStream) Context() context.Context { return s.ctx }
+
+func (s *watchedStream) SendMsg(m any) error {
+	err := s.ServerStream.SendMsg(m)
+	s.move()
+	return err
+}
+
+func (s *watchedStream) RecvMsg(m any) error {
+	err := s.ServerStream.RecvMsg(m)
+	s.move()
+	return err
+}
+
+func (s *watchedStream) move() {
+	select {
+	case s.moved <- struct{}{}:
+	default:
+	}
+}
+
+func (s *watchedStream) wait(done <-chan error, patience time.Duration) error {
+	timer := time.NewTimer(patience)
+	defer timer.Stop()
+	for {
+		select {
+		case err := <-done:
+			return err
+		case <-s.moved:
+			timer.Reset(patience)
+		case <-timer.C:
+			return &kms.Error{
+				Reason:  kms.ReasonDeadlineExceeded,
+				Message: "the stream stood still for " + patience.String() + "; it is over and what came before is incomplete",
+			}
+		}
+	}
+}
+
+func isHealth(method string) bool {
+	return strings.HasPrefix(method, "/"+grpc_health_v1.Health_ServiceDesc.ServiceName+"/")
+}
+
+func (d *Door) newCall() *kms.Call {
+	return &kms.Call{Door: d.Name, RequestID: d.prefix + strconv.FormatUint(d.next.Add(1), 10)}
+}
+
+// enter identifies the caller and counts the call. What it refuses is on the
+// record.
+func (d *Door) enter(ctx context.Context, call *kms.Call, method string) (context.Context, func(), error) {
+	operation := method[strings.LastIndexByte(method, '/')+1:]
+	caller, err := d.identify(ctx)
+	call.Caller = caller
+	if err != nil {
+		return ctx, nil, d.Service.Refuse(ctx, *call, operation, &kms.Error{
+			Reason: kms.ReasonUnidentified, Cause: err, Message: "the agent does not know this caller: " + err.Error(),
+		})
+	}
+	call.Recheck = func() error { _, err := d.identify(ctx); return err }
+	id := caller.ID.String()
+	if err := d.gate.Enter(id); err != nil {
+		var refusal *kms.Error
+		if errors.As(err, &refusal) {
+			err = d.Service.Refuse(ctx, *call, operation, refusal)
+		}
+		return ctx, nil, err
+	}
+	return context.WithValue(ctx, callKey{}, call), func() { d.gate.Leave(id) }, nil
+}
+
+// deadline is the caller's own, within the door's bounds.
+func (d *Door) deadline(ctx context.Context) time.Time {
+	now := time.Now()
+	asked, ok := ctx.Deadline()
+	if !ok {
+		return now.Add(d.Limits.DefaultDeadline)
+	}
+	if latest := now.Add(d.Limits.MaxDeadline); asked.After(latest) {
+		return latest
+	}
+	return asked
+}
+
+// recovered turns a panic, which is a bug of ours, into an error of this one
+// request. The panic's value may hold anything and is not logged.
+func (d *Door) recovered(call *kms.Call, method string, err *error) {
+	v := recover()
+	if v == nil {
+		return
+	}
+	d.Logger.Error("request panicked", zap.String("request_id", call.RequestID), zap.String("method", method),
+		zap.ByteString("stack", debug.Stack()))
+	*err = Status(errors.New("panic"), call.RequestID)
+}

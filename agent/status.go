@@ -1,0 +1,165 @@
+package agent
+
+import (
+	"crypto/fips140"
+	"maps"
+	"os"
+	"runtime/debug"
+	"slices"
+	"time"
+
+	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"github.com/kms-agent/kms-agent/agent/kms"
+	adminv1 "github.com/kms-agent/kms-agent/api/admin/v1"
+)
+
+// The states of the agent as a whole.
+const (
+	stateServing    = "serving"
+	stateDegraded   = "degraded"
+	stateNotServing = "not-serving"
+)
+
+// Version is the version of the program, from its build information.
+func Version() string {
+	if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "" {
+		return info.Main.Version
+	}
+	return "(devel)"
+}
+
+// FIPS140 names Go's FIPS 140-3 module that is in force, "off" without one.
+func FIPS140() string {
+	if !fips140.Enabled() {
+		return "off"
+	}
+	return fips140.Version()
+}
+
+// Status tells the state of the agent and of all that it depends on.
+func (a *Agent) Status() *adminv1.StatusResponse {
+	a.mu.Lock()
+	cfg, backends := a.cfg, maps.Clone(a.backends)
+	configuration := &adminv1.Configuration{
+		File: a.path, Loaded: timestamppb.New(a.loaded), Generation: a.generation, Rejected: a.rejected,
+	}
+	a.mu.Unlock()
+	r := &adminv1.StatusResponse{
+		Version: Version(), Fips140: FIPS140(), Pid: int32(os.Getpid()), Started: timestamppb.New(a.started),
+		Configuration: configuration, Identity: a.identityStatus(cfg), Cache: a.cacheStatus(), Audit: a.auditStatus(cfg),
+		Listeners: []string{"native unix:" + cfg.Listen.Native.Socket},
+	}
+	if cfg.Admin.Socket != "" {
+		r.Listeners = append(r.Listeners, "admin unix:"+cfg.Admin.Socket)
+	}
+	for _, name := range slices.Sorted(maps.Keys(backends)) {
+		r.Backends = append(r.Backends, backends[name].status())
+	}
+	for _, h := range a.service.Health() {
+		r.Keys = append(r.Keys, keyStatus(h))
+	}
+	judge(r)
+	return r
+}
+
+// judge says what the parts mean for the whole.
+func judge(r *adminv1.StatusResponse) {
+	down := 0
+	for _, b := range r.Backends {
+		if b.State != "up" {
+			r.Problems = append(r.Problems, "backend "+b.Name+" is "+b.State+": "+b.LastError)
+		}
+		if b.State == "down" {
+			down++
+		}
+	}
+	for _, k := range r.Keys {
+		if k.Problem != "" {
+			r.Problems = append(r.Problems, "key "+k.Name+": "+k.Problem)
+		}
+	}
+	if r.Configuration.Rejected != "" {
+		r.Problems = append(r.Problems, "the newest configuration is not in use: "+r.Configuration.Rejected)
+	}
+	switch r.Identity.State {
+	case "starting", "stale", "expired", "denied":
+		r.Problems = append(r.Problems, "identity is "+r.Identity.State+": "+r.Identity.LastError)
+	}
+	if r.Audit.LastError != "" {
+		r.Problems = append(r.Problems, "audit: "+r.Audit.LastError)
+	}
+	switch {
+	case r.Audit.LastError != "", len(r.Backends) > 0 && down == len(r.Backends):
+		r.State = stateNotServing
+	case len(r.Problems) > 0:
+		r.State = stateDegraded
+	default:
+		r.State = stateServing
+	}
+}
+
+func (b *backend) status() *adminv1.BackendStatus {
+	s := b.supervisor.Status()
+	plugin := b.cfg.Plugin
+	if plugin == "" {
+		plugin = b.cfg.Path
+	}
+	return &adminv1.BackendStatus{
+		Name: b.cfg.Name, Plugin: plugin, State: string(s.State), Pid: int32(s.PID), Since: timestamppb.New(s.Since),
+		Restarts: s.Restarts, Calls: s.Calls, Failures: s.Failures, LastError: s.LastError,
+		PluginVersion: s.Plugin.Version, Fips140: s.Plugin.FIPS140, Sha256: s.SHA256,
+	}
+}
+
+func keyStatus(h kms.KeyHealth) *adminv1.KeyStatus {
+	k := &adminv1.KeyStatus{
+		Name: h.Name, Backend: h.Backend, WrappingKey: h.WrappingKey, CurrentVersion: h.CurrentVersion, Problem: h.Problem,
+	}
+	if h.EncryptConfirmed >= 0 {
+		k.EncryptConfirmed = durationpb.New(h.EncryptConfirmed)
+	}
+	if h.DecryptConfirmed >= 0 {
+		k.DecryptConfirmed = durationpb.New(h.DecryptConfirmed)
+	}
+	return k
+}
+
+func (a *Agent) identityStatus(cfg *Config) *adminv1.Identity {
+	id := &adminv1.Identity{TrustDomain: cfg.TrustDomain.Name(), State: "none"}
+	if a.source == nil {
+		return id
+	}
+	s := a.source.State()
+	id.State = string(s.Status)
+	if s.LastError != nil {
+		id.LastError = s.LastError.Error()
+	}
+	if !s.ID.IsZero() {
+		id.SpiffeId = s.ID.String()
+	}
+	id.Expires, id.Updated = timestamp(s.Expires), timestamp(s.Updated)
+	return id
+}
+
+func timestamp(t time.Time) *timestamppb.Timestamp {
+	if t.IsZero() {
+		return nil
+	}
+	return timestamppb.New(t)
+}
+
+func (a *Agent) cacheStatus() *adminv1.CacheStatus {
+	s := a.service.Stats()
+	return &adminv1.CacheStatus{
+		EncryptionKeys: s.EncryptionKeys, DecryptionKeys: s.DecryptionKeys, MaxEntries: s.MaxEntries,
+		LockedBytes: s.LockedBytes, Hits: s.Hits, Misses: s.Misses, Refreshes: s.Refreshes, Evictions: s.Evictions,
+		Memory: s.Memory,
+	}
+}
+
+func (a *Agent) auditStatus(cfg *Config) *adminv1.AuditStatus {
+	s := a.audit.Status()
+	return &adminv1.AuditStatus{File: cfg.Audit.File, Sequence: s.Sequence, Refused: s.Refused, LastError: s.LastError}
+}

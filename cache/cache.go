@@ -1,0 +1,268 @@
+// Package cache keeps data keys in protected memory for as long as their limits
+// and the upstream's word allow.
+//
+// What ages is a confirmation: upstream said yes for an Authority, that is for
+// one version of a wrapping key in one direction. One confirmation renews every
+// data key that it covers.
+package cache
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"sync"
+	"time"
+)
+
+// DataKeySize is the size of every data key, in bytes.
+const DataKeySize = 32
+
+// Direction says what a confirmation is for.
+type Direction uint8
+
+// The directions: Encrypt is confirmed by a wrap, Decrypt by an unwrap.
+const (
+	Encrypt Direction = iota + 1
+	Decrypt
+)
+
+// String returns "encrypt" or "decrypt".
+func (d Direction) String() string {
+	if d == Encrypt {
+		return "encrypt"
+	}
+	return "decrypt"
+}
+
+// Authority is what upstream says yes or no to.
+type Authority struct {
+	Backend, WrappingKey, Version string
+	Direction                     Direction
+}
+
+// Verdict is what an answer from upstream means for the Authority behind it.
+type Verdict uint8
+
+// The verdicts.
+const (
+	// Yes confirms.
+	Yes Verdict = iota + 1
+	// Unreachable is no answer about the key: an outage.
+	Unreachable
+	// No is definite. It suspends, and is made sure of.
+	No
+	// Other concerns one request only.
+	Other
+)
+
+// Limits bound the use of one data key. A field that is zero is no limit, but
+// for MaxAge, which is then zero: every use is confirmed.
+type Limits struct {
+	// MaxAge is how old a confirmation may be.
+	MaxAge time.Duration
+	// MaxLifetime retires a data key for encryption.
+	MaxLifetime time.Duration
+	// MaxIdle is how long a data key stays unused.
+	MaxIdle time.Duration
+	// MaxMessages and MaxBytes are hard: they are counted before use.
+	MaxMessages, MaxBytes uint64
+}
+
+// Material is a data key on its way into the cache.
+type Material struct {
+	// DataKey is DataKeySize bytes; the cache clears it.
+	DataKey []byte
+	// Origin is what the caller needs to know of the data key again. It is
+	// never changed and holds no secret.
+	Origin any
+}
+
+// Slot names the one current data key that a partition encrypts with.
+type Slot struct {
+	// Key is the logical key, for EvictKey.
+	Key       string
+	Authority Authority
+	// Partition says who shares the data key.
+	Partition string
+}
+
+// DecryptID names a data key that was made by somebody else: a hash over all
+// that its unwrapping depends on.
+type DecryptID [32]byte
+
+// Fill asks upstream for a data key: a new one that was wrapped, or the one
+// behind an encrypted data key.
+type Fill func(ctx context.Context) (Material, error)
+
+// EncryptRequest asks for a data key to encrypt one message with.
+type EncryptRequest struct {
+	// Caller is whose share is used.
+	Caller string
+	Slot   Slot
+	Limits Limits
+	// Bytes is the size of the message's plaintext.
+	Bytes uint64
+	// MaxStale bounds the age of the confirmation at Arrived, beside MaxAge; nil
+	// is no bound, zero is a confirmation whose call began after Arrived.
+	MaxStale *time.Duration
+	Arrived  time.Duration
+	Fill     Fill
+}
+
+// DecryptRequest asks for the data key behind an encrypted data key.
+type DecryptRequest struct {
+	Caller    string
+	Key       string
+	ID        DecryptID
+	Authority Authority
+	Limits    Limits
+	MaxStale  *time.Duration
+	Arrived   time.Duration
+	Fill      Fill
+}
+
+// Errors of this package. What Fill and Confirm return is wrapped, not replaced.
+var (
+	// ErrSuspended: upstream said no, and a later yes has not been heard.
+	ErrSuspended = errors.New("the key is suspended: its backend refused it")
+	// ErrOverShare: the caller has too many misses waiting.
+	ErrOverShare = errors.New("too many cache misses in flight")
+	// ErrTooLarge: one message is larger than a data key may encrypt.
+	ErrTooLarge = errors.New("the message is larger than the key's max_bytes")
+	// ErrMemory: protected memory is used up by data keys in use.
+	ErrMemory = errors.New("no protected memory left for another data key")
+	// ErrClosed: the cache is closed.
+	ErrClosed = errors.New("the cache is closed")
+)
+
+// Config is what a Cache needs.
+type Config struct {
+	// Now is a clock that does not stop while the host sleeps: CLOCK_BOOTTIME.
+	Now func() time.Duration
+	// MaxEntries bounds the data keys of both directions together.
+	MaxEntries int
+	// MaxEntriesPerCaller bounds those of one caller; 0 is MaxEntries: then
+	// whoever has the most is evicted first.
+	MaxEntriesPerCaller int
+	// MaxMisses and MaxMissesPerCaller bound the fills in flight; 0 is 1024 and
+	// a quarter of MaxMisses.
+	MaxMisses, MaxMissesPerCaller int
+	// Classify tells what an error of Fill or Confirm means. It is called with
+	// errors only.
+	Classify func(error) Verdict
+	// Confirm asks upstream again, with means of the agent's own. sample is the
+	// Origin of one data key that the answer covers, nil where there is none.
+	Confirm func(ctx context.Context, a Authority, sample any) error
+	// ConfirmTimeout bounds one Confirm or Fill; 0 is 10 s.
+	ConfirmTimeout time.Duration
+	// Rand gives numbers in [0, 1) for jitter; nil is math/rand/v2.
+	Rand func() float64
+}
+
+func (c *Config) setDefaults() error {
+	if c.Now == nil || c.Classify == nil || c.Confirm == nil {
+		return errors.New("cache: Now, Classify and Confirm are required")
+	}
+	if c.MaxEntries < 1 {
+		return fmt.Errorf("cache: max_entries is %d; it must be 1 at least", c.MaxEntries)
+	}
+	if c.MaxEntriesPerCaller <= 0 || c.MaxEntriesPerCaller > c.MaxEntries {
+		c.MaxEntriesPerCaller = c.MaxEntries
+	}
+	if c.MaxMisses <= 0 {
+		c.MaxMisses = 1024
+	}
+	if c.MaxMissesPerCaller <= 0 {
+		c.MaxMissesPerCaller = max(1, c.MaxMisses/4)
+	}
+	if c.ConfirmTimeout <= 0 {
+		c.ConfirmTimeout = 10 * time.Second
+	}
+	if c.Rand == nil {
+		c.Rand = rand.Float64 //nolint:gosec // jitter, no secret
+	}
+	return nil
+}
+
+// Cache is safe for concurrent use.
+type Cache struct {
+	cfg   Config
+	arena *arena
+
+	mu          sync.Mutex // guards what follows
+	encryption  map[Slot]*entry
+	decryption  map[DecryptID]*entry
+	authorities map[Authority]*authority
+	fills       map[any]*flight // by Slot or DecryptID
+	callers     map[string]*share
+	misses      int
+	closed      bool
+	stats       Stats
+
+	// work counts goroutines that ask upstream.
+	work sync.WaitGroup
+}
+
+// New returns an empty cache. It reserves and locks its memory at once: too
+// small an RLIMIT_MEMLOCK is an error that names the cure.
+func New(cfg Config) (*Cache, error) {
+	if err := cfg.setDefaults(); err != nil {
+		return nil, err
+	}
+	a, err := newArena(cfg.MaxEntries + inUseReserve)
+	if err != nil {
+		return nil, err
+	}
+	return &Cache{
+		cfg: cfg, arena: a,
+		encryption: map[Slot]*entry{}, decryption: map[DecryptID]*entry{},
+		authorities: map[Authority]*authority{}, fills: map[any]*flight{}, callers: map[string]*share{},
+	}, nil
+}
+
+// inUseReserve is room for data keys that were evicted while in use, and for
+// those on their way in.
+const inUseReserve = 1024
+
+// Close destroys every data key that is not in use, and those in use when they
+// are released. It waits for calls upstream to end. It is idempotent.
+func (c *Cache) Close() {
+	c.mu.Lock()
+	c.closed = true
+	c.evictLocked(func(*entry) bool { return true })
+	for _, f := range c.fills {
+		f.cancel()
+	}
+	for _, a := range c.authorities {
+		if a.flight != nil {
+			a.flight.cancel()
+		}
+	}
+	c.mu.Unlock()
+	c.work.Wait()
+	c.arena.close()
+}
+
+// Stats counts what the cache holds and did.
+type Stats struct {
+	EncryptionKeys, DecryptionKeys, MaxEntries uint64
+	// LockedBytes is the protected memory that is reserved; Memory says of
+	// which kind: "memfd_secret" or "mlock".
+	LockedBytes uint64
+	Memory      string
+	// Hits were served without a call upstream; Misses filled an entry;
+	// Refreshes are confirmations; Evictions are data keys destroyed before
+	// their limits.
+	Hits, Misses, Refreshes, Evictions uint64
+}
+
+// Stats returns the present counts.
+func (c *Cache) Stats() Stats {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	s := c.stats
+	s.EncryptionKeys, s.DecryptionKeys = uint64(len(c.encryption)), uint64(len(c.decryption))
+	s.MaxEntries, s.LockedBytes, s.Memory = uint64(c.cfg.MaxEntries), uint64(len(c.arena.memory)), c.arena.kind
+	return s
+}
