@@ -1,0 +1,69 @@
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := build
+
+GO       ?= go
+TOOL     := $(GO) tool -modfile=tools/go.mod
+VERSION  ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
+LDFLAGS  := -s -w
+# Release builds erase secrets from stacks and registers where Go can.
+RELEASE  := CGO_ENABLED=0 GOEXPERIMENT=runtimesecret
+FUZZTIME ?= 30s
+COUNT    ?= 5
+
+.PHONY: build quickstart test race lint generate generate-check fmt-check vet tidy-check check fuzz bench interop deps clean help
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
+
+build: ## build bin/kms-agent
+	$(RELEASE) $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/ ./cmd/kms-agent
+
+quickstart: build ## see it work: encrypt, decrypt, a refusal, the audit trail
+	@scripts/quickstart
+
+deps: ## install what the tests need
+	@scripts/setup-test-deps
+
+test: deps ## run every test
+	$(GO) test -timeout 9m ./...
+	$(MAKE) --no-print-directory interop-short
+
+race: deps ## run every test under the race detector
+	$(GO) test -race -timeout 20m ./...
+
+interop: deps ## messages against another implementation, at length
+	INTEROP=full $(GO) test -count=1 -timeout 20m ./test/interop/...
+
+.PHONY: interop-short
+interop-short:
+	$(GO) test -timeout 5m ./test/interop/...
+
+lint: ## golangci-lint
+	$(TOOL) golangci-lint run ./...
+
+vet:
+	$(GO) vet ./...
+
+fmt-check:
+	@out=$$(gofmt -l $$(git ls-files '*.go')); test -z "$$out" || { echo "gofmt these: $$out"; exit 1; }
+
+generate: ## regenerate api/ from the .proto files
+	$(TOOL) buf generate
+
+generate-check: ## fail when api/ is not what the .proto files make
+	@scripts/generate-check
+
+tidy-check:
+	$(GO) mod tidy -diff
+
+check: fmt-check vet tidy-check generate-check lint test race ## all that must pass before a commit
+
+fuzz: ## fuzz every target for FUZZTIME
+	@scripts/fuzz $(FUZZTIME)
+
+bench: build ## benchmarks, medians of COUNT runs
+	@scripts/bench $(COUNT)
+
+clean:
+	rm -rf bin
