@@ -61,11 +61,15 @@ type Config struct {
 	JWTTTL time.Duration
 }
 
+// minTTL keeps the rotation of SVIDs from becoming a busy loop.
+const minTTL = 10 * time.Millisecond
+
 // Issuer is a Workload API with its own authority.
 type Issuer struct {
 	cfg       Config
 	authority *authority
-	endpoints []endpoint
+	listeners []net.Listener
+	servers   []*grpc.Server
 }
 
 // endpoint is one socket and who is behind it.
@@ -74,27 +78,33 @@ type endpoint struct {
 	idFor func(identity.Peer) (spiffeid.ID, bool)
 }
 
-// New checks cfg and makes the issuer's keys. The sockets appear with Run.
+// New checks cfg, makes the issuer's keys and its sockets. Who connects before
+// Run waits for it. It fails when a socket is in use.
+//
+// An issuer that is not run must be closed.
 func New(cfg Config) (*Issuer, error) {
 	cfg.TTL = cmp.Or(cfg.TTL, DefaultTTL)
 	cfg.JWTTTL = cmp.Or(cfg.JWTTTL, DefaultJWTTTL)
+	i := &Issuer{cfg: cfg}
 	endpoints, err := cfg.endpoints()
-	if err != nil {
-		return nil, fmt.Errorf("development issuer: %w", err)
+	if err == nil {
+		i.authority, err = newAuthority(cfg.TrustDomain, time.Now())
 	}
-	a, err := newAuthority(cfg.TrustDomain, time.Now())
-	if err != nil {
-		return nil, fmt.Errorf("development issuer: %w", err)
+	if err == nil {
+		err = i.listen(endpoints)
 	}
-	return &Issuer{cfg: cfg, authority: a, endpoints: endpoints}, nil
+	if err != nil {
+		return nil, fmt.Errorf("development issuer: %w", errors.Join(err, i.Close()))
+	}
+	return i, nil
 }
 
 func (cfg Config) endpoints() ([]endpoint, error) {
 	switch {
 	case cfg.TrustDomain.IsZero():
 		return nil, errors.New("it needs a trust domain")
-	case cfg.TTL < 0 || cfg.JWTTTL < 0:
-		return nil, errors.New("a negative lifetime issues nothing")
+	case cfg.TTL < minTTL || cfg.JWTTTL < minTTL:
+		return nil, fmt.Errorf("a lifetime is %v at least", minTTL)
 	case cfg.Socket == "" && len(cfg.Sockets) == 0:
 		return nil, errors.New("it needs a socket")
 	case (cfg.Socket == "") != (cfg.IDFor == nil):
@@ -128,54 +138,52 @@ func (i *Issuer) Address() string {
 // AddressOf returns the Workload API address of a socket's path.
 func AddressOf(path string) string { return "unix://" + path }
 
-// Run serves until ctx ends, and then returns nil, with every stream cut off and
-// every socket removed. It fails at once when one of its sockets is in use.
+// Run serves until ctx ends, and then returns nil, closed. It can be called once.
 func (i *Issuer) Run(ctx context.Context) error {
-	listeners, err := i.listen(ctx)
-	if err != nil {
-		return fmt.Errorf("development issuer: %w", err)
-	}
 	group, ctx := errgroup.WithContext(ctx)
-	for n, l := range listeners {
-		server, err := i.server(i.endpoints[n])
-		if err != nil {
-			closeAll(listeners)
-			return fmt.Errorf("development issuer: %w", err)
-		}
-		group.Go(func() error { return server.Serve(l) })
-		group.Go(func() error {
-			<-ctx.Done()
-			server.Stop() // streams never end by themselves
-			return nil
-		})
+	for n, server := range i.servers {
+		group.Go(func() error { return server.Serve(i.listeners[n]) })
 	}
-	if err := group.Wait(); err != nil {
+	group.Go(func() error {
+		<-ctx.Done()
+		return i.Close()
+	})
+	if err := group.Wait(); err != nil && !errors.Is(err, grpc.ErrServerStopped) {
 		return fmt.Errorf("development issuer: %w", err)
 	}
 	return nil
 }
 
-func (i *Issuer) listen(ctx context.Context) ([]net.Listener, error) {
-	var listeners []net.Listener
-	for _, e := range i.endpoints {
-		err := privateDirectory(filepath.Dir(e.path))
-		var l net.Listener
-		if err == nil {
-			l, err = identity.Listen(ctx, e.path, 0o600, -1)
-		}
-		if err != nil {
-			closeAll(listeners)
-			return nil, err
-		}
-		listeners = append(listeners, l)
+// Close cuts every stream off and removes the sockets. It is idempotent and safe
+// for concurrent use.
+func (i *Issuer) Close() error {
+	for _, s := range i.servers {
+		s.Stop() // not gracefully: streams never end by themselves
 	}
-	return listeners, nil
+	var errs []error
+	for _, l := range i.listeners {
+		errs = append(errs, l.Close())
+	}
+	return errors.Join(errs...)
 }
 
-func closeAll(listeners []net.Listener) {
-	for _, l := range listeners {
-		_ = l.Close()
+func (i *Issuer) listen(endpoints []endpoint) error {
+	for _, e := range endpoints {
+		if err := privateDirectory(filepath.Dir(e.path)); err != nil {
+			return err
+		}
+		l, err := identity.Listen(context.Background(), e.path, 0o600, -1)
+		if err != nil {
+			return err
+		}
+		i.listeners = append(i.listeners, l)
+		s, err := i.server(e)
+		if err != nil {
+			return err
+		}
+		i.servers = append(i.servers, s)
 	}
+	return nil
 }
 
 // privateDirectory makes dir for us alone, or checks that it is.
@@ -210,6 +218,7 @@ func (i *Issuer) server(e endpoint) (*grpc.Server, error) {
 		grpc.MaxHeaderListSize(maxHeaders),
 		grpc.MaxConcurrentStreams(maxStreams),
 		grpc.ConnectionTimeout(connectionTimeout),
+		grpc.WaitForHandlers(true),
 		grpc.UnaryInterceptor(checkUnary),
 		grpc.StreamInterceptor(checkStream),
 	)

@@ -1,0 +1,3 @@
+package identity_test
+
+func helperListen() {}
