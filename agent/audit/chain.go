@@ -7,7 +7,6 @@ import (
 	"crypto/sha256"
 	"encoding/base64"
 	"encoding/hex"
-	"errors"
 	"fmt"
 	"strconv"
 	"strings"
@@ -164,7 +163,7 @@ func FormatInitialKey(key []byte) string {
 func ParseInitialKey(text []byte) ([]byte, error) {
 	encoded, found := strings.CutPrefix(strings.TrimSpace(string(text)), keyPrefix)
 	if !found {
-		return nil, errors.New("not an audit key file: it must hold one line that begins with " + keyPrefix)
+		return nil, fmt.Errorf("not an audit key file: it must hold one line that begins with %q", keyPrefix)
 	}
 	key, err := base64.RawURLEncoding.Strict().DecodeString(encoded)
 	if err != nil || len(key) != InitialKeySize {

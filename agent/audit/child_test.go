@@ -159,7 +159,7 @@ func TestFullDevice(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer full.Close()
+	t.Cleanup(func() { _ = full.Close() })
 	r := newRig(t)
 	r.cfg.Sink = audit.NewStream(full)
 	l := r.open()

@@ -126,6 +126,7 @@ func (e *encoder) appendContext(b []byte, r *Record) []byte {
 		open, end = `,"context_hmac":{`, '}'
 	case ContextClear:
 		open, end = `,"context":{`, '}'
+	case ContextKeysOnly:
 	}
 	b = append(b, open...)
 	for i, key := range keys {
@@ -140,6 +141,7 @@ func (e *encoder) appendContext(b []byte, r *Record) []byte {
 			b = append(b, '"')
 		case ContextClear:
 			b = appendString(append(b, ':'), r.Context[key])
+		case ContextKeysOnly:
 		}
 	}
 	return append(b, end)

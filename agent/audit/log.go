@@ -54,7 +54,7 @@ type Config struct {
 	// Sink takes the lines instead of a file; such a log cannot be read back
 	// after a crash, so that a record of the gap stands there then.
 	Sink Sink
-	// StateDir is an existing directory, private to the agent.
+	// StateDir is an existing directory of the agent; its files are private.
 	StateDir string
 	// InitialKeyPath is where the initial key of a new chain is written, or
 	// found when the verifier made it; empty is "audit-initial.key" in StateDir.
@@ -70,7 +70,7 @@ type Config struct {
 	// ContextValues is one of the constants; empty is ContextKeysOnly.
 	ContextValues ContextValues
 	// SaveEvery and SaveRecords say when the evolved key is stored: after that
-	// time or that many records. 0 is one second and 1024 records.
+	// time or that many records. 0 is one second and 16384 records.
 	SaveEvery   time.Duration
 	SaveRecords uint64
 	// Now is the wall clock; nil is time.Now.
@@ -106,7 +106,7 @@ func (c Config) withDefaults() (Config, error) {
 	setDefault(&c.WriteTimeout, 5*time.Second)
 	setDefault(&c.MaxQueue, 4096)
 	setDefault(&c.SaveEvery, time.Second)
-	setDefault(&c.SaveRecords, 1024)
+	setDefault(&c.SaveRecords, 16384)
 	setDefault(&c.Mode, 0o600)
 	if c.Now == nil {
 		c.Now = time.Now
@@ -150,7 +150,6 @@ type Log struct {
 	notes   []string
 	entries sync.Pool // of *entry
 	refused atomic.Uint64
-	chainID string
 
 	wake   chan struct{} // the queue is not empty, or the log closes; holds one
 	ended  chan struct{} // closed when the writer has ended

@@ -32,6 +32,13 @@ func store(t testing.TB, path string, content []byte) {
 	}
 }
 
+func remove(t testing.TB, path string) {
+	t.Helper()
+	if err := os.Remove(path); err != nil {
+		t.Fatal(err)
+	}
+}
+
 func load(t testing.TB, path string) []byte {
 	t.Helper()
 	content, err := os.ReadFile(path)
@@ -134,7 +141,7 @@ func TestCopyAndTruncate(t *testing.T) {
 
 func TestMissingRecordsStopTheStart(t *testing.T) {
 	for name, damage := range map[string]func(r *rig){
-		"log deleted":        func(r *rig) { os.Remove(r.cfg.Path) },
+		"log deleted":        func(r *rig) { remove(t, r.cfg.Path) },
 		"log emptied":        func(r *rig) { store(t, r.cfg.Path, nil) },
 		"last record cut":    func(r *rig) { store(t, r.cfg.Path, cutLines(r.content(), 1)) },
 		"other log restored": func(r *rig) { o := newRig(t); o.log(9); store(t, r.cfg.Path, o.content()) },
@@ -215,20 +222,21 @@ func TestLostStateStopsTheStart(t *testing.T) {
 	state := filepath.Join(r.cfg.StateDir, "audit.state")
 	whole := load(t, state)
 	for name, damaged := range map[string][]byte{
-		"missing": nil,
+		"empty":   nil,
 		"rubbish": bytes.Repeat([]byte("rubbish\n"), 256),
 		"zeros":   make([]byte, 2048),
 		"later":   bytes.ReplaceAll(whole, []byte(`"format":1`), []byte(`"format":2`)),
 	} {
-		os.Remove(state)
-		if damaged != nil {
-			store(t, state, damaged)
-		}
+		remove(t, state)
+		store(t, state, damaged)
 		if _, err := audit.Open(r.cfg); !errors.Is(err, audit.ErrState) {
 			t.Errorf("%s: got %v, want ErrState", name, err)
 		}
 	}
-	os.Remove(state)
+	remove(t, state)
+	if _, err := audit.Open(r.cfg); !errors.Is(err, audit.ErrState) {
+		t.Errorf("missing: got %v, want ErrState", err)
+	}
 	rename(t, r.cfg.Path, r.cfg.Path+".old")
 	rename(t, filepath.Join(r.cfg.StateDir, "audit-initial.key"), filepath.Join(r.cfg.StateDir, "old.key"))
 	r.log(1) // the cure that the error names
@@ -256,12 +264,12 @@ func TestStateIsStoredInTime(t *testing.T) {
 		state := filepath.Join(r.cfg.StateDir, "audit.state")
 		before := load(t, state)
 		r.write(l, 1)
-		time.Sleep(3*time.Second - 1)
+		time.Sleep(3*time.Second - time.Nanosecond)
 		synctest.Wait()
 		if !bytes.Equal(before, load(t, state)) {
 			t.Error("state was stored early")
 		}
-		time.Sleep(1)
+		time.Sleep(time.Nanosecond)
 		synctest.Wait()
 		if !strings.Contains(string(load(t, state)), `"sequence":2,`) {
 			t.Errorf("state after SaveEvery: %s", load(t, state))
@@ -422,4 +430,33 @@ func TestRotationOfATornLog(t *testing.T) {
 	if !report.OK() || len(report.Recovered) != 1 {
 		t.Errorf("fault %v, recovered %v", report.Fault, report.Recovered)
 	}
+}
+
+func TestALogThatCannotBeReopenedRefuses(t *testing.T) {
+	r := newRig(t)
+	l := r.open()
+	r.write(l, 1)
+	rename(t, r.cfg.Path, r.cfg.Path+".1")
+	if err := os.Mkdir(r.cfg.Path, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := l.Write(t.Context(), sample("a")); !errors.Is(err, audit.ErrSink) {
+		t.Errorf("a directory in place of the log: got %v, want ErrSink", err)
+	}
+	remove(t, r.cfg.Path)
+	r.write(l, 1)
+	r.close(l)
+	r.wantOK(3, r.cfg.Path+".1", r.cfg.Path)
+}
+
+func TestTheChainNeverLeadsItsStateTooFar(t *testing.T) {
+	r := newRig(t)
+	r.cfg.Sink, r.cfg.SaveEvery, r.cfg.SaveRecords = discard{}, time.Hour, 1<<40
+	l := r.open()
+	const bound = 1 << 16 // what docs/audit.md promises
+	r.write(l, bound+10)
+	if state := load(t, filepath.Join(r.cfg.StateDir, "audit.state")); strings.Contains(string(state), `"sequence":1,`) {
+		t.Errorf("the state was not stored in %d records: %s", bound, state)
+	}
+	r.close(l)
 }

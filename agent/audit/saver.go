@@ -39,9 +39,9 @@ func (s *saver) run() {
 		case <-s.due:
 			timer.Reset(s.every)
 		case <-timer.C:
-			s.save()
+			_ = s.save() // it told the status
 		case <-s.full:
-			s.save()
+			_ = s.save() // it told the status
 		case reply := <-s.requests:
 			reply <- s.save()
 		case f := <-s.ended:

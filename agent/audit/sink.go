@@ -97,9 +97,7 @@ func (l *file) take(f *os.File, created bool) error {
 		}
 	}
 	if old := l.open.Swap(f); old != nil {
-		if err := old.Close(); err != nil {
-			return fmt.Errorf("close the old audit log: %w", err)
-		}
+		_ = old.Close() // it was synced before, so that nothing can be lost
 	}
 	l.device, l.inode, l.size = st.Dev, st.Ino, st.Size
 	return nil

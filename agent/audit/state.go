@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 
@@ -86,6 +87,9 @@ func lock(f *os.File) error {
 func (s *stateFile) load() (state savedState, found bool, err error) {
 	content := make([]byte, 2*slotSize)
 	n, err := s.f.ReadAt(content, 0)
+	if err != nil && !errors.Is(err, io.EOF) {
+		return state, false, fmt.Errorf("read audit state: %w", err)
+	}
 	if n < slotSize {
 		return state, false, nil
 	}
