@@ -242,15 +242,17 @@ func (a *app) readWrapped(path string) (*kmsagentv1.EncryptedDataKey, error) {
 func parseWrapped(data []byte) (*kmsagentv1.EncryptedDataKey, error) {
 	lenient := protojson.UnmarshalOptions{DiscardUnknown: true}
 	generated, wrapped, bare := &kmsagentv1.GenerateDataKeyResponse{}, &kmsagentv1.WrapResponse{}, &kmsagentv1.EncryptedDataKey{}
+	var edk *kmsagentv1.EncryptedDataKey
 	if err := lenient.Unmarshal(data, generated); err == nil && generated.GetEncryptedDataKey() != nil {
 		clear(generated.GetPlaintext())
-		return generated.GetEncryptedDataKey(), nil
+		edk = generated.GetEncryptedDataKey()
+	} else if err := lenient.Unmarshal(data, wrapped); err == nil && wrapped.GetWrapped() != nil {
+		edk = wrapped.GetWrapped()
+	} else if err := protojson.Unmarshal(data, bare); err == nil {
+		edk = bare
 	}
-	if err := lenient.Unmarshal(data, wrapped); err == nil && wrapped.GetWrapped() != nil {
-		return wrapped.GetWrapped(), nil
-	}
-	if err := protojson.Unmarshal(data, bare); err != nil || len(bare.GetCiphertext()) == 0 {
+	if len(edk.GetCiphertext()) == 0 {
 		return nil, errNoWrapped
 	}
-	return bare, nil
+	return edk, nil
 }

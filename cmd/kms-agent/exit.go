@@ -151,9 +151,17 @@ func classifyAnswer(e *client.Error) failure {
 	case e.Reason != "":
 		f.hint = hintFor(kms.Reason(e.Reason))
 	case e.Code == codes.Unavailable:
-		f.hint = hintUnreachable
+		f.message, f.hint = unreachable(e.Message), hintUnreachable
 	}
 	return f
+}
+
+// unreachable leaves out what gRPC says about its own workings.
+func unreachable(message string) string {
+	if i := strings.Index(message, "dial unix "); i >= 0 {
+		return "cannot reach the agent: " + strings.TrimSuffix(message[i:], `"`)
+	}
+	return message
 }
 
 const hintUnreachable = "is the agent running, and is this its socket? Name it with --socket or KMS_AGENT_SOCKET"
@@ -174,7 +182,7 @@ func classifyStatus(err error) (failure, bool) {
 		}
 	}
 	if f.reason == "" && s.Code() == codes.Unavailable {
-		f.hint = hintUnreachable
+		f.message, f.hint = unreachable(f.message), hintUnreachable
 	}
 	return f, true
 }
