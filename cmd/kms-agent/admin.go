@@ -87,10 +87,10 @@ configuration names in admin.allow, and nobody else.`,
 
 func adminHint(err error, socket string) error {
 	f := classify(err)
-	switch f.code {
-	case exitUnavailable:
+	if f.code == exitUnavailable {
 		f.hint = "is the agent running, is " + socket + " its admin socket (--admin-socket), and are you its owner or root?"
-	case exitDenied:
+	}
+	if f.code == exitDenied {
 		f.hint = "the agent answers who is named in admin.allow of its configuration, and nobody else"
 	}
 	return &codedError{code: f.code, hint: f.hint, err: err}

@@ -1,11 +1,8 @@
 package main
 
 import (
-	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
-	"fmt"
 	"io"
 	"net"
 	"os"
@@ -13,15 +10,11 @@ import (
 	"strconv"
 	"strings"
 	"testing"
-	"testing/synctest"
 	"time"
 
-	"github.com/spf13/cobra"
-	"golang.org/x/sys/unix"
-	"google.golang.org/genproto/googleapis/rpc/errdetails"
+	"go.uber.org/goleak"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	"github.com/kms-agent/kms-agent/agent/kms"
@@ -109,6 +102,7 @@ func (f *fakeAgent) DecryptStream(s grpc.BidiStreamingServer[kmsagentv1.DecryptS
 // serveFake starts the fake and points the commands at it.
 func serveFake(t *testing.T, f *fakeAgent) {
 	t.Helper()
+	t.Cleanup(func() { goleak.VerifyNone(t) })
 	f.starts = make(chan *kmsagentv1.EncryptStreamStart, 10)
 	socket := filepath.Join(t.TempDir(), "kms.sock")
 	listener, err := net.Listen("unix", socket)
@@ -121,7 +115,9 @@ func serveFake(t *testing.T, f *fakeAgent) {
 	go func() { served <- server.Serve(listener) }()
 	t.Cleanup(func() {
 		server.Stop()
-		<-served
+		if err := <-served; err != nil {
+			t.Errorf("fake agent: %v", err)
+		}
 	})
 	t.Setenv("KMS_AGENT_SOCKET", socket)
 	t.Setenv("SPIFFE_ENDPOINT_SOCKET", "")
@@ -278,226 +274,5 @@ func TestLateCompetitor(t *testing.T) {
 	}
 	if got := read(t, path); got != "other" {
 		t.Errorf("file = %q, want the competitor's", got)
-	}
-}
-
-func agentError(code codes.Code, reason kms.Reason) error {
-	st, err := status.New(code, "what happened").WithDetails(&errdetails.ErrorInfo{
-		Domain: "kms-agent", Reason: string(reason), Metadata: map[string]string{"request_id": "r1"},
-	})
-	if err != nil {
-		panic(err)
-	}
-	return st.Err()
-}
-
-func TestExitCodeOfEachReason(t *testing.T) {
-	for _, c := range []struct {
-		code    codes.Code
-		reasons []kms.Reason
-		want    exitCode
-	}{
-		{codes.Unauthenticated, []kms.Reason{kms.ReasonUnidentified}, exitDenied},
-		{codes.PermissionDenied, []kms.Reason{kms.ReasonAccessDenied}, exitDenied},
-		{codes.InvalidArgument, []kms.Reason{kms.ReasonInvalidRequest, kms.ReasonInvalidMessage, kms.ReasonDecryptFailed, kms.ReasonTooLarge, kms.ReasonTruncated}, exitInvalid},
-		{codes.FailedPrecondition, []kms.Reason{kms.ReasonKeyUnusable}, exitInvalid},
-		{codes.Unavailable, []kms.Reason{kms.ReasonKeySuspended, kms.ReasonBackendDown, kms.ReasonBackendBroken, kms.ReasonAuditUnavailable, kms.ReasonShuttingDown}, exitUnavailable},
-		{codes.ResourceExhausted, []kms.Reason{kms.ReasonTooManyRequests}, exitUnavailable},
-		{codes.DeadlineExceeded, []kms.Reason{kms.ReasonDeadlineExceeded}, exitUnavailable},
-		{codes.Internal, []kms.Reason{kms.ReasonInternal}, exitFailure},
-	} {
-		for _, reason := range c.reasons {
-			t.Run(string(reason), func(t *testing.T) {
-				serveFake(t, &fakeAgent{failure: agentError(c.code, reason)})
-				command(t, "", "whoami").want(t, c.want,
-					fmt.Sprintf("kms-agent: whoami: what happened, request r1 (reason %s)\nhint: %s\n", reason, hintFor(reason)))
-			})
-		}
-	}
-}
-
-func TestEveryReasonHasAHint(t *testing.T) {
-	for _, reason := range kms.Reasons() {
-		if hintFor(reason) == "" && reason != kms.ReasonCancelled {
-			t.Errorf("no hint for %s", reason)
-		}
-	}
-}
-
-// TestExitCodesAreDocumented holds docs/cli.md to the table in the code.
-func TestExitCodesAreDocumented(t *testing.T) {
-	page := read(t, "../../docs/cli.md")
-	for _, row := range exitCodes() {
-		if line := fmt.Sprintf("| %d | %s |", row.code, row.meaning); !strings.Contains(page, line) {
-			t.Errorf("docs/cli.md lacks the row %q", line)
-		}
-	}
-}
-
-// TestCommandsAreDocumented: docs/cli.md names every command and variable.
-func TestCommandsAreDocumented(t *testing.T) {
-	page := read(t, "../../docs/cli.md")
-	root := newRoot(newApp(os.Stdin, os.Stdout, os.Stderr, os.Getenv))
-	for _, path := range commandPaths(root) {
-		if !strings.Contains(page, "`"+path) {
-			t.Errorf("docs/cli.md does not mention %q", path)
-		}
-	}
-	for _, name := range []string{"KMS_AGENT_SOCKET", "KMS_AGENT_ADMIN_SOCKET", "KMS_AGENT_KEYSTORE", "SPIFFE_ENDPOINT_SOCKET", "NO_COLOR"} {
-		if !strings.Contains(page, "`"+name+"`") {
-			t.Errorf("docs/cli.md does not mention %s", name)
-		}
-	}
-}
-
-func commandPaths(c *cobra.Command) []string {
-	var paths []string
-	for _, child := range c.Commands() {
-		if child.HasSubCommands() {
-			paths = append(paths, commandPaths(child)...)
-		} else if child.IsAvailableCommand() {
-			paths = append(paths, child.CommandPath())
-		}
-	}
-	return paths
-}
-
-// terminal opens a pseudo-terminal: what a command writes to the second file
-// comes out of the first.
-func terminal(t *testing.T) (outer, inner *os.File) {
-	t.Helper()
-	outer, err := os.OpenFile("/dev/ptmx", os.O_RDWR|unix.O_NOCTTY, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = outer.Close() })
-	if err := unix.IoctlSetPointerInt(int(outer.Fd()), unix.TIOCSPTLCK, 0); err != nil {
-		t.Fatal(err)
-	}
-	n, err := unix.IoctlGetInt(int(outer.Fd()), unix.TIOCGPTN)
-	if err != nil {
-		t.Fatal(err)
-	}
-	inner, err = os.OpenFile("/dev/pts/"+strconv.Itoa(n), os.O_RDWR|unix.O_NOCTTY, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = inner.Close() })
-	return outer, inner
-}
-
-func TestCiphertextStaysOffTheTerminal(t *testing.T) {
-	serveFake(t, &fakeAgent{})
-	_, inner := terminal(t)
-	stderr := create(t, filepath.Join(t.TempDir(), "err"))
-	for _, args := range [][]string{
-		{"encrypt", "--key", "orders"}, {"reencrypt"}, {"unwrap"}, {"random", "8", "--encoding", "raw"},
-	} {
-		if code := run(args, os.Stdin, inner, stderr); code != int(exitUsage) {
-			t.Errorf("%v: exit code %d, want %d", args, code, exitUsage)
-		}
-	}
-	if got := read(t, stderr.Name()); strings.Count(got, "standard output a terminal") != 4 {
-		t.Errorf("standard error = %s", got)
-	}
-}
-
-func TestColoursOnlyOnTerminals(t *testing.T) {
-	_, inner := terminal(t)
-	file := create(t, filepath.Join(t.TempDir(), "file"))
-	environment := map[string]string{"TERM": "xterm"}
-	a := newApp(os.Stdin, inner, file, func(name string) string { return environment[name] })
-	if !a.colours(inner) || a.colours(file) {
-		t.Errorf("colours: terminal %v, file %v, want true, false", a.colours(inner), a.colours(file))
-	}
-	environment["NO_COLOR"] = "1"
-	if a.colours(inner) {
-		t.Error("colours although NO_COLOR is set")
-	}
-}
-
-func TestTable(t *testing.T) {
-	table := &table{}
-	table.header("KEY", "STATE")
-	table.row("schlüssel", "up")
-	table.row("evil\x1b[2J", "down")
-	want := "KEY            STATE\nschlüssel      up\n\"evil\\x1b[2J\"  down\n"
-	if got := table.render(false); got != want {
-		t.Errorf("table:\n%q, want\n%q", got, want)
-	}
-	coloured := table.render(true)
-	for _, code := range []string{"\x1b[32mup\x1b[0m", "\x1b[31mdown\x1b[0m", "\x1b[1mKEY"} {
-		if !strings.Contains(coloured, code) {
-			t.Errorf("coloured table lacks %q: %q", code, coloured)
-		}
-	}
-}
-
-func TestProgress(t *testing.T) {
-	for _, c := range []struct {
-		done, total int64
-		want        string
-	}{
-		{5 << 20, -1, "5.0 MiB, 2.5 MiB/s"},
-		{5 << 20, 10 << 20, " 50%  5.0 MiB of 10.0 MiB, 2.5 MiB/s, 2s left"},
-		{10, 10, "100%  10 B of 10 B, 5 B/s"},
-	} {
-		if got := progressLine(c.done, c.total, 2*time.Second); got != c.want {
-			t.Errorf("progress = %q, want %q", got, c.want)
-		}
-	}
-	var shown bytes.Buffer
-	p := startProgress(strings.NewReader("short"), 5, &shown, true)
-	if _, err := io.Copy(io.Discard, p); err != nil {
-		t.Fatal(err)
-	}
-	p.stop()
-	p.stop()
-	if shown.Len() != 0 || p.done.Load() != 5 {
-		t.Errorf("a short transfer showed %q and counted %d", shown.String(), p.done.Load())
-	}
-}
-
-func TestProgressOfALongTransfer(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		var shown bytes.Buffer
-		p := startProgress(strings.NewReader(strings.Repeat("x", 2048)), 4096, &shown, true)
-		if _, err := io.Copy(io.Discard, p); err != nil {
-			t.Fatal(err)
-		}
-		time.Sleep(999 * time.Millisecond)
-		synctest.Wait()
-		if shown.Len() != 0 {
-			t.Errorf("%q is shown before a second is over", shown.String())
-		}
-		time.Sleep(time.Second)
-		synctest.Wait()
-		p.stop()
-		if got := shown.String(); !strings.Contains(got, " 50%  2.0 KiB of 4.0 KiB") || !strings.HasSuffix(got, "\r\x1b[K") {
-			t.Errorf("shown: %q, want a line that is removed at the end", got)
-		}
-	})
-}
-
-func TestParseWrapped(t *testing.T) {
-	const edk = `{"provider_id":"kms-agent","provider_info":"AQ==","ciphertext":"AgM="}`
-	for _, document := range []string{edk, `{"encrypted_data_key":` + edk + `,"plaintext":"","key_use":null}`, `{"wrapped":` + edk + `}`} {
-		got, err := parseWrapped([]byte(document))
-		if err != nil || got.GetProviderId() != "kms-agent" || !bytes.Equal(got.GetCiphertext(), []byte{2, 3}) {
-			t.Errorf("%s = %v, %v", document, got, err)
-		}
-	}
-	for _, document := range []string{"", "{}", "[]", `{"wrapped":{}}`, "text", `{"wrapped":5}`} {
-		if got, err := parseWrapped([]byte(document)); err == nil {
-			t.Errorf("%q = %v, want an error", document, got)
-		}
-	}
-}
-
-func TestVersionIsJSON(t *testing.T) {
-	r := command(t, "", "version", "--output", "json")
-	var v versionInfo
-	if err := json.Unmarshal([]byte(r.out), &v); err != nil || v.Go == "" || v.FIPS140 == "" {
-		t.Errorf("version = %s, %v", r.out, err)
 	}
 }

@@ -150,7 +150,7 @@ func (a *app) stream(ctx context.Context, t *transfer, mode fs.FileMode, do stre
 		return err
 	}
 	defer func() { _ = c.Close() }()
-	shown := isTerminal(a.errOut) && !(out.pending == nil && isTerminal(a.out))
+	shown := isTerminal(a.errOut) && (out.pending != nil || !isTerminal(a.out))
 	p := startProgress(in, in.size, a.errOut, shown)
 	defer p.stop()
 	err = do(ctx, c, in.size, p, out)

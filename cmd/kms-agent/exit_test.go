@@ -1,0 +1,96 @@
+package main
+
+import (
+	"fmt"
+	"os"
+	"strings"
+	"testing"
+
+	"github.com/spf13/cobra"
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/kms-agent/kms-agent/agent/kms"
+)
+
+func agentError(code codes.Code, reason kms.Reason) error {
+	st, err := status.New(code, "what happened").WithDetails(&errdetails.ErrorInfo{
+		Domain: "kms-agent", Reason: string(reason), Metadata: map[string]string{"request_id": "r1"},
+	})
+	if err != nil {
+		panic(err)
+	}
+	return st.Err()
+}
+
+func TestExitCodeOfEachReason(t *testing.T) {
+	for _, c := range []struct {
+		code    codes.Code
+		reasons []kms.Reason
+		want    exitCode
+	}{
+		{codes.Unauthenticated, []kms.Reason{kms.ReasonUnidentified}, exitDenied},
+		{codes.PermissionDenied, []kms.Reason{kms.ReasonAccessDenied}, exitDenied},
+		{codes.InvalidArgument, []kms.Reason{kms.ReasonInvalidRequest, kms.ReasonInvalidMessage, kms.ReasonDecryptFailed, kms.ReasonTooLarge, kms.ReasonTruncated}, exitInvalid},
+		{codes.FailedPrecondition, []kms.Reason{kms.ReasonKeyUnusable}, exitInvalid},
+		{codes.Unavailable, []kms.Reason{kms.ReasonKeySuspended, kms.ReasonBackendDown, kms.ReasonBackendBroken, kms.ReasonAuditUnavailable, kms.ReasonShuttingDown}, exitUnavailable},
+		{codes.ResourceExhausted, []kms.Reason{kms.ReasonTooManyRequests}, exitUnavailable},
+		{codes.DeadlineExceeded, []kms.Reason{kms.ReasonDeadlineExceeded}, exitUnavailable},
+		{codes.Internal, []kms.Reason{kms.ReasonInternal}, exitFailure},
+	} {
+		for _, reason := range c.reasons {
+			t.Run(string(reason), func(t *testing.T) {
+				serveFake(t, &fakeAgent{failure: agentError(c.code, reason)})
+				command(t, "", "whoami").want(t, c.want,
+					fmt.Sprintf("kms-agent: whoami: what happened, request r1 (reason %s)\nhint: %s\n", reason, hintFor(reason)))
+			})
+		}
+	}
+}
+
+func TestEveryReasonHasAHint(t *testing.T) {
+	for _, reason := range kms.Reasons() {
+		if hintFor(reason) == "" && reason != kms.ReasonCancelled {
+			t.Errorf("no hint for %s", reason)
+		}
+	}
+}
+
+// TestExitCodesAreDocumented holds docs/cli.md to the table in the code.
+func TestExitCodesAreDocumented(t *testing.T) {
+	page := read(t, "../../docs/cli.md")
+	for _, row := range exitCodes() {
+		if line := fmt.Sprintf("| %d | %s |", row.code, row.meaning); !strings.Contains(page, line) {
+			t.Errorf("docs/cli.md lacks the row %q", line)
+		}
+	}
+}
+
+// TestCommandsAreDocumented: docs/cli.md names every command and variable.
+func TestCommandsAreDocumented(t *testing.T) {
+	page := read(t, "../../docs/cli.md")
+	root := newRoot(newApp(os.Stdin, os.Stdout, os.Stderr, os.Getenv))
+	for _, path := range commandPaths(root) {
+		if !strings.Contains(page, "`"+path) {
+			t.Errorf("docs/cli.md does not mention %q", path)
+		}
+	}
+	for _, name := range []string{"KMS_AGENT_SOCKET", "KMS_AGENT_ADMIN_SOCKET", "KMS_AGENT_KEYSTORE", "SPIFFE_ENDPOINT_SOCKET", "NO_COLOR"} {
+		if !strings.Contains(page, "`"+name+"`") {
+			t.Errorf("docs/cli.md does not mention %s", name)
+		}
+	}
+}
+
+func commandPaths(c *cobra.Command) []string {
+	var paths []string
+	for _, child := range c.Commands() {
+		if child.HasSubCommands() {
+			paths = append(paths, commandPaths(child)...)
+		} else if child.IsAvailableCommand() {
+			paths = append(paths, child.CommandPath())
+		}
+	}
+	return paths
+}

@@ -1,0 +1,156 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"io"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// terminal opens a pseudo-terminal: what a command writes to the second file
+// comes out of the first.
+func terminal(t *testing.T) (outer, inner *os.File) {
+	t.Helper()
+	outer, err := os.OpenFile("/dev/ptmx", os.O_RDWR|unix.O_NOCTTY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = outer.Close() })
+	if err := unix.IoctlSetPointerInt(int(outer.Fd()), unix.TIOCSPTLCK, 0); err != nil {
+		t.Fatal(err)
+	}
+	n, err := unix.IoctlGetInt(int(outer.Fd()), unix.TIOCGPTN)
+	if err != nil {
+		t.Fatal(err)
+	}
+	inner, err = os.OpenFile("/dev/pts/"+strconv.Itoa(n), os.O_RDWR|unix.O_NOCTTY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = inner.Close() })
+	return outer, inner
+}
+
+func TestCiphertextStaysOffTheTerminal(t *testing.T) {
+	serveFake(t, &fakeAgent{})
+	_, inner := terminal(t)
+	stderr := create(t, filepath.Join(t.TempDir(), "err"))
+	for _, args := range [][]string{
+		{"encrypt", "--key", "orders"}, {"reencrypt"}, {"unwrap"}, {"random", "8", "--encoding", "raw"},
+	} {
+		if code := run(args, os.Stdin, inner, stderr); code != int(exitUsage) {
+			t.Errorf("%v: exit code %d, want %d", args, code, exitUsage)
+		}
+	}
+	if got := read(t, stderr.Name()); strings.Count(got, "standard output a terminal") != 4 {
+		t.Errorf("standard error = %s", got)
+	}
+}
+
+func TestColoursOnlyOnTerminals(t *testing.T) {
+	_, inner := terminal(t)
+	file := create(t, filepath.Join(t.TempDir(), "file"))
+	environment := map[string]string{"TERM": "xterm"}
+	a := newApp(os.Stdin, inner, file, func(name string) string { return environment[name] })
+	if !a.colours(inner) || a.colours(file) {
+		t.Errorf("colours: terminal %v, file %v, want true, false", a.colours(inner), a.colours(file))
+	}
+	environment["NO_COLOR"] = "1"
+	if a.colours(inner) {
+		t.Error("colours although NO_COLOR is set")
+	}
+}
+
+func TestTable(t *testing.T) {
+	table := &table{}
+	table.header("KEY", "STATE")
+	table.row("schlüssel", "up")
+	table.row("evil\x1b[2J", "down")
+	want := "KEY            STATE\nschlüssel      up\n\"evil\\x1b[2J\"  down\n"
+	if got := table.render(false); got != want {
+		t.Errorf("table:\n%q, want\n%q", got, want)
+	}
+	coloured := table.render(true)
+	for _, code := range []string{"\x1b[32mup\x1b[0m", "\x1b[31mdown\x1b[0m", "\x1b[1mKEY"} {
+		if !strings.Contains(coloured, code) {
+			t.Errorf("coloured table lacks %q: %q", code, coloured)
+		}
+	}
+}
+
+func TestProgress(t *testing.T) {
+	for _, c := range []struct {
+		done, total int64
+		want        string
+	}{
+		{5 << 20, -1, "5.0 MiB, 2.5 MiB/s"},
+		{5 << 20, 10 << 20, " 50%  5.0 MiB of 10.0 MiB, 2.5 MiB/s, 2s left"},
+		{10, 10, "100%  10 B of 10 B, 5 B/s"},
+	} {
+		if got := progressLine(c.done, c.total, 2*time.Second); got != c.want {
+			t.Errorf("progress = %q, want %q", got, c.want)
+		}
+	}
+	var shown bytes.Buffer
+	p := startProgress(strings.NewReader("short"), 5, &shown, true)
+	if _, err := io.Copy(io.Discard, p); err != nil {
+		t.Fatal(err)
+	}
+	p.stop()
+	p.stop()
+	if shown.Len() != 0 || p.done.Load() != 5 {
+		t.Errorf("a short transfer showed %q and counted %d", shown.String(), p.done.Load())
+	}
+}
+
+func TestProgressOfALongTransfer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var shown bytes.Buffer
+		p := startProgress(strings.NewReader(strings.Repeat("x", 2048)), 4096, &shown, true)
+		if _, err := io.Copy(io.Discard, p); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(999 * time.Millisecond)
+		synctest.Wait()
+		if shown.Len() != 0 {
+			t.Errorf("%q is shown before a second is over", shown.String())
+		}
+		time.Sleep(time.Second)
+		synctest.Wait()
+		p.stop()
+		if got := shown.String(); !strings.Contains(got, " 50%  2.0 KiB of 4.0 KiB") || !strings.HasSuffix(got, "\r\x1b[K") {
+			t.Errorf("shown: %q, want a line that is removed at the end", got)
+		}
+	})
+}
+
+func TestParseWrapped(t *testing.T) {
+	const edk = `{"provider_id":"kms-agent","provider_info":"AQ==","ciphertext":"AgM="}`
+	for _, document := range []string{edk, `{"encrypted_data_key":` + edk + `,"plaintext":"","key_use":null}`, `{"wrapped":` + edk + `}`} {
+		got, err := parseWrapped([]byte(document))
+		if err != nil || got.GetProviderId() != "kms-agent" || !bytes.Equal(got.GetCiphertext(), []byte{2, 3}) {
+			t.Errorf("%s = %v, %v", document, got, err)
+		}
+	}
+	for _, document := range []string{"", "{}", "[]", `{"wrapped":{}}`, "text", `{"wrapped":5}`} {
+		if got, err := parseWrapped([]byte(document)); err == nil {
+			t.Errorf("%q = %v, want an error", document, got)
+		}
+	}
+}
+
+func TestVersionIsJSON(t *testing.T) {
+	r := command(t, "", "version", "--output", "json")
+	var v versionInfo
+	if err := json.Unmarshal([]byte(r.out), &v); err != nil || v.Go == "" || v.FIPS140 == "" {
+		t.Errorf("version = %s, %v", r.out, err)
+	}
+}
