@@ -113,20 +113,20 @@ func TestProgress(t *testing.T) {
 
 func TestProgressOfALongTransfer(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		var shown bytes.Buffer
-		p := startProgress(strings.NewReader(strings.Repeat("x", 2048)), 4096, &shown, true)
-		if _, err := io.Copy(io.Discard, p); err != nil {
-			t.Fatal(err)
+		show := func(lasts time.Duration) string {
+			var shown bytes.Buffer
+			p := startProgress(strings.NewReader(strings.Repeat("x", 2048)), 4096, &shown, true)
+			if _, err := io.Copy(io.Discard, p); err != nil {
+				t.Fatal(err)
+			}
+			time.Sleep(lasts)
+			p.stop()
+			return shown.String()
 		}
-		time.Sleep(999 * time.Millisecond)
-		synctest.Wait()
-		if shown.Len() != 0 {
-			t.Errorf("%q is shown before a second is over", shown.String())
+		if got := show(999 * time.Millisecond); got != "" {
+			t.Errorf("%q is shown before a second is over", got)
 		}
-		time.Sleep(time.Second)
-		synctest.Wait()
-		p.stop()
-		if got := shown.String(); !strings.Contains(got, " 50%  2.0 KiB of 4.0 KiB") || !strings.HasSuffix(got, "\r\x1b[K") {
+		if got := show(2 * time.Second); !strings.Contains(got, " 50%  2.0 KiB of 4.0 KiB") || !strings.HasSuffix(got, "\r\x1b[K") {
 			t.Errorf("shown: %q, want a line that is removed at the end", got)
 		}
 	})
