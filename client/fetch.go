@@ -53,6 +53,7 @@ func (c *Client) firstSVID(ctx context.Context, address string, wait time.Durati
 			return fmt.Errorf("the Workload API at %s knows no identity for this process; register it as a workload: %w", address, err)
 		case codes.InvalidArgument, codes.Unimplemented, codes.Unknown:
 			return fmt.Errorf("the Workload API at %s gave no X.509-SVID: %w", address, err)
+		default: // it may be there soon
 		}
 		timer := time.NewTimer(retryFetch)
 		select {

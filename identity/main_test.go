@@ -294,7 +294,8 @@ type agent struct {
 	creds *identity.Credentials
 
 	mu       sync.Mutex
-	refusals []identity.Refusal // mu guards refusals and calls
+	refusals []identity.Refusal // mu guards the rest
+	refused  chan struct{}      // closed and replaced at each refusal
 	calls    int
 	errs     []error
 }
@@ -331,13 +332,34 @@ func (a *agent) seen() (calls int, refusals []identity.Refusal) {
 	return a.calls, append([]identity.Refusal(nil), a.refusals...)
 }
 
+// refusal waits for the n-th refusal, which comes after the client knows of it.
+func (a *agent) refusal(t testing.TB, n int) identity.Refusal {
+	t.Helper()
+	deadline := time.After(patience)
+	for {
+		a.mu.Lock()
+		refusals, refused := a.refusals, a.refused
+		a.mu.Unlock()
+		if len(refusals) > n {
+			return refusals[n]
+		}
+		select {
+		case <-refused:
+		case <-deadline:
+			t.Fatal("nobody was told of the refusal")
+		}
+	}
+}
+
 func startAgent(t testing.TB, cfg identity.Config) *agent {
 	t.Helper()
-	a := &agent{path: filepath.Join(tempDir(t), "kms.sock")}
+	a := &agent{path: filepath.Join(tempDir(t), "kms.sock"), refused: make(chan struct{})}
 	cfg.OnRefused = func(r identity.Refusal) {
 		a.mu.Lock()
 		defer a.mu.Unlock()
 		a.refusals = append(a.refusals, r)
+		close(a.refused)
+		a.refused = make(chan struct{})
 	}
 	var err error
 	if a.creds, err = identity.NewCredentials(cfg); err != nil {
@@ -410,19 +432,15 @@ func (a *agent) wantUnauthenticated(t testing.TB, conn *grpc.ClientConn, want er
 // wantHandshakeRefusal is a refusal before any call.
 func (a *agent) wantHandshakeRefusal(t testing.TB, conn *grpc.ClientConn, want error, text string) {
 	t.Helper()
-	before, _ := a.seen()
+	before, earlier := a.seen()
 	_, err := whoAmI(t, conn)
 	if status.Code(err) != codes.Unavailable {
 		t.Fatalf("WhoAmI: got %v, want Unavailable, since there is no connection", err)
 	}
-	calls, refusals := a.seen()
-	if calls != before {
+	got := a.refusal(t, len(earlier))
+	if calls, _ := a.seen(); calls != before {
 		t.Fatal("the call reached the service")
 	}
-	if len(refusals) == 0 {
-		t.Fatal("nobody was told of the refusal")
-	}
-	got := refusals[len(refusals)-1]
 	if want != nil && !errors.Is(got.Err, want) {
 		t.Fatalf("refused with %q, want a kind of %q", got.Err, want)
 	}
