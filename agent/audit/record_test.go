@@ -74,7 +74,7 @@ func TestRecordsAreEncodedAsJSON(t *testing.T) {
 			Caller: audit.Caller{PID: 1},
 		},
 		{
-			Kind: audit.KindEnd, Source: &audit.KeyUse{Key: "k", KeyVersion: "1", Freshness: audit.Freshness{Source: "grace", AgeMillis: -1, GraceLeftMillis: 2}},
+			Kind: audit.KindEnd, Source: &audit.KeyUse{Key: "k", KeyVersion: "1", MessageID: "ab", Rule: "r", Freshness: audit.Freshness{Source: "grace", AgeMillis: -1, GraceLeftMillis: 2}},
 			Outcome: audit.Denied, Reason: "denied", Detail: "quote \" back \\ slash / < > & \u2028 \u2029 \x7f \x00 \x1f \b\f\n\r\t ü 世 \xff \xed\xa0\x80 end",
 			DurationMicros: -5, UpstreamMicros: 1 << 62, BytesIn: 1<<64 - 1, Count: 12, Context: map[string]string{"": "", "b\"": "1", "a": "\xff"},
 		},
