@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -33,7 +34,7 @@ tell: --at-least takes a sequence number that the log is known to have reached
 		Example: `  kms-agent audit verify --initial-key audit.key /var/log/kms-agent/audit.log
   kms-agent audit verify --config /etc/kms-agent/config.yaml`,
 		Args: cobra.ArbitraryArgs,
-		RunE: func(_ *cobra.Command, args []string) error { return a.verifyAudit(v, args) },
+		RunE: func(c *cobra.Command, args []string) error { return a.verifyAudit(c.Context(), v, args) },
 	}
 	verify.Flags().StringVar(&v.initialKey, "initial-key", "", "file with the first key of the chain")
 	verify.Flags().StringVar(&v.config, "config", "", "take the log and its initial key from this configuration")
@@ -44,7 +45,7 @@ tell: --at-least takes a sequence number that the log is known to have reached
 	return c
 }
 
-func (a *app) verifyAudit(v auditVerify, logs []string) error {
+func (a *app) verifyAudit(ctx context.Context, v auditVerify, logs []string) error {
 	if v.config != "" {
 		cfg, err := agent.LoadConfig(v.config)
 		if err != nil {
@@ -70,18 +71,18 @@ func (a *app) verifyAudit(v auditVerify, logs []string) error {
 		return &codedError{code: exitInvalid, prefix: "initial key " + v.initialKey + ": ", err: err}
 	}
 	defer clear(key)
-	inputs, closeAll, err := a.auditInputs(logs)
+	inputs, closeAll, err := a.auditInputs(ctx, logs)
 	if err != nil {
 		return err
 	}
-	report, err := audit.Verify(key, v.options, inputs...)
+	report, err := interruptible(ctx, func() (audit.Report, error) { return audit.Verify(key, v.options, inputs...) })
 	if err = errors.Join(err, closeAll()); err != nil {
 		return err
 	}
 	return a.reportAudit(report)
 }
 
-func (a *app) auditInputs(logs []string) ([]audit.Input, func() error, error) {
+func (a *app) auditInputs(ctx context.Context, logs []string) ([]audit.Input, func() error, error) {
 	var inputs []audit.Input
 	var opened []*input
 	closeAll := func() error {
@@ -92,7 +93,7 @@ func (a *app) auditInputs(logs []string) ([]audit.Input, func() error, error) {
 		return err
 	}
 	for _, path := range logs {
-		in, err := a.openInput(path)
+		in, err := a.openInput(ctx, path)
 		if err != nil {
 			return nil, nil, errors.Join(err, closeAll())
 		}

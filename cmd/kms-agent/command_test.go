@@ -261,7 +261,7 @@ func TestNothingWrittenIsNotIncomplete(t *testing.T) {
 func TestLateCompetitor(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "out")
 	a := newApp(os.Stdin, os.Stdout, os.Stderr, os.Getenv)
-	o, err := a.openOutput(path, modeSecret, false)
+	o, err := a.openOutput(t.Context(), path, modeSecret, false)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -274,5 +274,44 @@ func TestLateCompetitor(t *testing.T) {
 	}
 	if got := read(t, path); got != "other" {
 		t.Errorf("file = %q, want the competitor's", got)
+	}
+}
+
+// TestInterrupted: a signal ends what waits, with its code and without a file.
+func TestInterrupted(t *testing.T) {
+	f := &fakeAgent{}
+	serveFake(t, f)
+	silent, keepOpen, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	stderr := create(t, filepath.Join(t.TempDir(), "err"))
+	for _, args := range [][]string{
+		{"encrypt", "--key", "orders", "--out", filepath.Join(dir, "out")}, {"wrap", "--key", "orders"}, {"check", "-"},
+	} {
+		ctx, cancel := context.WithCancel(t.Context())
+		a := newApp(silent, os.Stdout, stderr, os.Getenv)
+		root := newRoot(a)
+		root.SetArgs(args)
+		ended := make(chan int)
+		go func() {
+			c, err := root.ExecuteContextC(ctx)
+			ended <- a.fail(ctx, c, err)
+		}()
+		if args[0] == "encrypt" {
+			<-f.starts // under way
+		}
+		cancel()
+		if code := <-ended; code != int(exitInterrupted) {
+			t.Errorf("%v: exit code %d, want %d: %s", args, code, exitInterrupted, read(t, stderr.Name()))
+		}
+	}
+	if entries, err := os.ReadDir(dir); err != nil || len(entries) != 0 {
+		t.Errorf("directory holds %v, %v, want nothing", entries, err)
+	}
+	// The reads that were left behind end with their pipe.
+	if err := errors.Join(keepOpen.Close(), silent.Close()); err != nil && !errors.Is(err, os.ErrClosed) {
+		t.Error(err)
 	}
 }

@@ -1,8 +1,8 @@
 package main
 
 import (
+	"context"
 	"fmt"
-	"io"
 	"path/filepath"
 
 	"github.com/spf13/cobra"
@@ -10,7 +10,10 @@ import (
 	"github.com/kms-agent/kms-agent/agent"
 )
 
-const defaultConfigPath = "/etc/kms-agent/config.yaml"
+const (
+	defaultConfigPath = "/etc/kms-agent/config.yaml"
+	maxConfig         = 4 << 20
+)
 
 func newConfig(a *app) *cobra.Command {
 	c := group("config", "Write a configuration to start from", "")
@@ -53,7 +56,7 @@ nor a running agent. FILE is ` + defaultConfigPath + ` unless given; - is standa
 input, and then relative paths are relative to the working directory.`,
 		Example: "  kms-agent check\n  kms-agent config default | kms-agent check -",
 		Args:    cobra.ArbitraryArgs,
-		RunE: func(_ *cobra.Command, args []string) error {
+		RunE: func(c *cobra.Command, args []string) error {
 			path := defaultConfigPath
 			if len(args) > 1 {
 				return usagef("unexpected argument %q; check takes one file", args[1])
@@ -61,7 +64,7 @@ input, and then relative paths are relative to the working directory.`,
 			if len(args) == 1 {
 				path = args[0]
 			}
-			cfg, err := a.loadConfig(path)
+			cfg, err := a.loadConfig(c.Context(), path)
 			return a.reportCheck(path, cfg, err)
 		},
 	}
@@ -70,13 +73,13 @@ input, and then relative paths are relative to the working directory.`,
 }
 
 // loadConfig loads a file, or standard input where path is "-".
-func (a *app) loadConfig(path string) (*agent.Config, error) {
+func (a *app) loadConfig(ctx context.Context, path string) (*agent.Config, error) {
 	if path != "-" {
 		return agent.LoadConfig(path)
 	}
-	data, err := io.ReadAll(io.LimitReader(a.in, 4<<20))
+	data, err := a.readInput(ctx, path, maxConfig, "standard input")
 	if err != nil {
-		return nil, fmt.Errorf("read standard input: %w", err)
+		return nil, err
 	}
 	name, err := filepath.Abs("stdin")
 	if err != nil {

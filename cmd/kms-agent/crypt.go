@@ -135,12 +135,12 @@ type streamCall func(ctx context.Context, c *client.Client, size int64, r io.Rea
 // stream runs do between input and output and makes the output whole at the
 // end, or leaves nothing.
 func (a *app) stream(ctx context.Context, t *transfer, mode fs.FileMode, do streamCall) error {
-	in, err := a.openInput(t.in)
+	in, err := a.openInput(ctx, t.in)
 	if err != nil {
 		return err
 	}
 	defer func() { _ = in.Close() }()
-	out, err := a.openOutput(t.out, mode, t.force)
+	out, err := a.openOutput(ctx, t.out, mode, t.force)
 	if err != nil {
 		return err
 	}

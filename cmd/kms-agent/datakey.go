@@ -97,7 +97,7 @@ func (a *app) generateDataKey(ctx context.Context, k *keyCommand) error {
 	if k.secret.show && a.format != formatJSON {
 		return usagef("--show-plaintext goes with --output json")
 	}
-	out, err := a.secretFile(&k.secret)
+	out, err := a.secretFile(ctx, &k.secret)
 	if err != nil {
 		return err
 	}
@@ -130,11 +130,11 @@ func (a *app) generateDataKey(ctx context.Context, k *keyCommand) error {
 
 // secretFile opens the file for a plaintext key before anything is asked of the
 // agent; without one the result takes nothing.
-func (a *app) secretFile(s *secretOutput) (*output, error) {
+func (a *app) secretFile(ctx context.Context, s *secretOutput) (*output, error) {
 	if s.file == "" {
 		return &output{}, nil
 	}
-	return a.openOutput(s.file, modeSecret, s.force)
+	return a.openOutput(ctx, s.file, modeSecret, s.force)
 }
 
 // writeSecret writes and commits a plaintext, where there is a file for it.
@@ -195,10 +195,10 @@ func (a *app) decryptDataKey(ctx context.Context, k *keyCommand, in string) erro
 	if k.secret.show && a.format != formatJSON {
 		return usagef("--show-plaintext goes with --output json")
 	}
-	if request.EncryptedDataKey, err = a.readWrapped(in); err != nil {
+	if request.EncryptedDataKey, err = a.readWrapped(ctx, in); err != nil {
 		return err
 	}
-	out, err := a.secretFile(&k.secret)
+	out, err := a.secretFile(ctx, &k.secret)
 	if err != nil {
 		return err
 	}
@@ -225,8 +225,8 @@ func (a *app) decryptDataKey(ctx context.Context, k *keyCommand, in string) erro
 
 // readWrapped reads the document that datakey generate or wrap printed, or an
 // encrypted data key alone.
-func (a *app) readWrapped(path string) (*kmsagentv1.EncryptedDataKey, error) {
-	data, err := a.readInput(path, maxDocument, "the document")
+func (a *app) readWrapped(ctx context.Context, path string) (*kmsagentv1.EncryptedDataKey, error) {
+	data, err := a.readInput(ctx, path, maxDocument, "the document")
 	if err != nil {
 		return nil, err
 	}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -18,12 +19,34 @@ type input struct {
 	size int64
 }
 
+// interruptible does what may block for ever, as opening a named pipe or reading
+// a terminal does, and returns early when ctx ends. What then still blocks is
+// left behind: the process ends.
+func interruptible[T any](ctx context.Context, do func() (T, error)) (T, error) {
+	type outcome struct {
+		value T
+		err   error
+	}
+	done := make(chan outcome, 1)
+	go func() {
+		value, err := do()
+		done <- outcome{value, err}
+	}()
+	select {
+	case o := <-done:
+		return o.value, o.err
+	case <-ctx.Done():
+		var none T
+		return none, ctx.Err()
+	}
+}
+
 // openInput opens path, or standard input where path is "" or "-".
-func (a *app) openInput(path string) (*input, error) {
+func (a *app) openInput(ctx context.Context, path string) (*input, error) {
 	file := a.in
 	if path != "" && path != "-" {
 		var err error
-		if file, err = os.Open(path); err != nil {
+		if file, err = interruptible(ctx, func() (*os.File, error) { return os.Open(path) }); err != nil {
 			return nil, err
 		}
 	}
@@ -43,7 +66,18 @@ func (a *app) openInput(path string) (*input, error) {
 	return in, nil
 }
 
-// readAll reads at most limit bytes; more is an error that names what.
+// readInput reads a whole input of at most limit bytes; more is an error that
+// names what.
+func (a *app) readInput(ctx context.Context, path string, limit int64, what string) ([]byte, error) {
+	in, err := a.openInput(ctx, path)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = in.Close() }()
+	return interruptible(ctx, func() ([]byte, error) { return readAll(in, limit, what) })
+}
+
+// readAll reads at most limit bytes.
 func readAll(r io.Reader, limit int64, what string) ([]byte, error) {
 	data, err := io.ReadAll(io.LimitReader(r, limit+1))
 	if err != nil {
@@ -75,7 +109,7 @@ const (
 
 // openOutput prepares to write path, or standard output where path is "" or
 // "-". Without force an existing file is refused, before anything is read.
-func (a *app) openOutput(path string, mode fs.FileMode, force bool) (*output, error) {
+func (a *app) openOutput(ctx context.Context, path string, mode fs.FileMode, force bool) (*output, error) {
 	if path == "" || path == "-" {
 		return &output{Writer: a.out}, nil
 	}
@@ -84,7 +118,7 @@ func (a *app) openOutput(path string, mode fs.FileMode, force bool) (*output, er
 	case err == nil && info.IsDir():
 		return nil, usagef("%s is a directory; name a file", path)
 	case err == nil && !info.Mode().IsRegular(): // a device or a named pipe
-		file, err := os.OpenFile(path, os.O_WRONLY, 0)
+		file, err := interruptible(ctx, func() (*os.File, error) { return os.OpenFile(path, os.O_WRONLY, 0) })
 		if err != nil {
 			return nil, err
 		}
@@ -159,8 +193,8 @@ func syncDir(path string) error {
 }
 
 // writeOutput writes data as one whole output.
-func (a *app) writeOutput(path string, mode fs.FileMode, force bool, data []byte) error {
-	o, err := a.openOutput(path, mode, force)
+func (a *app) writeOutput(ctx context.Context, path string, mode fs.FileMode, force bool, data []byte) error {
+	o, err := a.openOutput(ctx, path, mode, force)
 	if err != nil {
 		return err
 	}

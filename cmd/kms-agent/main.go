@@ -19,6 +19,7 @@ func main() {
 func run(args []string, in, out, errOut *os.File) int {
 	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
 	defer stop()
+	context.AfterFunc(ctx, stop) // a second signal ends the process at once
 	a := newApp(in, out, errOut, os.Getenv)
 	root := newRoot(a)
 	root.SetArgs(args)

@@ -62,7 +62,7 @@ func (a *app) reencrypt(ctx context.Context, t *transfer, request *kmsagentv1.Re
 	if request.MaxStale, err = t.stale.value(); err != nil {
 		return err
 	}
-	if request.Message, err = a.readInput(t.in, maxUnary, "the message"); err != nil {
+	if request.Message, err = a.readInput(ctx, t.in, maxUnary, "the message"); err != nil {
 		return err
 	}
 	return a.call(ctx, &t.connection, func(ctx context.Context, c *client.Client) error {
@@ -73,18 +73,8 @@ func (a *app) reencrypt(ctx context.Context, t *transfer, request *kmsagentv1.Re
 		if t.verbose {
 			a.note("from %s; to %s", keyUse(response.GetSource()), keyUse(response.GetDestination()))
 		}
-		return a.writeOutput(t.out, modePublic, t.force, response.GetMessage())
+		return a.writeOutput(ctx, t.out, modePublic, t.force, response.GetMessage())
 	})
-}
-
-// readInput reads a whole input of at most limit bytes.
-func (a *app) readInput(path string, limit int64, what string) ([]byte, error) {
-	in, err := a.openInput(path)
-	if err != nil {
-		return nil, err
-	}
-	defer func() { _ = in.Close() }()
-	return readAll(in, limit, what)
 }
 
 // contextLine writes a context in the order of its names.

@@ -38,7 +38,7 @@ wrapping key in the backend, and prints a JSON document that unwrap reads.`,
 			if err != nil {
 				return err
 			}
-			secret, err := a.readInput(in, maxWrapped, "the key material")
+			secret, err := a.readInput(c.Context(), in, maxWrapped, "the key material")
 			if err != nil {
 				return err
 			}
@@ -88,7 +88,7 @@ func (a *app) unwrap(ctx context.Context, t *transfer) error {
 	if request.MaxStale, err = t.stale.value(); err != nil {
 		return err
 	}
-	if request.Wrapped, err = a.readWrapped(t.in); err != nil {
+	if request.Wrapped, err = a.readWrapped(ctx, t.in); err != nil {
 		return err
 	}
 	return a.call(ctx, &t.connection, func(ctx context.Context, c *client.Client) error {
@@ -100,7 +100,7 @@ func (a *app) unwrap(ctx context.Context, t *transfer) error {
 		if t.verbose {
 			a.note("unwrapped with %s", keyUse(response.GetKeyUse()))
 		}
-		return a.writeOutput(t.out, modeSecret, t.force, response.GetPlaintext())
+		return a.writeOutput(ctx, t.out, modeSecret, t.force, response.GetPlaintext())
 	})
 }
 
@@ -130,7 +130,7 @@ func newRandom(a *app) *cobra.Command {
 				if a.format == formatJSON {
 					return a.printJSON(response)
 				}
-				return a.writeOutput(out, modeSecret, force, encode(response.GetRandom()))
+				return a.writeOutput(ctx, out, modeSecret, force, encode(response.GetRandom()))
 			})
 		},
 	}
