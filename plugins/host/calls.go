@@ -1,0 +1,120 @@
+package host
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"math/rand/v2"
+	"time"
+
+	"github.com/kms-agent/kms-agent/plugins"
+)
+
+const (
+	// queueRetry is what a caller is told that finds the queue full.
+	queueRetry = time.Second
+	// retryMin and retryMax bound the wait before the one retry of a call.
+	retryMin = 50 * time.Millisecond
+	retryMax = time.Second
+)
+
+// Open implements plugins.Backend. The supervisor opens each process itself,
+// so that this is an error.
+func (s *Supervisor) Open(context.Context, json.RawMessage) (plugins.Info, error) {
+	return plugins.Info{}, plugins.Errorf(plugins.Internal, "a supervised backend is opened by its supervisor")
+}
+
+// Wrap implements plugins.Backend.
+func (s *Supervisor) Wrap(ctx context.Context, key plugins.KeyRef, plaintext []byte, b plugins.Binding) ([]byte, error) {
+	return call(ctx, s, func(ctx context.Context, r *plugins.Remote) ([]byte, error) { return r.Wrap(ctx, key, plaintext, b) })
+}
+
+// Unwrap implements plugins.Backend.
+func (s *Supervisor) Unwrap(ctx context.Context, key plugins.KeyRef, ciphertext []byte, b plugins.Binding) ([]byte, error) {
+	return call(ctx, s, func(ctx context.Context, r *plugins.Remote) ([]byte, error) { return r.Unwrap(ctx, key, ciphertext, b) })
+}
+
+// Describe implements plugins.Backend.
+func (s *Supervisor) Describe(ctx context.Context, uri string) (plugins.Description, error) {
+	return call(ctx, s, func(ctx context.Context, r *plugins.Remote) (plugins.Description, error) { return r.Describe(ctx, uri) })
+}
+
+// Check implements plugins.Backend.
+func (s *Supervisor) Check(ctx context.Context) (plugins.Health, error) {
+	return call(ctx, s, func(ctx context.Context, r *plugins.Remote) (plugins.Health, error) { return r.Check(ctx) })
+}
+
+// Close implements plugins.Backend; the end of Run's context ends the process.
+func (s *Supervisor) Close() error { return nil }
+
+type method[T any] func(context.Context, *plugins.Remote) (T, error)
+
+// call makes one call with the supervisor's deadline and, since every call is
+// idempotent, repeats it once where the backend was not reached.
+func call[T any](ctx context.Context, s *Supervisor, m method[T]) (T, error) {
+	s.calls.Add(1)
+	bounded, cancel := context.WithTimeout(ctx, s.cfg.CallTimeout)
+	defer cancel()
+	answer, err := attempt(bounded, s, m)
+	if wait, again := retryWait(bounded, err); again && sleep(bounded, wait) {
+		answer, err = attempt(bounded, s, m)
+	}
+	if err == nil {
+		return answer, nil
+	}
+	if ctx.Err() == nil && bounded.Err() != nil {
+		// The cause must not look like the end of the caller's own context.
+		err = plugins.Errorf(plugins.Unavailable, "backend %s gave no answer within %s", s.cfg.Name, s.cfg.CallTimeout)
+	}
+	if isFailure(err) {
+		s.failures.Add(1)
+	}
+	var none T
+	return none, err
+}
+
+// attempt waits for the caller's turn and makes the call.
+func attempt[T any](ctx context.Context, s *Supervisor, m method[T]) (T, error) {
+	var none T
+	if _, err := s.process(); err != nil {
+		return none, err
+	}
+	if err := s.queue.enter(ctx, plugins.CallerFrom(ctx)); err != nil {
+		return none, err
+	}
+	defer s.queue.leave()
+	p, err := s.process() // it may have been replaced while we waited
+	if err != nil {
+		return none, err
+	}
+	began := time.Now()
+	answer, err := m(ctx, p.remote)
+	overrun := errors.Is(err, context.DeadlineExceeded) && time.Since(began) >= s.cfg.CallTimeout/2
+	p.note(err, overrun)
+	return answer, err
+}
+
+// retryWait tells whether a call is repeated and after how long: not where the
+// backend asks for more patience, nor where less than half of the time is left
+// for the second attempt.
+func retryWait(ctx context.Context, err error) (time.Duration, bool) {
+	var e *plugins.Error
+	if !errors.As(err, &e) || e.Class != plugins.Unavailable || ctx.Err() != nil || e.RetryAfter > retryMax {
+		return 0, false
+	}
+	wait := max(e.RetryAfter, retryMin) + rand.N(retryMin) //nolint:gosec // jitter
+	deadline, ok := ctx.Deadline()
+	return wait, ok && time.Until(deadline) > 2*wait
+}
+
+// sleep returns false where the context ends first.
+func sleep(ctx context.Context, d time.Duration) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}

@@ -1,0 +1,125 @@
+package host
+
+import (
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"time"
+
+	"go.uber.org/zap"
+)
+
+// Defaults of Config.
+const (
+	DefaultStartTimeout  = 30 * time.Second
+	DefaultCallTimeout   = 10 * time.Second
+	DefaultPingInterval  = 5 * time.Second
+	DefaultMaxConcurrent = 64
+	DefaultBackoffMin    = time.Second
+	DefaultBackoffMax    = time.Minute
+)
+
+const (
+	// maxRuntimeDir leaves room in a socket's address, 107 bytes, for a private
+	// directory and the socket's name in it.
+	maxRuntimeDir = 70
+	// maxSettings bounds Settings; they cross in one message.
+	maxSettings = 512 << 10
+)
+
+// Config says how one plugin is run. Only Name, RuntimeDir, Logger and either
+// Self or Command with SHA256 are required.
+type Config struct {
+	// Name is the backend's name in the agent's configuration; for logs.
+	Name string
+	// Command is the absolute path of the plugin's program and Args what follows
+	// it. Only native programs can be executed from what was checked: no scripts.
+	Command string
+	Args    []string
+	// Env is the plugin's whole environment, beside what the handshake needs.
+	Env []string
+	// SHA256 is the program's digest, 64 hexadecimal digits.
+	SHA256 string
+	// Self runs this very program again, with Args; Command and SHA256 are empty.
+	Self bool
+	// Settings are given to the backend's Open, as they are.
+	Settings json.RawMessage
+	// RuntimeDir holds the private directory of the plugin's socket. It is made
+	// where it is missing. Its path is at most 70 bytes long.
+	RuntimeDir string
+	// StartTimeout bounds a start from the execution to the end of the first
+	// Check, CallTimeout each call with its time in the queue and its retry.
+	StartTimeout, CallTimeout time.Duration
+	// PingInterval is how often the process is asked whether it answers at all,
+	// and how long it may take to.
+	PingInterval time.Duration
+	// MaxConcurrent is how many calls the plugin gets at a time; others queue.
+	MaxConcurrent int
+	// BackoffMin and BackoffMax bound the wait before a replacement is started.
+	BackoffMin, BackoffMax time.Duration
+	Logger                 *zap.Logger
+	// OnState is told every change of state, in order, without locks held. It
+	// must return soon. Optional.
+	OnState func(Status)
+}
+
+// withDefaults returns cfg with defaults, or every fault at once.
+func (cfg Config) withDefaults() (Config, error) {
+	orDefault(&cfg.StartTimeout, DefaultStartTimeout)
+	orDefault(&cfg.CallTimeout, DefaultCallTimeout)
+	orDefault(&cfg.PingInterval, DefaultPingInterval)
+	orDefault(&cfg.MaxConcurrent, DefaultMaxConcurrent)
+	orDefault(&cfg.BackoffMin, DefaultBackoffMin)
+	orDefault(&cfg.BackoffMax, DefaultBackoffMax)
+	if cfg.Logger == nil {
+		cfg.Logger = zap.NewNop()
+	}
+	return cfg, errors.Join(cfg.checkProgram(), cfg.checkRest())
+}
+
+func (cfg Config) checkProgram() error {
+	if cfg.Self {
+		if cfg.Command != "" || cfg.SHA256 != "" {
+			return errors.New("a plugin inside this program has neither a command nor a SHA-256 of its own")
+		}
+		return nil
+	}
+	var errs []error
+	if !filepath.IsAbs(cfg.Command) {
+		errs = append(errs, fmt.Errorf("the command %q is not an absolute path", cfg.Command))
+	}
+	if sum, err := hex.DecodeString(cfg.SHA256); err != nil || len(sum) != 32 {
+		errs = append(errs, fmt.Errorf("the SHA-256 %q is not 64 hexadecimal digits: take them from `sha256sum %s`", cfg.SHA256, cfg.Command))
+	}
+	return errors.Join(errs...)
+}
+
+func (cfg Config) checkRest() error {
+	var errs []error
+	if cfg.Name == "" {
+		errs = append(errs, errors.New("the plugin has no name"))
+	}
+	if !filepath.IsAbs(cfg.RuntimeDir) || len(cfg.RuntimeDir) > maxRuntimeDir {
+		errs = append(errs, fmt.Errorf("the runtime directory %q is not an absolute path of at most %d bytes, which sockets need",
+			cfg.RuntimeDir, maxRuntimeDir))
+	}
+	if len(cfg.Settings) > maxSettings {
+		errs = append(errs, fmt.Errorf("the settings are %d bytes long, %d are possible", len(cfg.Settings), maxSettings))
+	}
+	if cfg.StartTimeout < 0 || cfg.CallTimeout < 0 || cfg.PingInterval < 0 || cfg.MaxConcurrent < 0 {
+		errs = append(errs, errors.New("timeouts, intervals and the number of calls at a time must be positive"))
+	}
+	if cfg.BackoffMin < 0 || cfg.BackoffMax < cfg.BackoffMin {
+		errs = append(errs, fmt.Errorf("the backoff of %s to %s is no range", cfg.BackoffMin, cfg.BackoffMax))
+	}
+	return errors.Join(errs...)
+}
+
+func orDefault[T comparable](field *T, value T) {
+	var zero T
+	if *field == zero {
+		*field = value
+	}
+}

@@ -1,0 +1,233 @@
+package host
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"slices"
+	"strconv"
+	"syscall"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+	plugin "github.com/hashicorp/go-plugin"
+	pluginrunner "github.com/hashicorp/go-plugin/runner"
+	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
+	"google.golang.org/grpc"
+
+	"github.com/kms-agent/kms-agent/plugins"
+)
+
+const (
+	// stopTimeout is how long a process may take to end when asked to.
+	stopTimeout = 2 * time.Second
+	// maxCause bounds the text of why a plugin did not start: the plugin may
+	// have written it.
+	maxCause = 512
+	// handshakeSlack keeps go-plugin's own timeout out of the way of ours.
+	handshakeSlack = 10 * time.Second
+)
+
+// process is one running plugin.
+type process struct {
+	remote *plugins.Remote
+	info   plugins.Info
+	health error // what the first Check said
+	outcomes
+
+	client *plugin.Client
+	runner *runner
+	stdio  []*relay
+	dir    string
+}
+
+// launch starts a plugin and opens it. It forks on its caller's thread, which
+// must outlive the process: the kernel kills a plugin with that thread.
+func launch(ctx context.Context, cfg Config) (*process, error) {
+	ctx, cancel := context.WithTimeout(ctx, cfg.StartTimeout)
+	defer cancel()
+	p := &process{outcomes: newOutcomes()}
+	err := p.start(ctx, cfg)
+	if err == nil {
+		err = p.open(ctx, cfg)
+	}
+	if err == nil {
+		return p, nil
+	}
+	if errors.Is(ctx.Err(), context.DeadlineExceeded) {
+		err = fmt.Errorf("not ready within %s: %w", cfg.StartTimeout, err)
+	}
+	return nil, errors.Join(err, p.stop(false))
+}
+
+// start executes the program and waits for its handshake.
+func (p *process) start(ctx context.Context, cfg Config) error {
+	if err := p.makeDir(cfg.RuntimeDir); err != nil {
+		return err
+	}
+	program, path, err := programOf(cfg)
+	if err != nil {
+		return err
+	}
+	if program != nil {
+		defer func() { _ = program.Close() }()
+	}
+	stdout := newRelay(cfg.Logger, "stdout", zapcore.ErrorLevel)
+	stderr := newRelay(cfg.Logger, "stderr", zapcore.ErrorLevel)
+	p.stdio = []*relay{stdout, stderr}
+	p.runner = newRunner(command(cfg, path), p.dir, newRelay(cfg.Logger, "stderr", zapcore.ErrorLevel))
+	p.client = plugin.NewClient(&plugin.ClientConfig{
+		HandshakeConfig: plugins.Handshake(), VersionedPlugins: plugins.Sets(nil),
+		AllowedProtocols: []plugin.Protocol{plugin.ProtocolGRPC}, AutoMTLS: true, SkipHostEnv: true,
+		StartTimeout: cfg.StartTimeout + handshakeSlack, UnixSocketConfig: &plugin.UnixSocketConfig{TempDir: p.dir},
+		RunnerFunc: p.prepare, Logger: quietLogger(cfg.Logger), SyncStdout: stdout, SyncStderr: stderr,
+		GRPCDialOptions: []grpc.DialOption{grpc.WithDefaultCallOptions(
+			grpc.MaxCallRecvMsgSize(plugins.MaxMessageSize), grpc.MaxCallSendMsgSize(plugins.MaxMessageSize))},
+	})
+	defer context.AfterFunc(ctx, p.runner.kill)()
+	return p.connect()
+}
+
+// prepare adds the environment of the handshake to that of the plugin.
+func (p *process) prepare(_ hclog.Logger, handshake *exec.Cmd, _ string) (pluginrunner.Runner, error) {
+	p.runner.cmd.Env = slices.Concat(p.runner.cmd.Env, handshake.Env, []string{plugin.EnvUnixSocketDir + "=" + p.dir})
+	return p.runner, nil
+}
+
+func (p *process) connect() error {
+	if _, err := p.client.Start(); err != nil {
+		return fmt.Errorf("start the plugin: %s", p.startFault(err))
+	}
+	protocol, err := p.client.Client()
+	if err != nil {
+		return fmt.Errorf("connect to the plugin: %s", plugins.Printable(err.Error(), maxCause))
+	}
+	raw, err := protocol.Dispense(plugins.PluginName)
+	if err != nil {
+		return fmt.Errorf("connect to the plugin: %s", plugins.Printable(err.Error(), maxCause))
+	}
+	remote, ok := raw.(*plugins.Remote)
+	if !ok {
+		return fmt.Errorf("connect to the plugin: unexpected %T", raw)
+	}
+	p.remote = remote
+	return nil
+}
+
+// startFault adds how the process ended to go-plugin's words.
+func (p *process) startFault(err error) string {
+	fault := plugins.Printable(err.Error(), maxCause)
+	if p.runner.processID() == 0 {
+		return fault
+	}
+	select {
+	case <-p.runner.ended:
+	case <-time.After(pipeDelay):
+		return fault // it runs, it only says the wrong things
+	}
+	return fmt.Sprintf("%s (the process ended: %v)", fault, p.runner.end())
+}
+
+func (p *process) open(ctx context.Context, cfg Config) error {
+	info, err := p.remote.Open(ctx, cfg.Settings)
+	if err != nil {
+		return fmt.Errorf("open the backend: %w", err)
+	}
+	p.info = info
+	ctx, cancel := context.WithTimeout(ctx, cfg.CallTimeout)
+	defer cancel()
+	if _, err = p.remote.Check(ctx); plugins.ClassOf(err) == plugins.Internal {
+		return fmt.Errorf("first check of the backend: %w", err)
+	}
+	p.health = err // an upstream that is away, or refuses, is no fault of the process
+	return nil
+}
+
+// stop ends the process, with grace where asked, and removes what it leaves.
+func (p *process) stop(grace bool) error {
+	if p.runner != nil {
+		p.end(grace)
+	}
+	for _, r := range p.stdio {
+		_ = r.Close()
+	}
+	if p.dir == "" {
+		return nil
+	}
+	if err := os.RemoveAll(p.dir); err != nil {
+		return fmt.Errorf("remove the plugin's directory: %w", err)
+	}
+	return nil
+}
+
+// end returns when the process is gone. go-plugin's Kill asks the process
+// without a deadline, so the deadline is here.
+func (p *process) end(grace bool) {
+	if !grace {
+		p.runner.kill()
+	}
+	killed := make(chan struct{})
+	go func() {
+		defer close(killed)
+		p.client.Kill()
+	}()
+	select {
+	case <-killed:
+	case <-time.After(stopTimeout):
+	}
+	p.runner.kill()
+	<-killed
+	if p.runner.processID() != 0 {
+		<-p.runner.ended
+	}
+}
+
+func (p *process) makeDir(parent string) error {
+	if err := os.MkdirAll(parent, 0o700); err != nil {
+		return fmt.Errorf("runtime directory: %w", err)
+	}
+	dir, err := os.MkdirTemp(parent, "p")
+	if err != nil {
+		return fmt.Errorf("directory of the plugin's socket: %w", err)
+	}
+	p.dir = dir
+	return nil
+}
+
+// programOf returns the path to execute, and the open file behind it that is
+// to be closed afterwards, nil where this program is executed again.
+func programOf(cfg Config) (*os.File, string, error) {
+	if cfg.Self {
+		return nil, selfExecutable, nil
+	}
+	program, err := verified(cfg.Command, cfg.SHA256)
+	if err != nil {
+		return nil, "", err
+	}
+	return program, "/proc/self/fd/" + strconv.Itoa(int(program.Fd())), nil
+}
+
+func command(cfg Config, path string) *exec.Cmd {
+	name := cfg.Command
+	if cfg.Self {
+		name = os.Args[0]
+	}
+	return &exec.Cmd{
+		Path: path, Args: append([]string{name}, cfg.Args...), Env: slices.Clone(cfg.Env), Dir: "/",
+		SysProcAttr: &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Setpgid: true},
+	}
+}
+
+// quietLogger is go-plugin's: what it has to say matters to those who look for
+// faults in it only.
+func quietLogger(logger *zap.Logger) hclog.Logger {
+	if !logger.Core().Enabled(zapcore.DebugLevel) {
+		return hclog.NewNullLogger()
+	}
+	return hclog.New(&hclog.LoggerOptions{
+		Level: hclog.Debug, Output: newRelay(logger, "go-plugin", zapcore.DebugLevel), JSONFormat: true,
+	})
+}

@@ -1,0 +1,42 @@
+package host
+
+import (
+	"time"
+
+	"github.com/kms-agent/kms-agent/plugins"
+)
+
+// State is the state of a backend's process.
+type State string
+
+// The states.
+const (
+	// Starting: no process has been up yet, or a replacement is being started.
+	Starting State = "starting"
+	// Up: the process serves.
+	Up State = "up"
+	// Degraded: the process runs and gets calls, but the last of them, or its
+	// Check, was Unavailable, Unauthenticated or Internal.
+	Degraded State = "degraded"
+	// Down: there is no process: its start failed, it died, or Run ended.
+	Down State = "down"
+)
+
+// Status is what is known of a backend's process.
+type Status struct {
+	Name  string
+	State State
+	PID   int       // 0 without a process
+	Since time.Time // of the state
+	// Restarts counts the processes after the first.
+	Restarts uint64
+	// Calls counts the calls, Failures those that ended Unavailable,
+	// Unauthenticated or Internal.
+	Calls, Failures uint64
+	// LastError is why the state is Degraded or Down, or was last.
+	LastError string
+	// Plugin is what the last opened process said of itself.
+	Plugin plugins.Info
+	// SHA256 is the configured digest of the program; empty with Self.
+	SHA256 string
+}

@@ -1,0 +1,277 @@
+// Package host keeps backend processes alive.
+package host
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"runtime"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/kms-agent/kms-agent/plugins"
+)
+
+const (
+	// drainTimeout is how long calls in flight may go on when Run ends.
+	drainTimeout = 5 * time.Second
+	// queuedPerSlot is how many calls may wait for each that runs.
+	queuedPerSlot = 16
+	// idleChecks is how many pings of an idle process there are for one Check.
+	idleChecks = 6
+)
+
+// Supervisor runs the process of one backend and replaces it when it dies,
+// hangs or gives broken answers. It is a plugins.Backend that stays the same
+// meanwhile and is safe for concurrent use: calls without a running process
+// are Unavailable at once.
+type Supervisor struct {
+	cfg             Config
+	queue           *queue
+	running         atomic.Bool
+	calls, failures atomic.Uint64
+	firstUp         chan struct{}
+
+	mu      sync.Mutex
+	status  Status   // mu guards status and what follows; its counters are elsewhere
+	current *process // nil while calls are refused
+	next    time.Time // when a process will be started
+}
+
+// New checks the configuration. Run starts the process.
+func New(cfg Config) (*Supervisor, error) {
+	cfg, err := cfg.withDefaults()
+	if err != nil {
+		return nil, fmt.Errorf("plugin %q: %w", cfg.Name, err)
+	}
+	cfg.Logger = cfg.Logger.With(zap.String("backend", cfg.Name))
+	return &Supervisor{
+		cfg: cfg, queue: newQueue(cfg.MaxConcurrent, queuedPerSlot*cfg.MaxConcurrent), firstUp: make(chan struct{}),
+		status: Status{Name: cfg.Name, State: Starting, Since: time.Now(), SHA256: cfg.SHA256},
+	}, nil
+}
+
+// Run supervises until ctx ends, and then returns its error. Calls in flight may
+// end first, for up to five seconds. When Run returns, process and socket are
+// gone. It is called once.
+func (s *Supervisor) Run(ctx context.Context) error {
+	if !s.running.CompareAndSwap(false, true) {
+		return fmt.Errorf("plugin %q: Run was called already", s.cfg.Name)
+	}
+	// The kernel kills a plugin when the thread that started it ends.
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	backoff := s.cfg.BackoffMin
+	for first := true; ctx.Err() == nil; first = false {
+		began := time.Now()
+		err := s.runProcess(ctx, first)
+		if ctx.Err() != nil {
+			break
+		}
+		if time.Since(began) >= s.cfg.BackoffMax {
+			backoff = s.cfg.BackoffMin
+		}
+		wait := jittered(backoff, rand.Float64()) //nolint:gosec // jitter
+		s.down(err, wait)
+		s.cfg.Logger.Error("plugin is down", zap.Error(err), zap.Duration("next_start", wait))
+		sleep(ctx, wait)
+		backoff = min(2*backoff, s.cfg.BackoffMax)
+	}
+	s.down(nil, 0)
+	return ctx.Err()
+}
+
+// runProcess runs one process to its end and returns why it ended.
+func (s *Supervisor) runProcess(ctx context.Context, first bool) error {
+	s.change(func(status *Status) {
+		status.State = Starting
+		if !first {
+			status.Restarts++
+		}
+	})
+	p, err := launch(ctx, s.cfg)
+	if err != nil {
+		return err
+	}
+	s.cfg.Logger.Info("plugin started", zap.Int("pid", p.runner.processID()), zap.String("plugin", p.info.Name),
+		zap.String("version", p.info.Version), zap.String("fips140", p.info.FIPS140))
+	s.install(p)
+	err = s.watch(ctx, p)
+	s.mu.Lock()
+	s.current = nil
+	s.mu.Unlock()
+	if err == nil {
+		s.drain(p)
+	}
+	return errors.Join(err, p.stop(err == nil))
+}
+
+// install gives the calls to p.
+func (s *Supervisor) install(p *process) {
+	s.mu.Lock()
+	s.current = p
+	s.mu.Unlock()
+	s.change(func(status *Status) {
+		status.PID, status.Plugin = p.runner.processID(), p.info
+	})
+	s.judged(p.health)
+}
+
+// judged sets the state of a running process.
+func (s *Supervisor) judged(fault error) {
+	s.change(func(status *Status) {
+		if status.State = Up; fault != nil {
+			status.State, status.LastError = Degraded, fault.Error()
+		}
+	})
+	if fault != nil {
+		return
+	}
+	select {
+	case <-s.firstUp:
+	default:
+		close(s.firstUp)
+	}
+}
+
+// watch returns nil when ctx ends, else why p must be replaced.
+func (s *Supervisor) watch(ctx context.Context, p *process) error {
+	tick := time.NewTicker(s.cfg.PingInterval)
+	defer tick.Stop()
+	seen, idle, degraded := uint64(0), 0, p.health != nil
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-p.runner.ended:
+			return fmt.Errorf("the process ended: %w", p.runner.end())
+		case <-p.changed:
+		case <-tick.C:
+			if err := s.ping(ctx, p); err != nil {
+				return err
+			}
+			calls, _, _ := p.verdict()
+			if idle++; calls != seen {
+				idle = 0
+			}
+			if idle > 0 && (degraded || idle%idleChecks == 0) {
+				s.checkIdle(ctx, p)
+			}
+			seen, _, _ = p.verdict()
+		}
+		calls, last, broken := p.verdict()
+		if broken != nil {
+			return fmt.Errorf("the process is broken: %w", broken)
+		}
+		if calls == 0 {
+			continue
+		}
+		if degraded != (last != nil) {
+			degraded = last != nil
+			s.judged(last)
+		}
+	}
+}
+
+// ping returns an error where the process does not answer.
+func (s *Supervisor) ping(ctx context.Context, p *process) error {
+	bounded, cancel := context.WithTimeout(ctx, s.cfg.PingInterval)
+	defer cancel()
+	if err := p.remote.Ping(bounded); err != nil && ctx.Err() == nil {
+		return fmt.Errorf("the process does not answer: %w", err)
+	}
+	return nil
+}
+
+// checkIdle asks the backend how it is, where there is no traffic to tell.
+func (s *Supervisor) checkIdle(ctx context.Context, p *process) {
+	bounded, cancel := context.WithTimeout(ctx, s.cfg.CallTimeout)
+	defer cancel()
+	_, err := p.remote.Check(bounded)
+	p.note(err, ctx.Err() == nil && errors.Is(err, context.DeadlineExceeded))
+}
+
+// drain waits for the calls that p still serves.
+func (s *Supervisor) drain(p *process) {
+	t := time.NewTimer(min(drainTimeout, s.cfg.CallTimeout))
+	defer t.Stop()
+	select {
+	case <-s.queue.idle():
+	case <-p.runner.ended:
+	case <-t.C:
+	}
+}
+
+// down says that there is no process and when there will be one.
+func (s *Supervisor) down(fault error, wait time.Duration) {
+	s.mu.Lock()
+	s.next = time.Now().Add(wait)
+	s.mu.Unlock()
+	s.change(func(status *Status) {
+		status.State, status.PID = Down, 0
+		if fault != nil {
+			status.LastError = fault.Error()
+		}
+	})
+}
+
+// change changes the status and tells it. Only Run's goroutine calls it.
+func (s *Supervisor) change(apply func(*Status)) {
+	s.mu.Lock()
+	before := s.status.State
+	apply(&s.status)
+	changed := s.status.State != before
+	if changed {
+		s.status.Since = time.Now()
+	}
+	s.mu.Unlock()
+	if changed && s.cfg.OnState != nil {
+		s.cfg.OnState(s.Status())
+	}
+}
+
+// process returns the process that serves calls.
+func (s *Supervisor) process() (*process, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.current != nil {
+		return s.current, nil
+	}
+	e := &plugins.Error{
+		Class: plugins.Unavailable, RetryAfter: max(time.Until(s.next), s.cfg.BackoffMin),
+		Detail: fmt.Sprintf("the plugin of backend %s is %s", s.cfg.Name, s.status.State),
+	}
+	if s.status.LastError != "" {
+		e.Detail += ", last error: " + s.status.LastError
+	}
+	return nil, e
+}
+
+// Ready returns nil once the backend was up. It returns an error with the cause
+// of the last failed start when ctx ends first.
+func (s *Supervisor) Ready(ctx context.Context) error {
+	select {
+	case <-s.firstUp:
+		return nil
+	case <-ctx.Done():
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.status.LastError != "" {
+		return fmt.Errorf("plugin %q is %s: %s: %w", s.cfg.Name, s.status.State, s.status.LastError, ctx.Err())
+	}
+	return fmt.Errorf("plugin %q is still %s: %w", s.cfg.Name, s.status.State, ctx.Err())
+}
+
+// Status tells the state of the process.
+func (s *Supervisor) Status() Status {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	status := s.status
+	status.Calls, status.Failures = s.calls.Load(), s.failures.Load()
+	return status
+}

@@ -1,0 +1,61 @@
+package plugintest_test
+
+import (
+	"encoding/json"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"go.uber.org/goleak"
+
+	"github.com/kms-agent/kms-agent/plugins"
+	"github.com/kms-agent/kms-agent/plugins/plugintest"
+)
+
+func TestMain(m *testing.M) {
+	plugintest.ServeIfChild(map[string]func() plugins.Backend{
+		"memory": func() plugins.Backend { return &plugintest.Memory{} },
+	})
+	goleak.VerifyTestMain(m)
+}
+
+func memorySettings(t *testing.T) (settings json.RawMessage, disable func(t *testing.T)) {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "disabled")
+	settings, err := json.Marshal(plugintest.MemorySettings{
+		Keys: map[string]int{"memory:orders": 2, "memory:other": 1}, DisabledBy: path,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return settings, func(t *testing.T) {
+		if err := os.WriteFile(path, nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+func instance(b plugins.Backend, disable func(t *testing.T)) plugintest.Instance {
+	return plugintest.Instance{
+		Backend: b, Key: plugins.KeyRef{URI: "memory:orders", Version: "2"}, Other: plugins.KeyRef{URI: "memory:other", Version: "1"},
+		Missing: "memory:missing", Disable: disable,
+	}
+}
+
+func TestMemory(t *testing.T) {
+	plugintest.Run(t, func(t *testing.T) plugintest.Instance {
+		settings, disable := memorySettings(t)
+		b := &plugintest.Memory{}
+		if _, err := b.Open(t.Context(), settings); err != nil {
+			t.Fatal(err)
+		}
+		return instance(b, disable)
+	})
+}
+
+func TestMemoryOverTheWire(t *testing.T) {
+	plugintest.Run(t, func(t *testing.T) plugintest.Instance {
+		settings, disable := memorySettings(t)
+		return instance(plugintest.OverTheWire(t, "memory", settings), disable)
+	})
+}

@@ -1,0 +1,158 @@
+package plugins
+
+import (
+	"context"
+	"encoding/json"
+	"slices"
+	"sync/atomic"
+
+	plugin "github.com/hashicorp/go-plugin"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/health/grpc_health_v1"
+
+	pluginv1 "github.com/kms-agent/kms-agent/api/plugin/v1"
+)
+
+// Remote is a Backend in another process, which it does not trust: every answer
+// is held to the contract, and what breaks it is an error of class Internal.
+// Calls end with their context; they are not repeated. It is safe for
+// concurrent use.
+type Remote struct {
+	service pluginv1.BackendClient
+	health  grpc_health_v1.HealthClient
+	session atomic.Pointer[session]
+}
+
+// NewRemote returns the backend at the other end of conn, which stays the
+// caller's. Open comes first.
+func NewRemote(conn grpc.ClientConnInterface) *Remote {
+	return &Remote{service: pluginv1.NewBackendClient(conn), health: grpc_health_v1.NewHealthClient(conn)}
+}
+
+// Open configures the process and agrees with it on the session's key.
+func (r *Remote) Open(ctx context.Context, config json.RawMessage) (Info, error) {
+	own, err := newSessionKey()
+	if err != nil {
+		return Info{}, &Error{Class: Internal, Err: err}
+	}
+	answer, err := r.service.Open(ctx, &pluginv1.OpenRequest{ConfigJson: config, HostPublicKey: own.PublicKey().Bytes()})
+	if err != nil {
+		return Info{}, fromStatus(ctx, err)
+	}
+	info := Info{
+		Name: answer.GetName(), Version: answer.GetVersion(), Capabilities: answer.GetCapabilities(), FIPS140: answer.GetFips140(),
+	}
+	if err := info.check(); err != nil {
+		return Info{}, err
+	}
+	s, err := newSession(own, answer.GetPluginPublicKey(), true)
+	if err != nil {
+		return Info{}, &Error{Class: Internal, Detail: "malformed answer", Err: err}
+	}
+	r.session.Store(s)
+	return info, nil
+}
+
+// Wrap implements Backend.
+func (r *Remote) Wrap(ctx context.Context, key KeyRef, plaintext []byte, b Binding) ([]byte, error) {
+	if err := firstError(key.check(), checkMaterial(plaintext)); err != nil {
+		return nil, err
+	}
+	s, err := r.open()
+	if err != nil {
+		return nil, err
+	}
+	sealed, sealErr := s.seal(s.toPlugin, plaintext, wrapAAD(key, b))
+	if sealErr != nil {
+		return nil, &Error{Class: Internal, Err: sealErr}
+	}
+	answer, callErr := r.service.Wrap(ctx, &pluginv1.WrapRequest{Key: key.proto(), Plaintext: sealed, Binding: b.proto()})
+	if callErr != nil {
+		return nil, fromStatus(ctx, callErr)
+	}
+	if n := len(answer.GetCiphertext()); n == 0 || n > MaxCiphertextSize {
+		return nil, malformed("wrapped into %d bytes, 1 to %d are allowed", n, MaxCiphertextSize)
+	}
+	return answer.GetCiphertext(), nil
+}
+
+// Unwrap implements Backend.
+func (r *Remote) Unwrap(ctx context.Context, key KeyRef, ciphertext []byte, b Binding) ([]byte, error) {
+	if err := firstError(key.check(), checkCiphertext(ciphertext)); err != nil {
+		return nil, err
+	}
+	s, err := r.open()
+	if err != nil {
+		return nil, err
+	}
+	answer, callErr := r.service.Unwrap(ctx, &pluginv1.UnwrapRequest{Key: key.proto(), Ciphertext: ciphertext, Binding: b.proto()})
+	if callErr != nil {
+		return nil, fromStatus(ctx, callErr)
+	}
+	plaintext, openErr := s.open(s.toHost, answer.GetPlaintext(), unwrapAAD(key, ciphertext, b))
+	if openErr != nil {
+		return nil, &Error{Class: Internal, Detail: "malformed answer", Err: openErr}
+	}
+	return plaintext, nil
+}
+
+// Describe implements Backend.
+func (r *Remote) Describe(ctx context.Context, uri string) (Description, error) {
+	if !validName(uri) {
+		return Description{}, Errorf(Invalid, "the URI of a wrapping key is 1 to %d bytes of UTF-8", MaxNameSize)
+	}
+	answer, callErr := r.service.Describe(ctx, &pluginv1.DescribeRequest{Uri: uri})
+	if callErr != nil {
+		return Description{}, fromStatus(ctx, callErr)
+	}
+	d, err := descriptionOf(answer)
+	if err != nil {
+		return Description{}, err
+	}
+	return d, nil
+}
+
+// Check implements Backend.
+func (r *Remote) Check(ctx context.Context) (Health, error) {
+	answer, callErr := r.service.Check(ctx, &pluginv1.CheckRequest{})
+	if callErr != nil {
+		return Health{}, fromStatus(ctx, callErr)
+	}
+	h := Health{
+		Detail: Printable(answer.GetDetail(), maxHealthDetail), UpstreamLatency: answer.GetUpstreamLatency().AsDuration(),
+	}
+	if err := h.check(); err != nil {
+		return Health{}, err
+	}
+	return h, nil
+}
+
+// Ping tells whether the process answers at all.
+func (r *Remote) Ping(ctx context.Context) error {
+	answer, err := r.health.Check(ctx, &grpc_health_v1.HealthCheckRequest{Service: plugin.GRPCServiceName})
+	if err != nil {
+		return fromStatus(ctx, err)
+	}
+	if answer.GetStatus() != grpc_health_v1.HealthCheckResponse_SERVING {
+		return Errorf(Unavailable, "the plugin says that it is %s", answer.GetStatus())
+	}
+	return nil
+}
+
+// Close implements Backend; the process closes its backend when it ends.
+func (r *Remote) Close() error { return nil }
+
+func (r *Remote) open() (*session, error) {
+	if s := r.session.Load(); s != nil {
+		return s, nil
+	}
+	return nil, Errorf(Internal, "the plugin was not opened")
+}
+
+// firstError returns the first that is one, as a nil interface where none is.
+func firstError(errs ...*Error) error {
+	if i := slices.IndexFunc(errs, func(e *Error) bool { return e != nil }); i >= 0 {
+		return errs[i]
+	}
+	return nil
+}
