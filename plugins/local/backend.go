@@ -115,7 +115,7 @@ func (b *Backend) use(ctx context.Context, act func(*ring) error) error {
 	case closed:
 		return classified(ErrClosed)
 	case f == nil:
-		return plugins.Errorf(plugins.Invalid, "the backend is not open: call Open first")
+		return plugins.Errorf(plugins.Internal, "the backend is not open: call Open first")
 	}
 	return classified(f.use(ctx, act))
 }
@@ -125,6 +125,9 @@ func usable(r *ring, ref plugins.KeyRef) (*version, error) {
 	name, err := nameOf(ref.URI)
 	if err != nil {
 		return nil, err
+	}
+	if ref.Version == "" {
+		return nil, fmt.Errorf("%w: no version of key %q is given: ask Describe for the current one", ErrName, name)
 	}
 	v, err := r.version(name, ref.Version)
 	if err != nil {

@@ -105,7 +105,7 @@ func TestErrorClasses(t *testing.T) {
 		{plugins.KeyRef{URI: "local:missing", Version: "1"}, plugins.KeyNotFound, "missing"},
 		{plugins.KeyRef{URI: "local:orders", Version: "4"}, plugins.KeyNotFound, "1 to 3"},
 		{plugins.KeyRef{URI: "local:orders", Version: "01"}, plugins.KeyNotFound, "1 to 3"},
-		{plugins.KeyRef{URI: "local:orders"}, plugins.KeyNotFound, "1 to 3"},
+		{plugins.KeyRef{URI: "local:orders"}, plugins.Invalid, "Describe"},
 		{plugins.KeyRef{URI: "local:orders", Version: "2"}, plugins.KeyUnusable, "disabled: enable it"},
 		{plugins.KeyRef{URI: "local:orders", Version: "3"}, plugins.KeyUnusable, "destroyed"},
 		{plugins.KeyRef{URI: "vault:transit/orders", Version: "1"}, plugins.Invalid, "local:<name>"},
@@ -331,7 +331,7 @@ func TestOpenOnceAndClose(t *testing.T) {
 	path := newStore(t, seal, "orders").Path()
 	b := local.New()
 	_, err := b.Wrap(t.Context(), orders1, dataKey, binding)
-	wantClass(t, "before Open", err, plugins.Invalid, "Open")
+	wantClass(t, "before Open", err, plugins.Internal, "Open")
 	_, err = b.Open(t.Context(), config(t, path, seal))
 	must(t, err)
 	_, err = b.Open(t.Context(), config(t, path, seal))

@@ -13,6 +13,7 @@ import (
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 
+	"github.com/kms-agent/kms-agent/plugins"
 	"github.com/kms-agent/kms-agent/plugins/local"
 )
 
@@ -29,6 +30,13 @@ var children = map[string]func(path string, seal local.Seal) error{
 }
 
 func TestMain(m *testing.M) {
+	if os.Getenv(childVariable) == "plugin" {
+		if err := plugins.Serve(local.New()); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		return
+	}
 	child, ok := children[os.Getenv(childVariable)]
 	if !ok {
 		goleak.VerifyTestMain(m)
