@@ -7,10 +7,13 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
+	"strings"
 	"testing"
 	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
+	"golang.org/x/sys/unix"
 
 	"github.com/kms-agent/kms-agent/agent/audit"
 )
@@ -36,6 +39,7 @@ func TestScripts(t *testing.T) {
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			"auditlog": writeAuditLog, "await": await, "exit": exitStatus,
+			"subst": substitute, "retry": retry, "retry-until": retryUntil, "signal": signalBackground,
 		},
 	})
 }
@@ -57,24 +61,68 @@ func writeAuditLog(ts *testscript.TestScript, _ bool, _ []string) {
 
 // await waits until a file is there, for half a minute at most.
 func await(ts *testscript.TestScript, neg bool, args []string) {
-	for range 600 {
+	repeat(ts, func() bool {
 		_, err := os.Stat(ts.MkAbs(args[0]))
-		if (err == nil) != neg {
+		return (err == nil) != neg
+	})
+}
+
+// substitute puts the user's number for $UID in a file.
+func substitute(ts *testscript.TestScript, _ bool, args []string) {
+	text := strings.ReplaceAll(ts.ReadFile(args[0]), "$UID", strconv.Itoa(os.Getuid()))
+	ts.Check(os.WriteFile(ts.MkAbs(args[0]), []byte(text), 0o600))
+}
+
+// signalBackground sends a signal to what runs in the background: signal HUP.
+func signalBackground(ts *testscript.TestScript, _ bool, args []string) {
+	for _, c := range ts.BackgroundCmds() {
+		ts.Check(c.Process.Signal(unix.SignalNum("SIG" + args[0])))
+	}
+}
+
+// retry runs a command until it succeeds; meanwhile it may fail with one exit
+// code and no other: retry 4 kms-agent ...
+func retry(ts *testscript.TestScript, _ bool, args []string) {
+	repeat(ts, func() bool {
+		err := ts.Exec(args[1], args[2:]...)
+		if code := codeIn(err); err != nil && code != args[0] {
+			ts.Fatalf("exit code %s (%v), want 0, or %s for a while", code, err, args[0])
+		}
+		return err == nil
+	})
+}
+
+// retryUntil runs a command until its output holds a text.
+func retryUntil(ts *testscript.TestScript, _ bool, args []string) {
+	repeat(ts, func() bool {
+		ts.Check(ts.Exec(args[1], args[2:]...))
+		return strings.Contains(ts.ReadFile("stdout"), args[0])
+	})
+}
+
+// repeat asks done again and again, for half a minute at most.
+func repeat(ts *testscript.TestScript, done func() bool) {
+	for range 600 {
+		if done() {
 			return
 		}
 		time.Sleep(50 * time.Millisecond)
 	}
-	ts.Fatalf("%s: waited in vain", args[0])
+	ts.Fatalf("waited in vain")
+}
+
+// codeIn is the exit code in an error of TestScript.Exec.
+func codeIn(err error) string {
+	if err == nil {
+		return "0"
+	}
+	return regexp.MustCompile(`[0-9]+$`).FindString(err.Error())
 }
 
 // exitStatus runs a command and demands an exit code: exit 5 kms-agent ...
 func exitStatus(ts *testscript.TestScript, _ bool, args []string) {
 	err := ts.Exec(args[1], args[2:]...)
-	got := "0"
-	if err != nil {
-		got = regexp.MustCompile(`[0-9]+$`).FindString(err.Error())
-	}
-	if got != args[0] {
+	if got := codeIn(err); got != args[0] {
 		ts.Fatalf("exit code %s (%v), want %s", got, err, args[0])
 	}
 }
