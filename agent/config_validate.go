@@ -13,6 +13,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
 
 	"github.com/kms-agent/kms-agent/agent/policy"
+	"github.com/kms-agent/kms-agent/plugins/local"
 )
 
 // Bounds of a configuration. The kernel's sockaddr_un holds 108 bytes with the
@@ -266,8 +267,11 @@ func (l *loader) validateWrappingKey(taken map[[2]string]string, at string, key 
 		return
 	case len(key.WrappingKey) > maxURILength || !visible:
 		l.report(path, "must be a URI of visible ASCII characters, %d at most, such as local:orders", maxURILength)
-	case l.builtIn(key.Backend) && !strings.HasPrefix(key.WrappingKey, "local:"):
-		l.report(path, "must be local:NAME, where NAME is a key of the backend's keystore")
+	case l.builtIn(key.Backend):
+		name, ok := strings.CutPrefix(key.WrappingKey, local.Scheme)
+		if !ok || local.CheckName(name) != nil {
+			l.report(path, "must be local:NAME, where NAME is a key of the backend's keystore")
+		}
 	}
 	id := [2]string{key.Backend, key.WrappingKey}
 	if other, twice := taken[id]; twice {

@@ -93,7 +93,7 @@ func keyTable(t *table, k *kmsagentv1.Key) {
 	t.row("version", orDash(k.GetCurrentVersion()))
 	for _, v := range k.GetVersions() {
 		state := strings.ToLower(strings.TrimPrefix(v.GetState().String(), "STATE_"))
-		t.row("", v.GetVersion(), state, when(v.GetCreated().AsTime()))
+		t.row("", fmt.Sprintf("%s %s, created %s", v.GetVersion(), state, when(v.GetCreated().AsTime())))
 	}
 }
 
