@@ -15,6 +15,7 @@ import (
 
 	"github.com/kms-agent/kms-agent/plugins"
 	"github.com/kms-agent/kms-agent/plugins/local"
+	"github.com/kms-agent/kms-agent/plugins/plugintest"
 )
 
 // childVariable makes the test binary a child process of one kind (children).
@@ -30,13 +31,7 @@ var children = map[string]func(path string, seal local.Seal) error{
 }
 
 func TestMain(m *testing.M) {
-	if os.Getenv(childVariable) == "plugin" {
-		if err := plugins.Serve(local.New()); err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			os.Exit(1)
-		}
-		return
-	}
+	plugintest.ServeIfChild(map[string]func() plugins.Backend{"local": func() plugins.Backend { return local.New() }})
 	child, ok := children[os.Getenv(childVariable)]
 	if !ok {
 		goleak.VerifyTestMain(m)
