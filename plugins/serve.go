@@ -26,6 +26,9 @@ const PluginName = "backend"
 // protocolVersion is the one version of api/plugin/v1 there is.
 const protocolVersion = 1
 
+// answerMargin is what of a caller's time is kept for the answer, at most.
+const answerMargin = 250 * time.Millisecond
+
 // ErrByHand is returned by Serve when no agent started the process.
 var ErrByHand = errors.New("this program is a plugin of kms-agent: the agent starts it by itself; " +
 	"name it in the agent's configuration as the path of a backend instead of running it")
@@ -86,7 +89,7 @@ func Serve(b Backend) error {
 		VersionedPlugins: Sets(b),
 		GRPCServer: func(o []grpc.ServerOption) *grpc.Server {
 			return grpc.NewServer(append(o, grpc.MaxRecvMsgSize(MaxMessageSize), grpc.MaxSendMsgSize(MaxMessageSize),
-				grpc.UnaryInterceptor(recoverPanics(stderr)))...)
+				grpc.ChainUnaryInterceptor(recoverPanics(stderr), answerInTime))...)
 		},
 		Logger: hclog.New(&hclog.LoggerOptions{Level: hclog.Warn, Output: stderr, JSONFormat: true}),
 	})
@@ -102,6 +105,18 @@ func closeOnTerm(b Backend, stderr io.Writer) {
 		os.Exit(1)
 	}
 	os.Exit(0)
+}
+
+// answerInTime gives the backend a little less time than its caller has: an
+// upstream that does not answer is told as such, and not mistaken for a process
+// that hangs.
+func answerInTime(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
+	if deadline, ok := ctx.Deadline(); ok {
+		earlier, cancel := context.WithDeadline(ctx, deadline.Add(-min(time.Until(deadline)/10, answerMargin)))
+		defer cancel()
+		ctx = earlier
+	}
+	return handler(ctx, req)
 }
 
 // recoverPanics turns a panic of a method into an error of class Internal.

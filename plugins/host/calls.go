@@ -16,6 +16,8 @@ const (
 	// retryMin and retryMax bound the wait before the one retry of a call.
 	retryMin = 50 * time.Millisecond
 	retryMax = time.Second
+	// retryRoom is how many times the wait must be left for a retry to make sense.
+	retryRoom = 2
 )
 
 // Open implements plugins.Backend. The supervisor opens each process itself,
@@ -95,8 +97,8 @@ func attempt[T any](ctx context.Context, s *Supervisor, m method[T]) (T, error) 
 }
 
 // retryWait tells whether a call is repeated and after how long: not where the
-// backend asks for more patience, nor where less than half of the time is left
-// for the second attempt.
+// backend asks for more patience than a call has, nor where the wait would eat
+// most of the time that is left.
 func retryWait(ctx context.Context, err error) (time.Duration, bool) {
 	var e *plugins.Error
 	if !errors.As(err, &e) || e.Class != plugins.Unavailable || ctx.Err() != nil || e.RetryAfter > retryMax {
@@ -104,7 +106,7 @@ func retryWait(ctx context.Context, err error) (time.Duration, bool) {
 	}
 	wait := max(e.RetryAfter, retryMin) + rand.N(retryMin) //nolint:gosec // jitter
 	deadline, ok := ctx.Deadline()
-	return wait, ok && time.Until(deadline) > 2*wait
+	return wait, ok && time.Until(deadline) > retryRoom*wait
 }
 
 // sleep returns false where the context ends first.

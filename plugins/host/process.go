@@ -40,8 +40,8 @@ type process struct {
 
 	client *plugin.Client
 	runner *runner
-	stdio  []*relay
-	dir    string
+	relays []*relay // that go-plugin writes to
+	dir    *socketDir
 }
 
 // launch starts a plugin and opens it. It forks on its caller's thread, which
@@ -65,9 +65,11 @@ func launch(ctx context.Context, cfg Config) (*process, error) {
 
 // start executes the program and waits for its handshake.
 func (p *process) start(ctx context.Context, cfg Config) error {
-	if err := p.makeDir(cfg.RuntimeDir); err != nil {
+	dir, err := newSocketDir(cfg.RuntimeDir)
+	if err != nil {
 		return err
 	}
+	p.dir = dir
 	program, path, err := programOf(cfg)
 	if err != nil {
 		return err
@@ -75,25 +77,30 @@ func (p *process) start(ctx context.Context, cfg Config) error {
 	if program != nil {
 		defer func() { _ = program.Close() }()
 	}
-	stdout := newRelay(cfg.Logger, "stdout", zapcore.ErrorLevel)
-	stderr := newRelay(cfg.Logger, "stderr", zapcore.ErrorLevel)
-	p.stdio = []*relay{stdout, stderr}
-	p.runner = newRunner(command(cfg, path), p.dir, newRelay(cfg.Logger, "stderr", zapcore.ErrorLevel))
-	p.client = plugin.NewClient(&plugin.ClientConfig{
-		HandshakeConfig: plugins.Handshake(), VersionedPlugins: plugins.Sets(nil),
-		AllowedProtocols: []plugin.Protocol{plugin.ProtocolGRPC}, AutoMTLS: true, SkipHostEnv: true,
-		StartTimeout: cfg.StartTimeout + handshakeSlack, UnixSocketConfig: &plugin.UnixSocketConfig{TempDir: p.dir},
-		RunnerFunc: p.prepare, Logger: quietLogger(cfg.Logger), SyncStdout: stdout, SyncStderr: stderr,
-		GRPCDialOptions: []grpc.DialOption{grpc.WithDefaultCallOptions(
-			grpc.MaxCallRecvMsgSize(plugins.MaxMessageSize), grpc.MaxCallSendMsgSize(plugins.MaxMessageSize))},
-	})
+	p.runner = newRunner(command(cfg, path), dir.path, newRelay(cfg.Logger, "stderr", zapcore.ErrorLevel))
+	p.client = plugin.NewClient(p.clientConfig(cfg))
 	defer context.AfterFunc(ctx, p.runner.kill)()
 	return p.connect()
 }
 
+func (p *process) clientConfig(cfg Config) *plugin.ClientConfig {
+	stdout := newRelay(cfg.Logger, "stdout", zapcore.ErrorLevel)
+	stderr := newRelay(cfg.Logger, "stderr", zapcore.ErrorLevel)
+	own := newRelay(cfg.Logger, "go-plugin", zapcore.DebugLevel)
+	p.relays = []*relay{stdout, stderr, own}
+	return &plugin.ClientConfig{
+		HandshakeConfig: plugins.Handshake(), VersionedPlugins: plugins.Sets(nil),
+		AllowedProtocols: []plugin.Protocol{plugin.ProtocolGRPC}, AutoMTLS: true, SkipHostEnv: true,
+		StartTimeout: cfg.StartTimeout + handshakeSlack, UnixSocketConfig: &plugin.UnixSocketConfig{TempDir: p.dir.path},
+		RunnerFunc: p.prepare, Logger: quietLogger(cfg.Logger, own), SyncStdout: stdout, SyncStderr: stderr,
+		GRPCDialOptions: []grpc.DialOption{grpc.WithDefaultCallOptions(
+			grpc.MaxCallRecvMsgSize(plugins.MaxMessageSize), grpc.MaxCallSendMsgSize(plugins.MaxMessageSize))},
+	}
+}
+
 // prepare adds the environment of the handshake to that of the plugin.
 func (p *process) prepare(_ hclog.Logger, handshake *exec.Cmd, _ string) (pluginrunner.Runner, error) {
-	p.runner.cmd.Env = slices.Concat(p.runner.cmd.Env, handshake.Env, []string{plugin.EnvUnixSocketDir + "=" + p.dir})
+	p.runner.cmd.Env = slices.Concat(p.runner.cmd.Env, handshake.Env, []string{plugin.EnvUnixSocketDir + "=" + p.dir.path})
 	return p.runner, nil
 }
 
@@ -151,16 +158,13 @@ func (p *process) stop(grace bool) error {
 	if p.runner != nil {
 		p.end(grace)
 	}
-	for _, r := range p.stdio {
+	for _, r := range p.relays {
 		_ = r.Close()
 	}
-	if p.dir == "" {
+	if p.dir == nil {
 		return nil
 	}
-	if err := os.RemoveAll(p.dir); err != nil {
-		return fmt.Errorf("remove the plugin's directory: %w", err)
-	}
-	return nil
+	return p.dir.remove()
 }
 
 // end returns when the process is gone. go-plugin's Kill asks the process
@@ -183,18 +187,6 @@ func (p *process) end(grace bool) {
 	if p.runner.processID() != 0 {
 		<-p.runner.ended
 	}
-}
-
-func (p *process) makeDir(parent string) error {
-	if err := os.MkdirAll(parent, 0o700); err != nil {
-		return fmt.Errorf("runtime directory: %w", err)
-	}
-	dir, err := os.MkdirTemp(parent, "p")
-	if err != nil {
-		return fmt.Errorf("directory of the plugin's socket: %w", err)
-	}
-	p.dir = dir
-	return nil
 }
 
 // programOf returns the path to execute, and the open file behind it that is
@@ -221,13 +213,11 @@ func command(cfg Config, path string) *exec.Cmd {
 	}
 }
 
-// quietLogger is go-plugin's: what it has to say matters to those who look for
-// faults in it only.
-func quietLogger(logger *zap.Logger) hclog.Logger {
+// quietLogger is go-plugin's: what it has to say matters only to those who look
+// for faults in it.
+func quietLogger(logger *zap.Logger, out *relay) hclog.Logger {
 	if !logger.Core().Enabled(zapcore.DebugLevel) {
 		return hclog.NewNullLogger()
 	}
-	return hclog.New(&hclog.LoggerOptions{
-		Level: hclog.Debug, Output: newRelay(logger, "go-plugin", zapcore.DebugLevel), JSONFormat: true,
-	})
+	return hclog.New(&hclog.LoggerOptions{Level: hclog.Debug, Output: out, JSONFormat: true})
 }

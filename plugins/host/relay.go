@@ -38,6 +38,7 @@ type relay struct {
 	line    []byte
 	cut     bool // the line is longer than maxLine
 	dropped int  // lines over the limit since the last that was logged
+	closed  bool // nothing is logged any more
 }
 
 func newRelay(logger *zap.Logger, stream string, most zapcore.Level) *relay {
@@ -48,6 +49,9 @@ func newRelay(logger *zap.Logger, stream string, most zapcore.Level) *relay {
 func (r *relay) Write(p []byte) (int, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if r.closed {
+		return len(p), nil
+	}
 	for rest := p; len(rest) > 0; {
 		part, after, ended := bytes.Cut(rest, []byte("\n"))
 		rest = after
@@ -61,14 +65,18 @@ func (r *relay) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// Close logs what came after the last line's end.
+// Close logs what came after the last line's end. What is written later, by
+// goroutines of go-plugin that nobody can wait for, is dropped.
 func (r *relay) Close() error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if r.closed {
+		return nil
+	}
 	r.flush()
+	r.closed = true
 	if r.dropped > 0 {
 		r.logger.Warn("plugin logged too much", zap.Int("lines_dropped", r.dropped))
-		r.dropped = 0
 	}
 	return nil
 }

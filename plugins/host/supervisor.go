@@ -37,8 +37,8 @@ type Supervisor struct {
 	firstUp         chan struct{}
 
 	mu      sync.Mutex
-	status  Status   // mu guards status and what follows; its counters are elsewhere
-	current *process // nil while calls are refused
+	status  Status    // mu guards status and what follows; its counters are elsewhere
+	current *process  // nil while calls are refused
 	next    time.Time // when a process will be started
 }
 
