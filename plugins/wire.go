@@ -70,6 +70,9 @@ func descriptionOf(p *pluginv1.DescribeResponse) (Description, *Error) {
 		return Description{}, malformed("describes %d versions, %d are allowed", len(p.GetVersions()), MaxVersions)
 	}
 	for _, v := range p.GetVersions() {
+		if s := v.GetState(); s < pluginv1.KeyVersion_STATE_ENABLED || s > pluginv1.KeyVersion_STATE_DESTROYED {
+			return Description{}, malformed("describes a version with the unknown state %d", s)
+		}
 		version := KeyVersion{Version: v.GetVersion(), State: KeyState(v.GetState())}
 		if v.GetCreated() != nil {
 			if err := v.GetCreated().CheckValid(); err != nil {
@@ -91,8 +94,6 @@ func checkDescription(d Description) *Error {
 			return malformed("describes a version without a proper name")
 		case seen[v.Version]:
 			return malformed("describes version %q twice", v.Version)
-		case v.State < Enabled || v.State > Destroyed:
-			return malformed("describes version %q with the unknown state %d", v.Version, v.State)
 		}
 		seen[v.Version] = true
 	}
