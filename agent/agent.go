@@ -60,6 +60,9 @@ func New(cfg *Config, path string, logger *zap.Logger) (*Agent, error) {
 		return nil, fmt.Errorf("audit log: %w", err)
 	}
 	a.audit = log
+	for _, note := range log.Notes() {
+		logger.Warn("audit log: " + note)
+	}
 	a.service, err = kms.New(kms.Options{
 		Audit: log, MaxEntries: cfg.Cache.MaxEntries, Now: bootTime, ConfirmTimeout: confirmTimeout, Alarm: a.alarm,
 	})

@@ -57,11 +57,11 @@ func RunDev(ctx context.Context, o DevOptions) error {
 	if err != nil {
 		return fmt.Errorf("development agent: %w", err)
 	}
-	ca, err := issuer.New(devIssuer(info, o.Logger))
-	if err != nil {
-		return fmt.Errorf("development issuer: %w", err)
-	}
 	cfg, err := LoadConfig(info.Config)
+	if err != nil {
+		return err
+	}
+	ca, err := issuer.New(devIssuer(info))
 	if err != nil {
 		return err
 	}
@@ -182,17 +182,17 @@ func devKeystore(dir string) error {
 	return ks.CreateKey(devKey)
 }
 
-func devIssuer(info DevInfo, logger *zap.Logger) issuer.Config {
-	c := issuer.Config{TrustDomain: spiffeid.RequireTrustDomainFromString(devTrustDomain), TTL: devSVIDTTL}
-	add := func(socket, path string) {
-		id := spiffeid.RequireFromPath(c.TrustDomain, path)
-		c.Sockets = append(c.Sockets, issuer.Socket{Path: socket, ID: id})
+// devIssuer gives each development workload a Workload API of its own, and one
+// to the agent.
+func devIssuer(info DevInfo) issuer.Config {
+	td := spiffeid.RequireTrustDomainFromString(devTrustDomain)
+	sockets := map[string]spiffeid.ID{
+		filepath.Join(info.Dir, "workload-api", "agent.sock"): spiffeid.RequireFromPath(td, "/kms-agent"),
 	}
-	add(filepath.Join(info.Dir, "workload-api", "agent.sock"), "/kms-agent")
 	for name, socket := range info.Workloads {
-		add(socket, "/workload/"+name)
+		sockets[socket] = spiffeid.RequireFromPath(td, "/workload/"+name)
 	}
-	return c
+	return issuer.Config{TrustDomain: td, TTL: devSVIDTTL, Sockets: sockets}
 }
 
 func devConfig() []byte {

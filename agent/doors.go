@@ -8,7 +8,6 @@ import (
 	"time"
 
 	"go.uber.org/zap"
-	"golang.org/x/net/netutil"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/health"
 	"google.golang.org/grpc/health/grpc_health_v1"
@@ -76,7 +75,7 @@ func (a *Agent) newDoor(name string, l net.Listener, creds *identity.Credentials
 	bounds := limits(a.cfg)
 	d := &door{
 		Door:     serve.NewDoor(name, a.service, bounds, identify, a.logger),
-		listener: netutil.LimitListener(l, bounds.MaxConnections),
+		listener: serve.Bound(l, bounds.MaxConnections),
 		health:   health.NewServer(),
 	}
 	d.server = d.Server(creds)

@@ -2,9 +2,7 @@ package agent
 
 import (
 	"context"
-	"crypto/sha256"
 	"fmt"
-	"io"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -13,10 +11,11 @@ import (
 
 	"github.com/fsnotify/fsnotify"
 	"go.uber.org/zap"
+	"golang.org/x/sys/unix"
 )
 
-// settle is how long the files must be quiet before they are read again:
-// editors and Kubernetes change them in several steps.
+// settle is how long the files must stay as they are before they are read
+// again: editors and Kubernetes change them in several steps.
 const settle = 200 * time.Millisecond
 
 // Reload reads the configuration again. A faulty file changes nothing: it is
@@ -88,24 +87,37 @@ func (a *Agent) watch(ctx context.Context) error {
 	}
 	defer func() { _ = watcher.Close() }() // nothing can be done about it
 	a.watchDirectories(watcher)
-	quiet := time.NewTimer(settle)
-	quiet.Stop()
-	last := a.fingerprint()
+	// Other files of these directories may change all the time (an audit log
+	// does), so an event only makes the agent look, and what it sees must be the
+	// same twice before it is read.
+	look := time.NewTimer(settle)
+	waiting := true
+	used := a.fingerprint()
+	seen := used
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
 		case err := <-watcher.Errors:
 			a.logger.Warn("watching the configuration", zap.Error(err))
-			quiet.Reset(settle)
 		case <-watcher.Events:
-			quiet.Reset(settle)
-		case <-quiet.C:
-			if now := a.fingerprint(); now != last {
-				last = now
+		case <-look.C:
+			waiting = false
+			now := a.fingerprint()
+			settled := now == seen
+			seen = now
+			if settled && now != used {
+				used = now
 				_ = a.Reload(ctx) // logged, and shown by status
+				a.watchDirectories(watcher)
 			}
-			a.watchDirectories(watcher)
+			if settled {
+				continue
+			}
+		}
+		if !waiting {
+			look.Reset(settle)
+			waiting = true
 		}
 	}
 }
@@ -125,41 +137,29 @@ func (a *Agent) watchDirectories(w *fsnotify.Watcher) {
 	}
 }
 
-// fingerprint changes when what the configuration is read from changes.
-func (a *Agent) fingerprint() [sha256.Size]byte {
+// fingerprint changes when a file that the configuration is read from does, or
+// one comes or goes. Only what the kernel says of the files is compared, so that
+// looking is cheap.
+func (a *Agent) fingerprint() string {
 	a.mu.Lock()
 	files := a.cfg.Files()
 	a.mu.Unlock()
-	h := sha256.New()
+	var b strings.Builder
 	for _, f := range files {
-		info, err := os.Stat(f)
-		switch {
-		case err != nil:
-			fmt.Fprintf(h, "%q missing\n", f)
-		case info.IsDir():
-			hashDirectory(h, f)
-		default:
-			hashFile(h, f)
+		names := []string{f}
+		if entries, err := os.ReadDir(f); err == nil {
+			for _, e := range entries {
+				if strings.HasSuffix(e.Name(), ".yaml") {
+					names = append(names, filepath.Join(f, e.Name()))
+				}
+			}
+			names = names[1:]
+		}
+		for _, name := range names {
+			var st unix.Stat_t
+			err := unix.Stat(name, &st)
+			fmt.Fprintf(&b, "%q %v %d %d %d %d %d\n", name, err, st.Dev, st.Ino, st.Size, st.Mtim.Nano(), st.Ctim.Nano())
 		}
 	}
-	return [sha256.Size]byte(h.Sum(nil))
-}
-
-func hashDirectory(h io.Writer, dir string) {
-	entries, err := os.ReadDir(dir)
-	if err != nil {
-		fmt.Fprintf(h, "%q unreadable\n", dir)
-		return
-	}
-	for _, e := range entries {
-		if !e.IsDir() && strings.HasSuffix(e.Name(), ".yaml") {
-			hashFile(h, filepath.Join(dir, e.Name()))
-		}
-	}
-}
-
-func hashFile(h io.Writer, path string) {
-	data, err := readBounded(path)
-	fmt.Fprintf(h, "%q %v %d\n", path, err, len(data))
-	_, _ = h.Write(data) // a hash never fails
+	return b.String()
 }

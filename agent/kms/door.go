@@ -127,8 +127,7 @@ func (t *transaction) finish(ctx context.Context, err error) error {
 	if err != nil {
 		r.Outcome, r.Reason, r.Detail = audit.Error, string(ReasonOf(err)), detailOf(err)
 	}
-	switch ReasonOf(err) {
-	case ReasonAccessDenied, ReasonUnidentified:
+	if reason := ReasonOf(err); reason == ReasonAccessDenied || reason == ReasonUnidentified {
 		r.Outcome = audit.Denied
 	}
 	r.DurationMicros = time.Since(t.began).Microseconds()

@@ -131,6 +131,3 @@ func (s *Service) addKey(next *state, used map[wrappingID]*wrapping, k Key) erro
 	next.names = append(next.names, k.Name)
 	return nil
 }
-
-// current returns the newest state's key of that name, nil when it is gone.
-func (s *Service) currentKey(name string) *key { return s.state.Load().keys[name] }

@@ -65,7 +65,6 @@ func (d *Door) Server(creds credentials.TransportCredentials) *grpc.Server {
 		grpc.ConnectionTimeout(10*time.Second),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 10 * time.Second, PermitWithoutStream: true}),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 2 * time.Minute, Timeout: 20 * time.Second}),
-		grpc.SharedWriteBuffer(true),
 		grpc.UnaryInterceptor(d.unary),
 		grpc.StreamInterceptor(d.stream),
 	)
