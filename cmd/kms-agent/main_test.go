@@ -2,13 +2,16 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"net"
 	"os"
 	"path/filepath"
 	"regexp"
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -25,7 +28,7 @@ func TestMain(m *testing.M) {
 	if len(os.Args) > 2 && slices.Equal(os.Args[1:3], []string{"plugin", "serve"}) {
 		main()
 	}
-	testscript.Main(m, map[string]func(){"kms-agent": main})
+	testscript.Main(m, map[string]func(){"kms-agent": main, "hardened": hardened})
 }
 
 func TestScripts(t *testing.T) {
@@ -40,6 +43,7 @@ func TestScripts(t *testing.T) {
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			"auditlog": writeAuditLog, "await": await, "exit": exitStatus,
 			"subst": substitute, "retry": retry, "retry-until": retryUntil, "signal": signalBackground,
+			"notify": notify, "notified": notified,
 		},
 	})
 }
@@ -71,6 +75,47 @@ func await(ts *testscript.TestScript, neg bool, args []string) {
 func substitute(ts *testscript.TestScript, _ bool, args []string) {
 	text := strings.ReplaceAll(ts.ReadFile(args[0]), "$UID", strconv.Itoa(os.Getuid()))
 	ts.Check(os.WriteFile(ts.MkAbs(args[0]), []byte(text), 0o600))
+}
+
+// hardened is a command that hardens itself and prints what the kernel says.
+func hardened() {
+	if err := harden(); err != nil {
+		fmt.Println(err)
+		os.Exit(1)
+	}
+	dumpable, err := unix.PrctlRetInt(unix.PR_GET_DUMPABLE, 0, 0, 0, 0)
+	var core unix.Rlimit
+	err = errors.Join(err, unix.Getrlimit(unix.RLIMIT_CORE, &core))
+	fmt.Printf("dumpable=%d core=%d,%d umask=%04o %v\n", dumpable, core.Cur, core.Max, unix.Umask(0), err)
+}
+
+// notify gives the commands that follow a service manager to tell their state.
+func notify(ts *testscript.TestScript, _ bool, _ []string) {
+	path := ts.MkAbs("notify.sock")
+	conn, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: path, Net: "unixgram"})
+	ts.Check(err)
+	ts.Defer(func() { _ = conn.Close() })
+	ts.Setenv("NOTIFY_SOCKET", path)
+	notifications.Store(ts.Getenv("WORK"), conn)
+}
+
+// notifications has the connection of each script's service manager.
+var notifications sync.Map
+
+// notified demands the next message to the service manager.
+func notified(ts *testscript.TestScript, _ bool, args []string) {
+	found, ok := notifications.Load(ts.Getenv("WORK"))
+	if !ok {
+		ts.Fatalf("notify comes first")
+	}
+	conn := found.(*net.UnixConn)
+	ts.Check(conn.SetReadDeadline(time.Now().Add(30 * time.Second)))
+	message := make([]byte, 1024)
+	n, err := conn.Read(message)
+	ts.Check(err)
+	if got := string(message[:n]); !regexp.MustCompile("^" + args[0] + "$").MatchString(got) {
+		ts.Fatalf("the service manager was told %q, want %q", got, args[0])
+	}
 }
 
 // signalBackground sends a signal to what runs in the background: signal HUP.
