@@ -8,6 +8,7 @@ import (
 	"sync/atomic"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/status"
 
 	kmsagentv1 "github.com/kms-agent/kms-agent/api/kmsagent/v1"
 )
@@ -22,7 +23,8 @@ const chunkSize = 64 << 10
 // When it returns an error, what was written to w is not a message and must be
 // thrown away. Errors of the agent are *Error; those of r and w are wrapped. It
 // fails as soon as the agent or ctx does, even while r blocks: a Read that is
-// under way then goes on until it returns, so r must not be used any more.
+// under way then goes on until it returns, so r must not be used any more. A
+// Write under way is waited for.
 func (c *Client) EncryptStream(ctx context.Context, start *kmsagentv1.EncryptStreamStart, r io.Reader, w io.Writer) (*kmsagentv1.KeyUse, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -38,7 +40,7 @@ func (c *Client) EncryptStream(ctx context.Context, start *kmsagentv1.EncryptStr
 		},
 	}
 	var use *kmsagentv1.KeyUse
-	err = p.run(first, r, func(m *kmsagentv1.EncryptStreamResponse) error {
+	err = p.run(ctx, first, r, func(m *kmsagentv1.EncryptStreamResponse) error {
 		switch part := m.GetPart().(type) {
 		case *kmsagentv1.EncryptStreamResponse_KeyUse:
 			if use != nil {
@@ -82,7 +84,7 @@ func (c *Client) DecryptStream(ctx context.Context, start *kmsagentv1.DecryptStr
 		},
 	}
 	var header *kmsagentv1.DecryptStreamHeader
-	err = p.run(first, r, func(m *kmsagentv1.DecryptStreamResponse) error {
+	err = p.run(ctx, first, r, func(m *kmsagentv1.DecryptStreamResponse) error {
 		switch part := m.GetPart().(type) {
 		case *kmsagentv1.DecryptStreamResponse_Header:
 			if header != nil {
@@ -137,13 +139,13 @@ type pump[Q, A any] struct {
 // run sends first, then what r holds, and gives every answer to take. It returns
 // the error that came first. It does not wait for a Read under way when it fails:
 // what r reads from may never say anything again.
-func (p *pump[Q, A]) run(first *Q, r io.Reader, take func(*A) error) error {
+func (p *pump[Q, A]) run(ctx context.Context, first *Q, r io.Reader, take func(*A) error) error {
 	sent := make(chan struct{})
 	go func() {
 		defer close(sent)
 		p.send(first, r)
 	}()
-	err := p.receive(take)
+	err := p.receive(ctx, take)
 	if err == nil && !p.finished.Load() {
 		err = errIncomplete
 	}
@@ -197,7 +199,7 @@ func fill(r io.Reader, b []byte) (n int, err error) {
 	return n, err
 }
 
-func (p *pump[Q, A]) receive(take func(*A) error) error {
+func (p *pump[Q, A]) receive(ctx context.Context, take func(*A) error) error {
 	for {
 		answer, err := p.stream.Recv()
 		switch {
@@ -205,6 +207,9 @@ func (p *pump[Q, A]) receive(take func(*A) error) error {
 			return nil
 		case err != nil:
 			return decodeError(err)
+		case ctx.Err() != nil:
+			// gRPC hands out what it has received, also after the end.
+			return decodeError(status.FromContextError(ctx.Err()).Err())
 		}
 		if err := take(answer); err != nil {
 			return err

@@ -197,7 +197,7 @@ func TestIdentityIsWithdrawn(t *testing.T) {
 	ctx, cancel := context.WithCancel(patiently(t))
 	done := make(chan error, 1)
 	go func() { done <- source.Run(ctx) }()
-	defer func() { cancel(); <-done }()
+	defer func() { cancel(); _ = <-done }()
 	if err := source.WaitReady(ctx); err != nil {
 		t.Fatal(err)
 	}
