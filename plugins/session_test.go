@@ -152,9 +152,9 @@ func FuzzSessionOpen(f *testing.F) {
 	f.Add(make([]byte, 13), make([]byte, MaxMaterialSize+17))
 	f.Fuzz(func(t *testing.T, nonce, ciphertext []byte) {
 		got, err := process.open(process.toPlugin, &pluginv1.Sealed{Nonce: nonce, Ciphertext: ciphertext}, aad)
-		genuine := bytes.Equal(nonce, sealed.GetNonce()) && bytes.Equal(ciphertext, sealed.GetCiphertext())
-		if (err == nil) != genuine || err != nil && got != nil {
-			t.Errorf("got %x and %v, genuine: %v", got, err, genuine)
+		// Only the seed opens, and workers have seeds of their own.
+		if err == nil && string(got) != "data key" || err != nil && got != nil {
+			t.Errorf("got %x and %v", got, err)
 		}
 	})
 }

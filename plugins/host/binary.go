@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"strconv"
 
 	"golang.org/x/sys/unix"
 )
@@ -18,6 +19,34 @@ const (
 	maxProgram = 512 << 20
 	sealAll    = unix.F_SEAL_WRITE | unix.F_SEAL_SHRINK | unix.F_SEAL_GROW | unix.F_SEAL_SEAL
 )
+
+// program is what one supervisor executes. Each new process is the same
+// program, whatever became of its file meanwhile.
+type program struct {
+	cfg    Config
+	sealed *os.File // the checked copy, once there is one
+}
+
+// path returns what to execute.
+func (p *program) path() (string, error) {
+	if p.cfg.Self {
+		return selfExecutable, nil
+	}
+	if p.sealed == nil {
+		sealed, err := verified(p.cfg.Command, p.cfg.SHA256)
+		if err != nil {
+			return "", err
+		}
+		p.sealed = sealed
+	}
+	return "/proc/self/fd/" + strconv.Itoa(int(p.sealed.Fd())), nil
+}
+
+func (p *program) close() {
+	if p.sealed != nil {
+		_ = p.sealed.Close()
+	}
+}
 
 // verified copies the program at path to memory that nobody can change any
 // more, if its SHA-256 is want. What is executed from there is what was checked.
@@ -48,6 +77,9 @@ func memoryFile() (*os.File, error) {
 	fd, err := unix.MemfdCreate("plugin", unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING|unix.MFD_EXEC)
 	if errors.Is(err, unix.EINVAL) { // kernels before 6.3 do not know MFD_EXEC
 		fd, err = unix.MemfdCreate("plugin", unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING)
+	}
+	if errors.Is(err, unix.EACCES) {
+		return nil, errors.New("the kernel forbids executable memory files: set the sysctl vm.memfd_noexec to 0 or 1")
 	}
 	if err != nil {
 		return nil, fmt.Errorf("memory for the plugin's program: %w", err)

@@ -11,8 +11,6 @@ import (
 )
 
 const (
-	// queueRetry is what a caller is told that finds the queue full.
-	queueRetry = time.Second
 	// retryMin and retryMax bound the wait before the one retry of a call.
 	retryMin = 50 * time.Millisecond
 	retryMax = time.Second
@@ -81,10 +79,10 @@ func attempt[T any](ctx context.Context, s *Supervisor, m method[T]) (T, error) 
 	if _, err := s.process(); err != nil {
 		return none, err
 	}
-	if err := s.queue.enter(ctx, plugins.CallerFrom(ctx)); err != nil {
+	if err := s.queue.acquire(ctx, plugins.CallerFrom(ctx)); err != nil {
 		return none, err
 	}
-	defer s.queue.leave()
+	defer s.queue.release()
 	p, err := s.process() // it may have been replaced while we waited
 	if err != nil {
 		return none, err

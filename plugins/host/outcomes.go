@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"sync"
-	"time"
 
 	"github.com/kms-agent/kms-agent/plugins"
 )
@@ -89,9 +88,4 @@ func isFailure(err error) bool {
 	default:
 		return false
 	}
-}
-
-// jittered returns 75 to 125 percent of d.
-func jittered(d time.Duration, random float64) time.Duration {
-	return time.Duration(float64(d) * (0.75 + random/2))
 }

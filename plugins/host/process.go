@@ -7,7 +7,6 @@ import (
 	"os"
 	"os/exec"
 	"slices"
-	"strconv"
 	"syscall"
 	"time"
 
@@ -46,11 +45,11 @@ type process struct {
 
 // launch starts a plugin and opens it. It forks on its caller's thread, which
 // must outlive the process: the kernel kills a plugin with that thread.
-func launch(ctx context.Context, cfg Config) (*process, error) {
+func launch(ctx context.Context, cfg Config, program *program) (*process, error) {
 	ctx, cancel := context.WithTimeout(ctx, cfg.StartTimeout)
 	defer cancel()
 	p := &process{outcomes: newOutcomes()}
-	err := p.start(ctx, cfg)
+	err := p.start(ctx, cfg, program)
 	if err == nil {
 		err = p.open(ctx, cfg)
 	}
@@ -64,20 +63,17 @@ func launch(ctx context.Context, cfg Config) (*process, error) {
 }
 
 // start executes the program and waits for its handshake.
-func (p *process) start(ctx context.Context, cfg Config) error {
+func (p *process) start(ctx context.Context, cfg Config, program *program) error {
 	dir, err := newSocketDir(cfg.RuntimeDir)
 	if err != nil {
 		return err
 	}
 	p.dir = dir
-	program, path, err := programOf(cfg)
+	path, err := program.path()
 	if err != nil {
 		return err
 	}
-	if program != nil {
-		defer func() { _ = program.Close() }()
-	}
-	p.runner = newRunner(command(cfg, path), dir.path, newRelay(cfg.Logger, "stderr", zapcore.ErrorLevel))
+	p.runner = newRunner(command(cfg, path), dir.path, cfg.Logger)
 	p.client = plugin.NewClient(p.clientConfig(cfg))
 	defer context.AfterFunc(ctx, p.runner.kill)()
 	return p.connect()
@@ -187,19 +183,6 @@ func (p *process) end(grace bool) {
 	if p.runner.processID() != 0 {
 		<-p.runner.ended
 	}
-}
-
-// programOf returns the path to execute, and the open file behind it that is
-// to be closed afterwards, nil where this program is executed again.
-func programOf(cfg Config) (*os.File, string, error) {
-	if cfg.Self {
-		return nil, selfExecutable, nil
-	}
-	program, err := verified(cfg.Command, cfg.SHA256)
-	if err != nil {
-		return nil, "", err
-	}
-	return program, "/proc/self/fd/" + strconv.Itoa(int(program.Fd())), nil
 }
 
 func command(cfg Config, path string) *exec.Cmd {

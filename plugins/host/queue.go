@@ -2,56 +2,58 @@ package host
 
 import (
 	"context"
+	"slices"
 	"sync"
+	"time"
 
 	"github.com/kms-agent/kms-agent/plugins"
 )
 
-// queue lets a bounded number of calls through at a time, the waiting callers
-// in turn: who has many calls waiting delays its own, not those of others.
+const (
+	// waitersPerSlot bounds how many calls wait for each that runs.
+	waitersPerSlot = 16
+	// shedRetry is when a call that was refused for want of room may try again.
+	shedRetry = time.Second
+)
+
+// queue admits a bounded number of calls at a time. Those that wait are grouped
+// by caller, and callers take turns: one that asks for much waits longer, and
+// not the others.
 type queue struct {
-	slots, maxWaiting int
+	slots, room int // how many may run, and wait
 
 	mu      sync.Mutex
-	free    int                  // mu guards free and what follows: calls that may still begin
-	waiting map[string][]*waiter // per caller, oldest first; never empty slices
-	turn    []string             // the callers of waiting; the first is next
-	length  int                  // waiters in all
-	empty   chan struct{}        // made by idle
-	idled   bool                 // empty is closed
+	free    int // mu guards free and what follows
+	waiting int
+	lines   map[string][]*waiter // by caller, first come first; never empty
+	turn    []string             // the callers of lines; whose turn is next first
+	empty   chan struct{}        // made by idle; closed, and nil again, when nothing runs
 }
 
-type waiter struct {
-	granted chan struct{} // closed when the waiter may go on
-	done    bool          // granted, under the queue's mu
+// waiter learns once: nil, it runs; else why it does not.
+type waiter struct{ told chan error }
+
+func newQueue(slots int) *queue {
+	return &queue{slots: slots, free: slots, room: slots * waitersPerSlot, lines: map[string][]*waiter{}}
 }
 
-func newQueue(concurrent, maxWaiting int) *queue {
-	return &queue{slots: concurrent, free: concurrent, maxWaiting: maxWaiting, waiting: map[string][]*waiter{}}
-}
-
-// enter waits for the caller's turn; leave follows each success. A full queue
-// refuses at once the caller that has more waiting than its share.
-func (q *queue) enter(ctx context.Context, caller string) error {
-	if err := ctx.Err(); err != nil {
-		return &plugins.Error{Class: plugins.Unavailable, Err: err}
-	}
+// acquire returns nil when the call may run; release follows. When ctx ends
+// first the call has left the queue.
+func (q *queue) acquire(ctx context.Context, caller string) error {
 	w, err := q.join(caller)
 	if w == nil {
 		return err
 	}
 	select {
-	case <-w.granted:
-		return nil
+	case err := <-w.told:
+		return err
 	case <-ctx.Done():
+		q.leave(caller, w)
+		return &plugins.Error{Class: plugins.Unavailable, Detail: "waiting for other calls of the backend", Err: ctx.Err()}
 	}
-	if q.abandon(caller, w) {
-		return &plugins.Error{Class: plugins.Unavailable, Detail: "waiting for the plugin's other calls", Err: ctx.Err()}
-	}
-	return nil // the turn came at the same moment: the call will notice its context
 }
 
-// join returns nil and nil where no wait is needed.
+// join returns nil and nil where the call may run at once.
 func (q *queue) join(caller string) (*waiter, error) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -59,90 +61,106 @@ func (q *queue) join(caller string) (*waiter, error) {
 		q.free--
 		return nil, nil
 	}
-	// Whoever has less than an even part waiting gets in even when others fill
-	// the queue, so that the bound is at most twice maxWaiting.
-	share := q.maxWaiting / (len(q.turn) + 1)
-	if mine := len(q.waiting[caller]); q.length >= 2*q.maxWaiting || q.length >= q.maxWaiting && mine >= share {
-		return nil, &plugins.Error{
-			Class: plugins.Unavailable, RetryAfter: queueRetry, Detail: "too many calls wait for the plugin already",
-		}
+	if q.waiting >= q.room && !q.makeRoom(caller) {
+		return nil, errNoRoom()
 	}
-	w := &waiter{granted: make(chan struct{})}
-	if len(q.waiting[caller]) == 0 {
+	w := &waiter{told: make(chan error, 1)}
+	if len(q.lines[caller]) == 0 {
 		q.turn = append(q.turn, caller)
 	}
-	q.waiting[caller] = append(q.waiting[caller], w)
-	q.length++
+	q.lines[caller] = append(q.lines[caller], w)
+	q.waiting++
 	return w, nil
 }
 
-// idle returns a channel that is closed once no call runs any more. Calls that
-// begin later are not waited for.
+// makeRoom refuses the newest call of the longest line, unless the caller's own
+// would then be as long: a flood must not keep others out of the queue.
+func (q *queue) makeRoom(caller string) bool {
+	longest := q.turn[0]
+	for _, other := range q.turn {
+		if len(q.lines[other]) > len(q.lines[longest]) {
+			longest = other
+		}
+	}
+	line := q.lines[longest]
+	if len(line) <= len(q.lines[caller])+1 {
+		return false
+	}
+	newest := line[len(line)-1]
+	q.remove(longest, len(line)-1)
+	newest.told <- errNoRoom()
+	return true
+}
+
+func errNoRoom() error {
+	return &plugins.Error{
+		Class: plugins.Unavailable, RetryAfter: shedRetry,
+		Detail: "too many calls wait for the backend: send fewer at once, or raise its max_concurrent",
+	}
+}
+
+// release lets the next call run.
+func (q *queue) release() {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if len(q.turn) == 0 {
+		q.free++
+		q.tellIdle()
+		return
+	}
+	caller := q.turn[0]
+	next := q.lines[caller][0]
+	q.remove(caller, 0)
+	if len(q.lines[caller]) > 0 { // its next turn comes after the others'
+		q.turn = append(q.turn[1:], caller)
+	}
+	next.told <- nil
+}
+
+// idle returns a channel that is closed once nothing runs.
 func (q *queue) idle() <-chan struct{} {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	if q.empty == nil {
 		q.empty = make(chan struct{})
 	}
-	if q.free == q.slots {
-		q.signalIdle()
-	}
-	return q.empty
+	empty := q.empty
+	q.tellIdle()
+	return empty
 }
 
-func (q *queue) signalIdle() {
-	if q.empty != nil && !q.idled {
-		q.idled = true
+// tellIdle is called under mu.
+func (q *queue) tellIdle() {
+	if q.empty != nil && q.free == q.slots {
 		close(q.empty)
+		q.empty = nil
 	}
 }
 
-// leave ends a call and gives its place to the next caller in turn.
-func (q *queue) leave() {
+// leave takes a waiter out, or gives back what it was granted meanwhile.
+func (q *queue) leave(caller string, w *waiter) {
 	q.mu.Lock()
-	defer q.mu.Unlock()
-	if len(q.turn) == 0 {
-		if q.free++; q.free == q.slots {
-			q.signalIdle()
-		}
+	at := slices.Index(q.lines[caller], w)
+	if at >= 0 {
+		q.remove(caller, at)
+	}
+	q.mu.Unlock()
+	if at < 0 && <-w.told == nil {
+		q.release()
+	}
+}
+
+// remove takes the waiter at that place out of a line, and with the last one
+// the caller out of the turn. It is called under mu.
+func (q *queue) remove(caller string, at int) {
+	q.waiting--
+	line := slices.Delete(q.lines[caller], at, at+1)
+	if len(line) > 0 {
+		q.lines[caller] = line
 		return
 	}
-	caller := q.turn[0]
-	w := q.waiting[caller][0]
-	q.turn = q.turn[1:]
-	if rest := q.waiting[caller][1:]; len(rest) > 0 {
-		q.waiting[caller] = rest
-		q.turn = append(q.turn, caller)
-	} else {
-		delete(q.waiting, caller)
+	delete(q.lines, caller)
+	if i := slices.Index(q.turn, caller); i >= 0 {
+		q.turn = slices.Delete(q.turn, i, i+1)
 	}
-	q.length--
-	w.done = true
-	close(w.granted)
-}
-
-// abandon takes a waiter out; false where its turn has come already.
-func (q *queue) abandon(caller string, w *waiter) bool {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	if w.done {
-		return false
-	}
-	q.length--
-	q.waiting[caller] = without(q.waiting[caller], w)
-	if len(q.waiting[caller]) == 0 {
-		delete(q.waiting, caller)
-		q.turn = without(q.turn, caller)
-	}
-	return true
-}
-
-func without[T comparable](list []T, gone T) []T {
-	rest := make([]T, 0, len(list))
-	for _, item := range list {
-		if item != gone {
-			rest = append(rest, item)
-		}
-	}
-	return rest
 }

@@ -1,6 +1,7 @@
 package host
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -12,12 +13,18 @@ import (
 	"sync"
 	"time"
 
+	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
 	"golang.org/x/sys/unix"
 )
 
-// pipeDelay is how long the pipes of a dead process may stay open: processes of
-// its own could hold them.
-const pipeDelay = 500 * time.Millisecond
+const (
+	// pipeDelay is how long the pipes of a dead process may stay open: processes
+	// of its own could hold them.
+	pipeDelay = 500 * time.Millisecond
+	// maxHandshake bounds the one line that a plugin says of itself.
+	maxHandshake = 8 << 10
+)
 
 // runner executes a plugin for go-plugin. It is a runner of our own because
 // go-plugin's crashes the host on some lines of the plugin's standard error,
@@ -26,6 +33,7 @@ const pipeDelay = 500 * time.Millisecond
 type runner struct {
 	cmd       *exec.Cmd
 	socketDir string
+	rest      *relay // what follows the handshake on standard output
 	stderr    *relay
 	stdout    *io.PipeReader
 	closeOut  *io.PipeWriter
@@ -37,11 +45,44 @@ type runner struct {
 	err    error // how it ended
 }
 
-func newRunner(cmd *exec.Cmd, socketDir string, stderr *relay) *runner {
-	r := &runner{cmd: cmd, socketDir: socketDir, stderr: stderr, ended: make(chan struct{})}
+func newRunner(cmd *exec.Cmd, socketDir string, logger *zap.Logger) *runner {
+	r := &runner{
+		cmd: cmd, socketDir: socketDir, ended: make(chan struct{}),
+		rest: newRelay(logger, "stdout", zapcore.ErrorLevel), stderr: newRelay(logger, "stderr", zapcore.ErrorLevel),
+	}
 	r.stdout, r.closeOut = io.Pipe()
-	cmd.Stdout, cmd.Stderr, cmd.WaitDelay = r.closeOut, stderr, pipeDelay
+	cmd.Stdout, cmd.Stderr, cmd.WaitDelay = &handshakeWriter{line: r.closeOut, rest: r.rest}, r.stderr, pipeDelay
 	return r
+}
+
+// handshakeWriter passes on the first line, cut to maxHandshake bytes. What
+// follows is logged, so that a plugin that writes to standard output is neither
+// blocked nor believed.
+type handshakeWriter struct {
+	line io.Writer
+	rest io.Writer
+	sent int
+	over bool
+}
+
+// Write implements io.Writer.
+func (h *handshakeWriter) Write(p []byte) (int, error) {
+	if h.over {
+		return h.rest.Write(p)
+	}
+	line, rest, ended := bytes.Cut(p, []byte("\n"))
+	if room := maxHandshake - h.sent; len(line) > room {
+		line, ended = line[:room], true
+	}
+	h.sent, h.over = h.sent+len(line), ended
+	if ended {
+		line = append(bytes.Clone(line), '\n')
+	}
+	if _, err := h.line.Write(line); err != nil {
+		return 0, err
+	}
+	_, err := h.rest.Write(rest)
+	return len(p), err
 }
 
 // Start implements go-plugin's runner. It forks on the thread of its caller.
@@ -79,6 +120,7 @@ func (r *runner) reap() {
 	r.err = err
 	r.mu.Unlock()
 	_ = r.closeOut.Close()
+	_ = r.rest.Close()
 	_ = r.stderr.Close()
 }
 

@@ -19,8 +19,6 @@ import (
 const (
 	// drainTimeout is how long calls in flight may go on when Run ends.
 	drainTimeout = 5 * time.Second
-	// queuedPerSlot is how many calls may wait for each that runs.
-	queuedPerSlot = 16
 	// idleChecks is how many pings of an idle process there are for one Check.
 	idleChecks = 6
 )
@@ -33,6 +31,7 @@ type Supervisor struct {
 	cfg             Config
 	queue           *queue
 	running         atomic.Bool
+	program         program // Run's own
 	calls, failures atomic.Uint64
 	firstUp         chan struct{}
 
@@ -50,7 +49,7 @@ func New(cfg Config) (*Supervisor, error) {
 	}
 	cfg.Logger = cfg.Logger.With(zap.String("backend", cfg.Name))
 	return &Supervisor{
-		cfg: cfg, queue: newQueue(cfg.MaxConcurrent, queuedPerSlot*cfg.MaxConcurrent), firstUp: make(chan struct{}),
+		cfg: cfg, program: program{cfg: cfg}, queue: newQueue(cfg.MaxConcurrent), firstUp: make(chan struct{}),
 		status: Status{Name: cfg.Name, State: Starting, Since: time.Now(), SHA256: cfg.SHA256},
 	}, nil
 }
@@ -65,6 +64,7 @@ func (s *Supervisor) Run(ctx context.Context) error {
 	// The kernel kills a plugin when the thread that started it ends.
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
+	defer s.program.close()
 	backoff := s.cfg.BackoffMin
 	for first := true; ctx.Err() == nil; first = false {
 		began := time.Now()
@@ -75,7 +75,7 @@ func (s *Supervisor) Run(ctx context.Context) error {
 		if time.Since(began) >= s.cfg.BackoffMax {
 			backoff = s.cfg.BackoffMin
 		}
-		wait := jittered(backoff, rand.Float64()) //nolint:gosec // jitter
+		wait := min(backoff+rand.N(backoff/2+1), s.cfg.BackoffMax) //nolint:gosec // jitter is no secret
 		s.down(err, wait)
 		s.cfg.Logger.Error("plugin is down", zap.Error(err), zap.Duration("next_start", wait))
 		sleep(ctx, wait)
@@ -93,7 +93,7 @@ func (s *Supervisor) runProcess(ctx context.Context, first bool) error {
 			status.Restarts++
 		}
 	})
-	p, err := launch(ctx, s.cfg)
+	p, err := launch(ctx, s.cfg, &s.program)
 	if err != nil {
 		return err
 	}

@@ -1,0 +1,219 @@
+package host_test
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/kms-agent/kms-agent/plugins"
+	"github.com/kms-agent/kms-agent/plugins/host"
+	"github.com/kms-agent/kms-agent/plugins/plugintest"
+)
+
+// Each of these is started again and again, serves no call, says why, and
+// leaves nothing behind.
+func TestStartsThatFail(t *testing.T) {
+	for _, c := range []struct{ mode, want string }{
+		{"exit-0", "exit status 0"},
+		{"exit-3", "exit status 3"},
+		{"crash-at-once", "exit status 2"},
+		{"silent", "not ready within 300ms"},
+		{"ignores-term", "not ready within 300ms"},
+		{"half-handshake", "not ready within 300ms"},
+		{"rubbish", "Unrecognized remote plugin message: rubbish �[31m on stdout"},
+		{"long-rubbish", "Unrecognized remote plugin message"},
+		{"other-core", "core"},
+		{"other-protocol", "99"},
+		{"net-rpc", "netrpc"},
+		{"tcp", "not in the directory"},
+		{"other-socket", "not in the directory"},
+		{"no-socket", "Unavailable"},
+	} {
+		t.Run(c.mode, func(t *testing.T) {
+			cfg := modeConfig(t, c.mode)
+			cfg.StartTimeout = 300 * time.Millisecond
+			if strings.Contains(c.want, "exit") || c.mode == "no-socket" {
+				cfg.StartTimeout = 10 * time.Second // loaded machines are slow
+			}
+			wantFailedStart(t, cfg, c.want)
+		})
+	}
+}
+
+func TestOpensThatFail(t *testing.T) {
+	for _, c := range []struct{ order, want string }{
+		{"hang", "not ready within 2s"},
+		{"wait", "not ready within 2s"},
+		{"exit", "exit status 7"},
+		{"panic", "panicked in Open"},
+		{"Invalid", "Invalid: as ordered"},
+		{"Denied", "Denied: as ordered"},
+		{"Unavailable", "Unavailable: as ordered"},
+	} {
+		t.Run(c.order, func(t *testing.T) {
+			cfg := config(t, puppetSettings{Open: c.order})
+			cfg.StartTimeout = 2 * time.Second
+			wantFailedStart(t, cfg, c.want)
+		})
+	}
+}
+
+func wantFailedStart(t *testing.T, cfg host.Config, want string) {
+	t.Helper()
+	s, end := start(t, cfg)
+	eventually(t, "two starts and their error", func() bool {
+		status := s.Status()
+		return status.Restarts >= 2 && strings.Contains(status.LastError, want) || status.Restarts > 4
+	})
+	if status := s.Status(); !strings.Contains(status.LastError, want) || len(status.LastError) > 2000 {
+		t.Errorf("last error: got %q, want it bounded and with %q", status.LastError, want)
+	}
+	_, err := s.Describe(bounded(t), "memory:orders")
+	if plugins.ClassOf(err) != plugins.Unavailable || !strings.Contains(err.Error(), want) {
+		t.Errorf("Describe: got %v, want Unavailable with the last error", err)
+	}
+	ready, cancel := context.WithTimeout(t.Context(), time.Millisecond)
+	defer cancel()
+	if err := s.Ready(ready); err == nil || !strings.Contains(err.Error(), want) {
+		t.Errorf("Ready: got %v, want the last error", err)
+	}
+	_ = end()
+	if left, _ := filepath.Glob(filepath.Join(cfg.RuntimeDir, "*")); len(left) != 0 {
+		t.Errorf("left in the runtime directory: %v", left)
+	}
+}
+
+// program copies the test binary, so that it can be checked and changed.
+func program(t *testing.T) (path, sum string) {
+	t.Helper()
+	b, err := os.ReadFile("/proc/self/exe")
+	if err != nil {
+		t.Fatal(err)
+	}
+	path = filepath.Join(t.TempDir(), "plugin")
+	if err := os.WriteFile(path, b, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	digest := sha256.Sum256(b)
+	return path, hex.EncodeToString(digest[:])
+}
+
+func TestProgramIsExecutedFromWhatWasChecked(t *testing.T) {
+	cfg := config(t, puppetSettings{})
+	cfg.Self = false
+	cfg.Command, cfg.SHA256 = program(t)
+	cfg.Args = []string{"an argument"}
+	s := plugintest.Start(t, cfg)
+	// The program on disk may change now: nothing of it is executed.
+	if err := os.Remove(cfg.Command); err != nil {
+		t.Fatal(err)
+	}
+	if exe, err := order(t, s, "proc exe"); err != nil || !strings.HasPrefix(exe, "/memfd:plugin") {
+		t.Errorf("executable: got %q and %v, want a sealed copy in memory", exe, err)
+	}
+	if cmdline, err := order(t, s, "proc cmdline"); err != nil || cmdline != cfg.Command+"\x00an argument\x00" {
+		t.Errorf("command line: got %q and %v, want the command and its argument", cmdline, err)
+	}
+	if got := s.Status().SHA256; got != cfg.SHA256 {
+		t.Errorf("status: got SHA-256 %q, want %q", got, cfg.SHA256)
+	}
+}
+
+func TestProgramsThatAreNotExecuted(t *testing.T) {
+	path, sum := program(t)
+	script := filepath.Join(t.TempDir(), "script")
+	text := []byte("#!/bin/sh\nexit 0\n")
+	if err := os.WriteFile(script, text, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	scriptSum := sha256.Sum256(text)
+	plain := filepath.Join(t.TempDir(), "plain")
+	if err := os.WriteFile(plain, text, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	other := strings.Repeat("0", 64)
+	for _, c := range []struct{ name, path, sum, want string }{
+		{"another digest", path, other, "the SHA-256 of " + path + " is " + sum + ", the configuration says " + other},
+		{"a script", script, hex.EncodeToString(scriptSum[:]), "not a native program"},
+		{"not executable", plain, hex.EncodeToString(scriptSum[:]), "not an executable file"},
+		{"a directory", filepath.Dir(plain), other, "not an executable file"},
+		{"nothing", plain + "-missing", other, "no such file"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			cfg := config(t, puppetSettings{})
+			cfg.Self, cfg.Command, cfg.SHA256 = false, c.path, c.sum
+			wantFailedStart(t, cfg, c.want)
+		})
+	}
+}
+
+func TestPluginsHaveOnlyTheirOwnEnvironment(t *testing.T) {
+	t.Setenv("KMS_AGENT_TEST_SECRET", "of the host")
+	cfg := config(t, puppetSettings{})
+	cfg.Env = append(cfg.Env, "CONFIGURED=yes")
+	s := plugintest.Start(t, cfg)
+	env, err := order(t, s, "env")
+	if err != nil {
+		// Descriptions cannot hold an environment; a plugin that fails tells less.
+		t.Fatal(err)
+	}
+	if strings.Contains(env, "of the host") || strings.Contains(env, "PATH=") || !strings.Contains(env, "CONFIGURED=yes") {
+		t.Errorf("environment: got %q, want only what is configured", env)
+	}
+	if !strings.Contains(env, "PLUGIN_UNIX_SOCKET_DIR="+cfg.RuntimeDir+"/p") {
+		t.Errorf("environment: got %q, want sockets in a directory of its own", env)
+	}
+}
+
+func TestPluginsAreHardened(t *testing.T) {
+	s := plugintest.Start(t, config(t, puppetSettings{}))
+	status, err := order(t, s, "proc status")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"NoNewPrivs:\t1", "Umask:\t0077"} {
+		if !strings.Contains(status, want) {
+			t.Errorf("status of the process: got %s, want %q", status, want)
+		}
+	}
+	limits, err := order(t, s, "proc limits")
+	if err != nil || !strings.Contains(limits, "Max core file size        0                    0 ") {
+		t.Errorf("limits: got %s and %v, want no core dumps", limits, err)
+	}
+	if stdin, err := order(t, s, "proc fd/0"); err != nil || stdin != "/dev/null" {
+		t.Errorf("standard input: got %q and %v, want /dev/null", stdin, err)
+	}
+	if cwd, err := order(t, s, "proc cwd"); err != nil || cwd != "/" {
+		t.Errorf("working directory: got %q and %v, want /", cwd, err)
+	}
+}
+
+func TestNewRefusesFaultyConfigurations(t *testing.T) {
+	good := host.Config{Name: "n", Self: true, RuntimeDir: "/run/kms-agent"}
+	if _, err := host.New(good); err != nil {
+		t.Fatalf("a good configuration: %v", err)
+	}
+	for want, change := range map[string]func(*host.Config){
+		"no name":                func(c *host.Config) { c.Name = "" },
+		"neither a command nor":  func(c *host.Config) { c.Command = "/bin/true" },
+		"not an absolute path":   func(c *host.Config) { c.Self, c.Command = false, "relative" },
+		"64 hexadecimal digits":  func(c *host.Config) { c.Self, c.Command = false, "/bin/true" },
+		"which sockets need":     func(c *host.Config) { c.RuntimeDir = "/" + strings.Repeat("d", 70) },
+		"is no range":            func(c *host.Config) { c.BackoffMin, c.BackoffMax = time.Minute, time.Second },
+		"must be positive":       func(c *host.Config) { c.CallTimeout = -1 },
+		"the settings are":       func(c *host.Config) { c.Settings = make(json.RawMessage, 1<<20) },
+		"the runtime directory ": func(c *host.Config) { c.RuntimeDir = "" },
+	} {
+		cfg := good
+		change(&cfg)
+		if _, err := host.New(cfg); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("got %v, want an error with %q", err, want)
+		}
+	}
+}
