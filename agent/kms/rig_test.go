@@ -26,7 +26,7 @@ import (
 // what it should until a test tells it otherwise.
 type rig struct {
 	*kms.Service
-	t        *testing.T
+	t        testing.TB
 	backend  *troubled
 	keystore *local.Keystore
 	audit    *audit.Log
@@ -129,7 +129,7 @@ const (
 	stranger = "spiffe://example.org/ns/shop/sa/stranger"
 )
 
-func caller(t *testing.T, id string) kms.Call {
+func caller(t testing.TB, id string) kms.Call {
 	t.Helper()
 	return kms.Call{
 		Door: "test", RequestID: "r-" + t.Name(),
@@ -142,7 +142,7 @@ func caller(t *testing.T, id string) kms.Call {
 
 func limits() cache.Limits {
 	return cache.Limits{
-		MaxAge: 5 * time.Minute, MaxLifetime: 24 * time.Hour, MaxIdle: 6 * time.Hour, MaxMessages: 1000, MaxBytes: 1 << 30,
+		MaxAge: 5 * time.Minute, MaxLifetime: 24 * time.Hour, MaxIdle: 6 * time.Hour, MaxMessages: 1 << 32, MaxBytes: 1 << 50,
 	}
 }
 
@@ -162,7 +162,7 @@ func random() policy.Rule {
 	return policy.Rule{Name: "random", Callers: []string{orders}, Operations: []string{"generate-random"}}
 }
 
-func compile(t *testing.T, rules ...policy.Rule) *policy.Policy {
+func compile(t testing.TB, rules ...policy.Rule) *policy.Policy {
 	t.Helper()
 	p, err := policy.Compile(policy.Config{TrustDomain: spiffeid.RequireTrustDomainFromString("example.org"), Rules: rules})
 	if err != nil {
@@ -171,13 +171,13 @@ func compile(t *testing.T, rules ...policy.Rule) *policy.Policy {
 	return p
 }
 
-func newRig(t *testing.T) *rig {
+func newRig(t testing.TB) *rig {
 	t.Helper()
 	r := newRigWithSink(t, nil)
 	return r
 }
 
-func newRigWithSink(t *testing.T, sink audit.Sink) *rig {
+func newRigWithSink(t testing.TB, sink audit.Sink) *rig {
 	t.Helper()
 	dir := t.TempDir()
 	r := &rig{t: t, clock: &clock{now: time.Hour}, auditLog: filepath.Join(dir, "audit.log")}
@@ -218,7 +218,7 @@ func (r *rig) apply() {
 	}
 }
 
-func newKeystore(t *testing.T, dir string, names ...string) *local.Keystore {
+func newKeystore(t testing.TB, dir string, names ...string) *local.Keystore {
 	t.Helper()
 	if err := local.CreateKeyFile(filepath.Join(dir, "seal")); err != nil {
 		t.Fatalf("seal: %v", err)
@@ -236,7 +236,7 @@ func newKeystore(t *testing.T, dir string, names ...string) *local.Keystore {
 	return ks
 }
 
-func openLocal(t *testing.T, dir string) *local.Backend {
+func openLocal(t testing.TB, dir string) *local.Backend {
 	t.Helper()
 	b := local.New()
 	settings, err := json.Marshal(map[string]any{

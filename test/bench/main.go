@@ -115,10 +115,13 @@ type running struct {
 
 // startAgent runs a development agent whose static peer is this process.
 func startAgent(binary, dir string) (*running, error) {
-	prepare := exec.CommandContext(context.Background(), binary, "keys", "local", "create", "orders", //nolint:gosec // our own program
-		"--keystore", filepath.Join(dir, "keystore"), "--key-file", filepath.Join(dir, "keystore.key"))
-	if out, err := prepare.CombinedOutput(); err != nil {
-		return nil, fmt.Errorf("%v: %w\n%s", prepare.Args, err, out)
+	seal := []string{"--keystore", filepath.Join(dir, "keystore"), "--key-file", filepath.Join(dir, "keystore.key")}
+	for _, args := range [][]string{{"init", "--create-key-file"}, {"create", "orders"}} {
+		args = append(append([]string{"keys", "local"}, args...), seal...)
+		prepare := exec.CommandContext(context.Background(), binary, args...) //nolint:gosec // our own program
+		if out, err := prepare.CombinedOutput(); err != nil {
+			return nil, fmt.Errorf("%v: %w\n%s", prepare.Args, err, out)
+		}
 	}
 	config := filepath.Join(dir, "kms-agent.yaml")
 	text := strings.NewReplacer("UID", strconv.Itoa(os.Getuid())).Replace(configuration)
