@@ -150,11 +150,14 @@ func (p *puppet) obey(ctx context.Context, order string) (string, error) {
 			return "", plugins.Errorf(plugins.Unavailable, "not at the first time")
 		}
 	case "env":
-		return strings.Join(os.Environ(), "\n"), nil
+		return matching(strings.Join(os.Environ(), "\n"), argument), nil
 	case "log":
 		fmt.Fprintln(os.Stderr, argument)
 	case "raw":
 		_, _ = unix.Write(2, []byte(argument+"\n"))
+	case "dumpable":
+		value, err := unix.PrctlRetInt(unix.PR_GET_DUMPABLE, 0, 0, 0, 0)
+		return fmt.Sprint(value), err
 	case "proc":
 		return p.proc(argument)
 	case "child":
@@ -169,14 +172,28 @@ func (p *puppet) obey(ctx context.Context, order string) (string, error) {
 
 const secretText = "secret argument of a panic"
 
-// proc reads a file of /proc/self, or the link it is.
-func (p *puppet) proc(name string) (string, error) {
+// matching returns the lines that begin with one of the words, divided by |.
+func matching(text, words string) string {
+	found := "found:"
+	for line := range strings.Lines(text) {
+		for word := range strings.SplitSeq(words, "|") {
+			if strings.HasPrefix(line, word) {
+				found += " " + strings.Join(strings.Fields(line), " ")
+			}
+		}
+	}
+	return found
+}
+
+// proc returns lines of a file of /proc/self, or where it points.
+func (p *puppet) proc(argument string) (string, error) {
+	name, words, _ := strings.Cut(argument, " ")
 	path := filepath.Join("/proc/self", name)
 	if target, err := os.Readlink(path); err == nil {
 		return target, nil
 	}
 	b, err := os.ReadFile(path)
-	return string(b), err
+	return matching(string(b), words), err
 }
 
 // serveByHand is a plugin that somebody starts in a shell.

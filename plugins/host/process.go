@@ -59,7 +59,7 @@ func launch(ctx context.Context, cfg Config, program *program) (*process, error)
 	if errors.Is(ctx.Err(), context.DeadlineExceeded) {
 		err = fmt.Errorf("not ready within %s: %w", cfg.StartTimeout, err)
 	}
-	return nil, errors.Join(err, p.stop(false))
+	return nil, errors.Join(p.withEnd(err), p.stop(false))
 }
 
 // start executes the program and waits for its handshake.
@@ -102,7 +102,7 @@ func (p *process) prepare(_ hclog.Logger, handshake *exec.Cmd, _ string) (plugin
 
 func (p *process) connect() error {
 	if _, err := p.client.Start(); err != nil {
-		return fmt.Errorf("start the plugin: %s", p.startFault(err))
+		return fmt.Errorf("start the plugin: %s", plugins.Printable(err.Error(), maxCause))
 	}
 	protocol, err := p.client.Client()
 	if err != nil {
@@ -120,18 +120,17 @@ func (p *process) connect() error {
 	return nil
 }
 
-// startFault adds how the process ended to go-plugin's words.
-func (p *process) startFault(err error) string {
-	fault := plugins.Printable(err.Error(), maxCause)
-	if p.runner.processID() == 0 {
+// withEnd adds to the fault of a start how the process ended, if it did.
+func (p *process) withEnd(fault error) error {
+	if p.runner == nil || p.runner.processID() == 0 {
 		return fault
 	}
 	select {
 	case <-p.runner.ended:
+		return fmt.Errorf("%w (the process ended: %w)", fault, p.runner.end())
 	case <-time.After(pipeDelay):
-		return fault // it runs, it only says the wrong things
+		return fault // it runs, it only does the wrong things
 	}
-	return fmt.Sprintf("%s (the process ended: %v)", fault, p.runner.end())
 }
 
 func (p *process) open(ctx context.Context, cfg Config) error {
