@@ -222,7 +222,7 @@ keys:
     backend: local
     wrapping_key: local:orders
 roles:
-  user: [encrypt, decrypt, generate-data-key, decrypt-data-key, wrap, unwrap, describe]
+  user: [encrypt, decrypt, generate-data-key, generate-data-key-without-plaintext, decrypt-data-key, wrap, unwrap, describe]
 policy:
   - name: orders-workload
     callers: ["spiffe://TRUST_DOMAIN/workload/orders"]

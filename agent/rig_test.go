@@ -43,7 +43,7 @@ func TestMain(m *testing.M) {
 // rig is a running agent with a real issuer, a real plugin process and real
 // sockets.
 type rig struct {
-	t      *testing.T
+	t      testing.TB
 	dir    string
 	config string
 	cancel context.CancelFunc
@@ -90,7 +90,7 @@ func staticPeer() string {
 }
 
 // newRig prepares a directory; start runs an agent in it.
-func newRig(t *testing.T, config string) *rig {
+func newRig(t testing.TB, config string) *rig {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "agent") // t.TempDir is too long for a socket
 	if err != nil {

@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"encoding/hex"
 	"errors"
+	"runtime"
 	"runtime/debug"
 	"strconv"
 	"strings"
@@ -63,6 +64,8 @@ func (d *Door) Server(creds credentials.TransportCredentials) *grpc.Server {
 		grpc.MaxHeaderListSize(32<<10),
 		grpc.MaxConcurrentStreams(uint32(d.Limits.MaxConcurrentPerCaller)),
 		grpc.ConnectionTimeout(10*time.Second),
+		// Goroutines that have grown their stacks already, for ordinary calls.
+		grpc.NumStreamWorkers(uint32(2*runtime.GOMAXPROCS(0))),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 10 * time.Second, PermitWithoutStream: true}),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 2 * time.Minute, Timeout: 20 * time.Second}),
 		grpc.UnaryInterceptor(d.unary),
