@@ -21,16 +21,20 @@ const (
 // mapping.
 type arena struct {
 	kind string
+	size int // bytes
+	// slots is how many data keys fit in.
+	slots int
 
 	mu     sync.Mutex // guards what follows
-	memory []byte
-	free   []int
+	memory []byte     // nil when it is closed and nothing in it is in use
+	free   []int      // slots given back
+	next   int        // the first slot that was never used
 	used   int
 	closed bool
 }
 
-// newArena reserves slots. It fails where the limit for locked memory is too
-// small.
+// newArena reserves slots and makes sure that the memory is there. It fails
+// where the limit for locked memory is too small.
 func newArena(slots int) (*arena, error) {
 	page := unix.Getpagesize()
 	size := (slots*DataKeySize + page - 1) / page * page
@@ -38,30 +42,32 @@ func newArena(slots int) (*arena, error) {
 	if err != nil {
 		return nil, memoryError(size, err)
 	}
-	a := &arena{kind: kind, memory: memory, free: make([]int, slots)}
-	for i := range a.free {
-		a.free[i] = slots - 1 - i
-	}
-	return a, nil
+	return &arena{kind: kind, size: size, slots: slots, memory: memory}, nil
 }
 
 func protectedMemory(size int) ([]byte, string, error) {
 	if memory, err := secretMemory(size); err == nil {
 		return memory, kindSecret, nil
 	}
+	memory, err := lockedMemory(size)
+	return memory, kindLocked, err
+}
+
+// lockedMemory is for kernels that have nothing better.
+func lockedMemory(size int) ([]byte, error) {
 	memory, err := unix.Mmap(-1, 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
 	if err != nil {
-		return nil, "", fmt.Errorf("mmap: %w", err)
+		return nil, fmt.Errorf("mmap: %w", err)
 	}
 	if err := unix.Mlock(memory); err != nil {
-		return nil, "", errors.Join(fmt.Errorf("mlock: %w", err), unix.Munmap(memory))
+		return nil, errors.Join(fmt.Errorf("mlock: %w", err), unix.Munmap(memory))
 	}
 	for _, advice := range []int{unix.MADV_DONTDUMP, unix.MADV_WIPEONFORK} {
 		if err := unix.Madvise(memory, advice); err != nil {
-			return nil, "", errors.Join(fmt.Errorf("madvise: %w", err), unix.Munmap(memory))
+			return nil, errors.Join(fmt.Errorf("madvise: %w", err), unix.Munmap(memory))
 		}
 	}
-	return memory, kindLocked, nil
+	return memory, nil
 }
 
 // secretMemory fails where the kernel has no memfd_secret, or has it turned off.
@@ -74,7 +80,9 @@ func secretMemory(size int) ([]byte, error) {
 	if err := unix.Ftruncate(fd, int64(size)); err != nil {
 		return nil, err
 	}
-	return unix.Mmap(fd, 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	memory, err := unix.Mmap(fd, 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	clear(memory) // the kernel finds the pages now, not in the middle of a request
+	return memory, err
 }
 
 func memoryError(size int, err error) error {
@@ -106,24 +114,39 @@ func (a *arena) put(key []byte) (*secret, error) {
 	if a.closed {
 		return nil, ErrClosed
 	}
-	if len(a.free) == 0 {
+	slot, ok := a.takeLocked()
+	if !ok {
 		return nil, ErrMemory
 	}
-	slot := a.free[len(a.free)-1]
-	a.free = a.free[:len(a.free)-1]
-	a.used++
 	s := &secret{arena: a, slot: slot, bytes: a.memory[slot*DataKeySize : (slot+1)*DataKeySize : (slot+1)*DataKeySize]}
 	s.refs.Store(1)
-	copy(s.bytes, key)
+	inSecret(func() { copy(s.bytes, key) })
 	return s, nil
+}
+
+func (a *arena) takeLocked() (slot int, ok bool) {
+	switch n := len(a.free); {
+	case n > 0:
+		slot, a.free = a.free[n-1], a.free[:n-1]
+	case a.next < a.slots:
+		slot = a.next
+		a.next++
+	default:
+		return 0, false
+	}
+	a.used++
+	return slot, true
 }
 
 func (s *secret) hold() { s.refs.Add(1) }
 
 // release gives one reference back; the last one zeroes the slot.
 func (s *secret) release() {
-	if s.refs.Add(-1) > 0 {
+	switch left := s.refs.Add(-1); {
+	case left > 0:
 		return
+	case left < 0:
+		panic("cache: a data key was released twice") // its slot may be another's by now
 	}
 	clear(s.bytes)
 	a := s.arena

@@ -3,11 +3,29 @@ package cache
 import (
 	"context"
 	"fmt"
+	"slices"
 	"time"
 )
 
-// probePause is how often a suspended authority is asked about again.
-const probePause = time.Second
+const (
+	// probePause is how often, at most, an authority that upstream said no to is
+	// asked about again, and how often a caller may try for itself.
+	probePause = time.Second
+	// maxAsking bounds the confirmations of one backend in flight that no
+	// request waits for.
+	maxAsking = 8
+)
+
+// standing is what upstream's last definite word makes of an authority.
+type standing uint8
+
+const (
+	good standing = iota
+	// suspended: upstream said no.
+	suspended
+	// revoked: it said no again when it was asked with the agent's own means.
+	revoked
+)
 
 // authority is what is known of an Authority. Its fields are guarded by
 // Cache.mu.
@@ -16,51 +34,90 @@ type authority struct {
 	// confirmed is when the last call that upstream said yes to began.
 	confirmed time.Duration
 	known     bool
-	// suspended since upstream said no; revoked when it was made sure of.
-	suspended, revoked bool
-	suspendedAt        time.Duration
-	refusal            error
-	// probed is when a suspended authority was last asked about.
-	probed time.Duration
-	// used since the last confirmation: only those are refreshed ahead.
-	used bool
-	// maxAge is the smallest of the limits it was used with, jitter the part of
-	// it after which it is refreshed ahead.
-	maxAge time.Duration
-	jitter float64
-	// entries are the data keys that it covers.
-	entries map[*entry]struct{}
+
+	standing standing
+	// suspendedAt is when the first no was heard, refusedAt when the last was.
+	suspendedAt, refusedAt time.Duration
+	refusal                error
+	// nextProbe and nextSweepProbe are when a request and the sweep may have it
+	// asked about again.
+	nextProbe, nextSweepProbe time.Duration
+
+	// used since the last confirmation, last at usedAt: only those are refreshed
+	// ahead. maxAge is the smallest of the limits they were used with, jitter
+	// the part of the spread of refreshes at which this one is.
+	used                bool
+	usedAt, nextRefresh time.Duration
+	maxAge              time.Duration
+	jitter              float64
+
+	// entries are the data keys that it covers; hand is where the sweep of them
+	// goes on. sample is the origin of the last one that came.
+	entries []*entry
+	hand    int
+	sample  any
+	// flight is the confirmation under way, fills counts the fills.
 	flight  *flight
+	fills   int
+	touched time.Duration
 }
 
-func (c *Cache) authorityLocked(a Authority) *authority {
-	known := c.authorities[a]
-	if known == nil {
-		known = &authority{Authority: a, entries: map[*entry]struct{}{}}
-		c.authorities[a] = known
+func (c *Cache) authorityLocked(name Authority) *authority {
+	a := c.authorities[name]
+	if a == nil {
+		a = &authority{Authority: name}
+		c.authorities[name] = a
 	}
-	return known
+	a.touched = c.cfg.Now()
+	return a
 }
 
 // confirmLocked notes a yes to a call that began then. A yes from before a no
-// does not lift the suspension.
+// proves nothing.
 func (c *Cache) confirmLocked(a *authority, began time.Duration) {
-	if a.suspended && began < a.suspendedAt {
+	if a.standing != good && began < a.refusedAt {
 		return
 	}
-	a.suspended, a.revoked, a.refusal = false, false, nil
+	a.standing, a.refusal, a.nextProbe = good, nil, 0
 	if !a.known || began > a.confirmed {
 		a.known, a.confirmed = true, began
-		a.used, a.jitter = false, c.cfg.Rand()
+		a.used, a.jitter, a.nextRefresh = false, c.cfg.Rand(), 0
 	}
 }
 
-// refuseLocked notes a no: nothing that it covers is used from here on.
+// refuseLocked notes a no: nothing that it covers is used from here on. That
+// is made sure of.
 func (c *Cache) refuseLocked(a *authority, err error) {
-	if !a.suspended {
-		a.suspended, a.suspendedAt = true, c.cfg.Now()
+	a.refusedAt = c.cfg.Now()
+	if a.standing == good {
+		a.standing, a.suspendedAt = suspended, a.refusedAt
 	}
-	a.refusal = err
+	if err != nil {
+		a.refusal = err
+	}
+	if c.asking[a.Backend] < maxAsking {
+		c.probeLocked(context.Background(), a)
+	}
+}
+
+// revokeLocked believes a no: what it covers is destroyed.
+func (c *Cache) revokeLocked(a *authority, err error) {
+	a.standing, a.refusal, a.refusedAt = revoked, err, c.cfg.Now()
+	c.stats.Evictions += uint64(len(a.entries))
+	for _, e := range slices.Backward(a.entries) {
+		c.removeLocked(e)
+	}
+}
+
+// suspension says why an authority that is not good is not used.
+func (a *authority) suspension() error {
+	switch {
+	case a.standing == revoked:
+		return fmt.Errorf("%w: %w", ErrRevoked, a.refusal)
+	case a.refusal != nil:
+		return fmt.Errorf("%w: %w", ErrSuspended, a.refusal)
+	}
+	return ErrSuspended
 }
 
 // Observe tells the cache what calls past it have learned of an Authority:
@@ -75,98 +132,97 @@ func (c *Cache) Observe(a Authority, v Verdict, began time.Duration) {
 	case Yes:
 		c.confirmLocked(c.authorityLocked(a), began)
 	case No:
-		known := c.authorityLocked(a)
-		c.refuseLocked(known, nil)
-		c.probeLocked(known)
+		c.refuseLocked(c.authorityLocked(a), nil)
 	case Unreachable, Other:
 	}
 }
 
 // Recheck tells whether an Authority may still be used: it returns ErrSuspended
-// from when upstream says no until it says yes.
-func (c *Cache) Recheck(a Authority) error {
+// or ErrRevoked from when upstream says no until it says yes.
+func (c *Cache) Recheck(name Authority) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if known := c.authorities[a]; known != nil && known.suspended {
-		return known.suspension()
+	a := c.authorities[name]
+	if a == nil {
+		return nil
+	}
+	a.touched = c.cfg.Now()
+	if a.standing != good {
+		return a.suspension()
 	}
 	return nil
 }
 
-func (a *authority) suspension() error {
-	if a.refusal == nil {
-		return ErrSuspended
-	}
-	return fmt.Errorf("%w: %w", ErrSuspended, a.refusal)
-}
-
-// Confirmed returns how long ago upstream confirmed an Authority.
-func (c *Cache) Confirmed(a Authority) (age time.Duration, ok bool) {
+// Confirmed returns how long ago upstream confirmed an Authority: when the last
+// call that it said yes to began.
+func (c *Cache) Confirmed(name Authority) (age time.Duration, ok bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	known := c.authorities[a]
-	if known == nil || !known.known {
+	a := c.authorities[name]
+	if a == nil || !a.known {
 		return 0, false
 	}
-	return c.cfg.Now() - known.confirmed, true
+	return max(0, c.cfg.Now()-a.confirmed), true
 }
 
-// probeLocked makes sure of a no, unless that is under way or was tried just
-// now. The flight it returns may be nil.
-func (c *Cache) probeLocked(a *authority) *flight {
+// probeLocked makes sure of a no, unless that was tried just now: then it
+// returns nil.
+func (c *Cache) probeLocked(ctx context.Context, a *authority) *flight {
 	if a.flight != nil {
 		return a.flight
 	}
 	now := c.cfg.Now()
-	if a.probed != 0 && now-a.probed < probePause {
+	if c.closed || now < a.nextProbe {
 		return nil
 	}
-	a.probed = now
-	return c.askLocked(context.Background(), a)
+	a.nextProbe = now + probePause
+	return c.askLocked(ctx, a)
 }
 
-// askLocked asks upstream to confirm, once for all who wait. ctx is only where
-// values come from.
+// askLocked asks upstream to confirm, once for all who wait.
 func (c *Cache) askLocked(ctx context.Context, a *authority) *flight {
 	if a.flight != nil {
 		return a.flight
 	}
-	var sample any
-	for e := range a.entries {
-		sample = e.origin
-		break
-	}
 	f := c.newFlight(ctx)
-	// Nobody has to wait for a confirmation for it to be worth having.
-	f.waiters++
 	a.flight = f
+	c.asking[a.Backend]++
+	c.stats.Refreshes++
+	name, sample := a.Authority, a.sample
 	c.work.Go(func() {
-		err := c.cfg.Confirm(f.ctx, a.Authority, sample)
+		err := c.cfg.Confirm(f.ctx, name, sample)
+		verdict := c.verdict(err)
 		c.mu.Lock()
 		defer c.mu.Unlock()
 		a.flight = nil
-		c.stats.Refreshes++
-		c.answeredLocked(a, err, f.began)
-		f.finish(err)
+		if c.asking[a.Backend]--; c.asking[a.Backend] == 0 {
+			delete(c.asking, a.Backend)
+		}
+		c.answeredLocked(a, verdict, err, f.began)
+		c.landLocked(f, err)
 	})
 	return f
 }
 
-// answeredLocked draws the consequences of a confirmation's answer: the second
-// no in a row is believed.
-func (c *Cache) answeredLocked(a *authority, err error, began time.Duration) {
-	if err == nil {
+// answeredLocked draws the consequences of a confirmation's answer. Only a no
+// to a question that was asked because of a no is believed.
+func (c *Cache) answeredLocked(a *authority, v Verdict, err error, began time.Duration) {
+	switch v {
+	case Yes:
 		c.confirmLocked(a, began)
-		return
+		if a.standing == suspended {
+			c.probeLocked(context.Background(), a)
+		}
+	case No:
+		if a.standing != good && began >= a.suspendedAt {
+			c.revokeLocked(a, err)
+		} else {
+			c.refuseLocked(a, err)
+		}
+	case Unreachable, Other:
+		a.nextRefresh = c.cfg.Now() + refreshPause(a.maxAge, c.cfg.Rand())
+		if a.standing == suspended && began < a.suspendedAt {
+			c.probeLocked(context.Background(), a)
+		}
 	}
-	if c.cfg.Classify(err) != No {
-		return
-	}
-	if a.suspended && began >= a.suspendedAt {
-		a.revoked, a.refusal = true, err
-		c.evictLocked(func(e *entry) bool { return e.authority == a })
-		return
-	}
-	c.refuseLocked(a, err)
-	c.probeLocked(a)
 }

@@ -56,16 +56,22 @@ const (
 	Other
 )
 
-// Limits bound the use of one data key. A field that is zero is no limit, but
-// for MaxAge, which is then zero: every use is confirmed.
+// MaxMessages is how many messages one data key encrypts at most, whatever its
+// Limits say.
+const MaxMessages = 1 << 32
+
+// Limits bound the use of one data key.
 type Limits struct {
-	// MaxAge is how old a confirmation may be.
+	// MaxAge is how old a confirmation may be. Zero: every use waits for a
+	// confirmation of its own.
 	MaxAge time.Duration
-	// MaxLifetime retires a data key for encryption.
+	// MaxLifetime is the age at which a data key is retired for encryption;
+	// zero is no limit.
 	MaxLifetime time.Duration
-	// MaxIdle is how long a data key stays unused.
+	// MaxIdle is how long a data key may stay unused; zero is no limit.
 	MaxIdle time.Duration
-	// MaxMessages and MaxBytes are hard: they are counted before use.
+	// MaxMessages and MaxBytes bound what one data key encrypts. They are hard:
+	// counted before use. Zero is MaxMessages messages, and no limit of bytes.
 	MaxMessages, MaxBytes uint64
 }
 
@@ -106,11 +112,13 @@ type EncryptRequest struct {
 	// MaxStale bounds the age of the confirmation at Arrived, beside MaxAge; nil
 	// is no bound, zero is a confirmation whose call began after Arrived.
 	MaxStale *time.Duration
-	Arrived  time.Duration
-	Fill     Fill
+	// Arrived is when the request did, by Config.Now; zero: now.
+	Arrived time.Duration
+	Fill    Fill
 }
 
-// DecryptRequest asks for the data key behind an encrypted data key.
+// DecryptRequest asks for the data key behind an encrypted data key. Its fields
+// are those of EncryptRequest.
 type DecryptRequest struct {
 	Caller    string
 	Key       string
@@ -126,6 +134,9 @@ type DecryptRequest struct {
 var (
 	// ErrSuspended: upstream said no, and a later yes has not been heard.
 	ErrSuspended = errors.New("the key is suspended: its backend refused it")
+	// ErrRevoked: upstream said no, and said it again when it was asked with the
+	// agent's own means. A later yes is needed.
+	ErrRevoked = errors.New("the key is revoked: its backend refuses it")
 	// ErrOverShare: the caller has too many misses waiting.
 	ErrOverShare = errors.New("too many cache misses in flight")
 	// ErrTooLarge: one message is larger than a data key may encrypt.
@@ -142,19 +153,21 @@ type Config struct {
 	Now func() time.Duration
 	// MaxEntries bounds the data keys of both directions together.
 	MaxEntries int
-	// MaxEntriesPerCaller bounds those of one caller; 0 is MaxEntries: then
-	// whoever has the most is evicted first.
+	// MaxEntriesPerCaller bounds those of one caller; 0 is MaxEntries. In a
+	// full cache whoever has the most gives way first, whatever the bound.
 	MaxEntriesPerCaller int
 	// MaxMisses and MaxMissesPerCaller bound the fills in flight; 0 is 1024 and
-	// a quarter of MaxMisses.
+	// a quarter of MaxMisses. Nobody may have more than are left for the others.
 	MaxMisses, MaxMissesPerCaller int
 	// Classify tells what an error of Fill or Confirm means. It is called with
 	// errors only.
 	Classify func(error) Verdict
 	// Confirm asks upstream again, with means of the agent's own. sample is the
-	// Origin of one data key that the answer covers, nil where there is none.
+	// Origin of a data key that the answer covers, cached now or before; nil
+	// where there was none yet.
 	Confirm func(ctx context.Context, a Authority, sample any) error
-	// ConfirmTimeout bounds one Confirm or Fill; 0 is 10 s.
+	// ConfirmTimeout bounds one Confirm or Fill; 0 is 10 s. Until then a call
+	// goes on, even when nobody waits for it any more: its answer is worth having.
 	ConfirmTimeout time.Duration
 	// Rand gives numbers in [0, 1) for jitter; nil is math/rand/v2.
 	Rand func() float64
@@ -191,12 +204,12 @@ type Cache struct {
 	arena *arena
 
 	mu          sync.Mutex // guards what follows
-	encryption  map[Slot]*entry
-	decryption  map[DecryptID]*entry
+	entries     map[place]*entry
+	fills       map[place]*flight
 	authorities map[Authority]*authority
-	fills       map[any]*flight // by Slot or DecryptID
 	callers     map[string]*share
-	misses      int
+	asking      map[string]int // confirmations in flight, by backend
+	misses      int            // fills in flight
 	closed      bool
 	stats       Stats
 
@@ -215,9 +228,8 @@ func New(cfg Config) (*Cache, error) {
 		return nil, err
 	}
 	return &Cache{
-		cfg: cfg, arena: a,
-		encryption: map[Slot]*entry{}, decryption: map[DecryptID]*entry{},
-		authorities: map[Authority]*authority{}, fills: map[any]*flight{}, callers: map[string]*share{},
+		cfg: cfg, arena: a, entries: map[place]*entry{}, fills: map[place]*flight{},
+		authorities: map[Authority]*authority{}, callers: map[string]*share{}, asking: map[string]int{},
 	}, nil
 }
 
@@ -230,7 +242,7 @@ const inUseReserve = 1024
 func (c *Cache) Close() {
 	c.mu.Lock()
 	c.closed = true
-	c.evictLocked(func(*entry) bool { return true })
+	c.evictLocked(func(Slot) bool { return true })
 	for _, f := range c.fills {
 		f.cancel()
 	}
@@ -247,13 +259,16 @@ func (c *Cache) Close() {
 // Stats counts what the cache holds and did.
 type Stats struct {
 	EncryptionKeys, DecryptionKeys, MaxEntries uint64
+	// Authorities are those that something is known of, Suspended those of them
+	// that upstream said no to last.
+	Authorities, Suspended uint64
 	// LockedBytes is the protected memory that is reserved; Memory says of
 	// which kind: "memfd_secret" or "mlock".
 	LockedBytes uint64
 	Memory      string
-	// Hits were served without a call upstream; Misses filled an entry;
-	// Refreshes are confirmations; Evictions are data keys destroyed before
-	// their limits.
+	// Hits were served without waiting for upstream; Misses are fills begun;
+	// Refreshes are confirmations asked for; Evictions are data keys destroyed
+	// before their limits.
 	Hits, Misses, Refreshes, Evictions uint64
 }
 
@@ -262,7 +277,17 @@ func (c *Cache) Stats() Stats {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	s := c.stats
-	s.EncryptionKeys, s.DecryptionKeys = uint64(len(c.encryption)), uint64(len(c.decryption))
-	s.MaxEntries, s.LockedBytes, s.Memory = uint64(c.cfg.MaxEntries), uint64(len(c.arena.memory)), c.arena.kind
+	s.MaxEntries, s.LockedBytes, s.Memory = uint64(c.cfg.MaxEntries), uint64(c.arena.size), c.arena.kind
+	s.Authorities = uint64(len(c.authorities))
+	for _, a := range c.authorities {
+		if a.standing != good {
+			s.Suspended++
+		}
+		if a.Direction == Encrypt {
+			s.EncryptionKeys += uint64(len(a.entries))
+		} else {
+			s.DecryptionKeys += uint64(len(a.entries))
+		}
+	}
 	return s
 }

@@ -2,100 +2,108 @@ package cache
 
 import (
 	"container/list"
+	"slices"
 	"time"
 )
 
+// place is where a data key stands in the cache: a Slot, or in the other
+// direction a DecryptID beside the key and the authority that it is under.
+type place struct {
+	Slot
+	id DecryptID
+}
+
 // entry is one data key in the cache. Its fields are guarded by Cache.mu.
 type entry struct {
+	place     place
 	secret    *secret
 	origin    any
-	key       string
 	authority *authority
-	limits    Limits
-	// id is the Slot or DecryptID under which it stands.
-	id              any
+	index     int // in authority.entries
+	// limits are those of the last use, for the sweep.
+	limits          Limits
 	created, used   time.Duration
 	messages, bytes uint64
 	owner           *share
-	place           *list.Element
+	element         *list.Element // of owner.entries
 }
 
-// share is what one caller holds of the cache.
+// over tells whether an entry may serve nobody any more, by the limits.
+func (e *entry) over(l Limits, now time.Duration) bool {
+	if l.MaxIdle != 0 && now-e.used > l.MaxIdle {
+		return true
+	}
+	return e.place.Authority.Direction == Encrypt &&
+		(l.MaxLifetime != 0 && now-e.created >= l.MaxLifetime || e.messages >= l.messages() || e.bytesLeft(l) == 0)
+}
+
+// messages is the number of messages that one data key may encrypt.
+func (l Limits) messages() uint64 {
+	if l.MaxMessages == 0 {
+		return MaxMessages
+	}
+	return min(l.MaxMessages, MaxMessages)
+}
+
+func (e *entry) bytesLeft(l Limits) uint64 {
+	switch {
+	case l.MaxBytes == 0:
+		return ^uint64(0) - e.bytes
+	case e.bytes >= l.MaxBytes:
+		return 0
+	}
+	return l.MaxBytes - e.bytes
+}
+
+// share is what one caller has of the cache.
 type share struct {
 	caller string
 	// entries, the most recently used first.
-	entries *list.List
+	entries list.List
 	misses  int
+	// nextTry is when the caller may ask upstream for itself for a data key of
+	// an authority that is not good.
+	nextTry time.Duration
 }
 
 func (c *Cache) shareLocked(caller string) *share {
 	s := c.callers[caller]
 	if s == nil {
-		s = &share{caller: caller, entries: list.New()}
+		s = &share{caller: caller}
 		c.callers[caller] = s
 	}
 	return s
 }
 
-func (c *Cache) forgetShareLocked(s *share) {
-	if s.entries.Len() == 0 && s.misses == 0 {
-		delete(c.callers, s.caller)
-	}
-}
-
 // insertLocked puts an entry in, in place of what stands there, and makes room
 // for it.
-func (c *Cache) insertLocked(e *entry, caller string) {
-	if old := c.findLocked(e.id); old != nil {
+func (c *Cache) insertLocked(e *entry, owner *share) {
+	if old := c.entries[e.place]; old != nil {
 		c.removeLocked(old)
 	}
-	e.owner = c.shareLocked(caller)
-	c.makeRoomLocked(e.owner)
-	e.place = e.owner.entries.PushFront(e)
-	e.authority.entries[e] = struct{}{}
-	switch id := e.id.(type) {
-	case Slot:
-		c.encryption[id] = e
-	case DecryptID:
-		c.decryption[id] = e
-	}
-}
-
-func (c *Cache) findLocked(id any) *entry {
-	switch id := id.(type) {
-	case Slot:
-		return c.encryption[id]
-	case DecryptID:
-		return c.decryption[id]
-	}
-	return nil
+	c.makeRoomLocked(owner)
+	c.entries[e.place] = e
+	e.owner, e.element = owner, owner.entries.PushFront(e)
+	a := e.authority
+	e.index, a.entries, a.sample = len(a.entries), append(a.entries, e), e.origin
 }
 
 // makeRoomLocked evicts the least recently used entry of whoever has too many:
-// the caller itself over its own limit, else the one that holds the most. So
-// nobody can flush another's data keys.
+// the caller itself over its own bound, in a full cache the one that has the
+// most. So nobody can flush another's data keys.
 func (c *Cache) makeRoomLocked(owner *share) {
 	if owner.entries.Len() >= c.cfg.MaxEntriesPerCaller {
 		c.evictOldestLocked(owner)
 	}
-	if len(c.encryption)+len(c.decryption) < c.cfg.MaxEntries {
+	if len(c.entries) < c.cfg.MaxEntries {
 		return
 	}
-	// The newcomer counts what it is about to hold: with equal shares it is the
+	// The newcomer counts what it is about to have: with equal shares it is the
 	// one to give way.
-	most, held := owner, owner.entries.Len()+1
+	most, has := owner, owner.entries.Len()+1
 	for _, s := range c.callers {
-		if n := s.entries.Len(); n > held {
-			most, held = s, n
-		}
-	}
-	if most.entries.Len() == 0 {
-		// More callers than entries: the newcomer has nothing to give way with.
-		for _, s := range c.callers {
-			if s.entries.Len() > 0 {
-				most = s
-				break
-			}
+		if n := s.entries.Len(); n > has || most.entries.Len() == 0 && n > 0 {
+			most, has = s, n
 		}
 	}
 	c.evictOldestLocked(most)
@@ -109,58 +117,69 @@ func (c *Cache) evictOldestLocked(s *share) {
 	}
 }
 
+// adoptLocked gives an entry to another caller that uses it, when that one has
+// less: what it needs does not go when the first owner floods its share.
+func (c *Cache) adoptLocked(e *entry, caller string) {
+	s := c.shareLocked(caller)
+	if s.entries.Len()+1 >= e.owner.entries.Len() {
+		return
+	}
+	e.owner.entries.Remove(e.element)
+	e.owner, e.element = s, s.entries.PushFront(e)
+}
+
 // removeLocked takes an entry out. Its data key is destroyed when it is no
 // longer in use.
 func (c *Cache) removeLocked(e *entry) {
-	switch id := e.id.(type) {
-	case Slot:
-		delete(c.encryption, id)
-	case DecryptID:
-		delete(c.decryption, id)
-	}
-	delete(e.authority.entries, e)
-	e.owner.entries.Remove(e.place)
-	c.forgetShareLocked(e.owner)
+	delete(c.entries, e.place)
+	e.owner.entries.Remove(e.element)
+	a, last := e.authority, len(e.authority.entries)-1
+	a.entries[e.index] = a.entries[last]
+	a.entries[e.index].index = e.index
+	a.entries[last] = nil
+	a.entries = a.entries[:last]
 	e.secret.release()
 }
 
-// evictLocked removes every entry that match accepts, and counts them.
-func (c *Cache) evictLocked(match func(*entry) bool) int {
+// evictLocked removes every entry that match accepts, and counts them. What is
+// being asked for is not kept either.
+func (c *Cache) evictLocked(match func(Slot) bool) int {
 	n := 0
-	for _, e := range c.encryption {
-		if match(e) {
-			c.removeLocked(e)
-			n++
+	for _, a := range c.authorities {
+		for _, e := range slices.Backward(a.entries) {
+			if match(e.place.Slot) {
+				c.removeLocked(e)
+				n++
+			}
 		}
 	}
-	for _, e := range c.decryption {
-		if match(e) {
-			c.removeLocked(e)
-			n++
+	for p, f := range c.fills {
+		if match(p.Slot) {
+			f.dropped = true
 		}
 	}
 	c.stats.Evictions += uint64(n)
 	return n
 }
 
-// EvictKey destroys the data keys of a logical key and returns how many.
+// EvictKey destroys the data keys of a logical key and returns how many. Those
+// in use are destroyed when they are released.
 func (c *Cache) EvictKey(key string) int {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return c.evictLocked(func(e *entry) bool { return e.key == key })
+	return c.evictLocked(func(s Slot) bool { return s.Key == key })
 }
 
-// EvictAuthority destroys the data keys that an Authority covers and returns
-// how many.
+// EvictAuthority destroys the data keys that an Authority covers, like EvictKey.
 func (c *Cache) EvictAuthority(a Authority) int {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return c.evictLocked(func(e *entry) bool { return e.authority.Authority == a })
+	return c.evictLocked(func(s Slot) bool { return s.Authority == a })
 }
 
-// EvictAll destroys every data key and returns how many.
+// EvictAll destroys every data key, like EvictKey.
 func (c *Cache) EvictAll() int {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return c.evictLocked(func(*entry) bool { return true })
+	return c.evictLocked(func(Slot) bool { return true })
 }

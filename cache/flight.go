@@ -1,49 +1,78 @@
 package cache
 
 import (
+	"container/list"
 	"context"
 	"time"
 )
 
-// flight is one call upstream that several may wait for. It ends early when
-// nobody waits any more. Its fields but ctx and done are guarded by Cache.mu.
+// flight is one call upstream that any number of requests wait for. It is
+// nobody's: it goes on to its answer, or its timeout, when they have all gone.
+// Its fields but ctx and done are guarded by Cache.mu.
 type flight struct {
-	ctx     context.Context //nolint:containedctx // the call's own, not a caller's
-	cancel  context.CancelFunc
-	began   time.Duration
-	waiters int
-	done    chan struct{}
+	ctx    context.Context //nolint:containedctx // the call's own, not a caller's
+	cancel context.CancelFunc
+	began  time.Duration
+	// waiters are served when the call lands, in the order in which they came.
+	waiters list.List
+	// dropped: the answer is for those who wait only to ask again.
+	dropped bool
+	landed  bool
 	err     error
+	done    chan struct{}
 }
 
-// newFlight detaches a call from the caller that happened to be first.
+type waiter struct {
+	request *request
+	use     *Use
+}
+
+// newFlight detaches a call from the caller that happened to be first; ctx
+// gives values only.
 func (c *Cache) newFlight(ctx context.Context) *flight {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), c.cfg.ConfirmTimeout)
 	return &flight{ctx: ctx, cancel: cancel, began: c.cfg.Now(), done: make(chan struct{})}
 }
 
-// finish requires Cache.mu.
-func (f *flight) finish(err error) {
-	f.err = err
+// landLocked ends a flight. Those who wait are served before anything else can
+// take from them what the flight brought.
+func (c *Cache) landLocked(f *flight, err error) {
+	f.landed, f.err = true, err
 	f.cancel()
+	now := c.cfg.Now()
+	for el := f.waiters.Front(); el != nil && err == nil; el = el.Next() {
+		w, _ := el.Value.(*waiter)
+		w.use = c.serveLocked(w.request, now)
+		if w.use != nil {
+			w.use.freshness.Source = Upstream
+		}
+	}
 	close(f.done)
 }
 
-// wait gives up Cache.mu while it waits, and has it again when it returns: the
-// flight's error, or that of ctx.
-func (c *Cache) waitLocked(ctx context.Context, f *flight) error {
-	f.waiters++
+// waitLocked gives up Cache.mu while it waits, and has it again when it
+// returns: the flight's error, or that of ctx. Neither a Use nor an error means
+// that the answer does not suffice for the request.
+func (c *Cache) waitLocked(ctx context.Context, f *flight, r *request) (*Use, error) {
+	w := &waiter{request: r}
+	el := f.waiters.PushBack(w)
 	c.mu.Unlock()
-	var err error
 	select {
 	case <-f.done:
-		err = f.err
 	case <-ctx.Done():
-		err = ctx.Err()
 	}
 	c.mu.Lock()
-	if f.waiters--; f.waiters == 0 {
-		f.cancel()
+	if f.landed {
+		return w.use, f.err
 	}
-	return err
+	f.waiters.Remove(el)
+	return nil, ctx.Err()
+}
+
+// verdict is what an answer of Fill or Confirm means.
+func (c *Cache) verdict(err error) Verdict {
+	if err == nil {
+		return Yes
+	}
+	return c.cfg.Classify(err)
 }

@@ -8,16 +8,25 @@ import (
 const (
 	// sweepEvery is how often the cache looks for what is due.
 	sweepEvery = time.Second
+	// sweepRounds is how many sweeps look at every entry once, in parts, so that
+	// none of them holds requests up; sweepAtLeast is the least part.
+	sweepRounds  = 32
+	sweepAtLeast = 512
 	// refreshFrom is the part of max_age after which a confirmation in use is
 	// renewed ahead; jitter adds up to refreshJitter of it.
 	refreshFrom   = 0.8
 	refreshJitter = 0.1
-	// maxRefreshes bounds the confirmations ahead in flight.
-	maxRefreshes = 4
+	// sweepProbePause is how often the sweep asks about a suspended authority.
+	sweepProbePause = 10 * time.Second
+	// forgetAfter is how long what is known of an authority outlives its last
+	// use.
+	forgetAfter = time.Hour
 )
 
-// Run renews confirmations in use before they are too old, and forgets data
-// keys that nobody has used for max_idle. It returns when ctx ends.
+// Run renews confirmations in use before they are too old, asks about what is
+// suspended, and destroys data keys past their limits. It returns when ctx
+// ends. It only looks once a second of the host's running time: what may be
+// served is decided by Config.Now at each request, with or without Run.
 func (c *Cache) Run(ctx context.Context) error {
 	tick := time.NewTicker(sweepEvery)
 	defer tick.Stop()
@@ -38,32 +47,58 @@ func (c *Cache) sweep() {
 		return
 	}
 	now := c.cfg.Now()
-	for _, e := range c.encryption {
-		if e.expired(now) || e.limits.MaxLifetime != 0 && now-e.created >= e.limits.MaxLifetime {
-			c.removeLocked(e)
-		}
-	}
-	for _, e := range c.decryption {
-		if e.expired(now) {
-			c.removeLocked(e)
-		}
-	}
-	inFlight := 0
-	for id, a := range c.authorities {
+	for name, a := range c.authorities {
+		c.sweepEntriesLocked(a, now)
 		switch {
 		case a.flight != nil:
-			inFlight++
-		case a.due(now) && inFlight < maxRefreshes:
+		case c.asking[a.Backend] >= maxAsking:
+		case a.standing == suspended && len(a.entries) > 0 && now >= a.nextSweepProbe:
+			a.nextSweepProbe = now + sweepProbePause
+			c.probeLocked(context.Background(), a)
+		case a.due(now):
 			c.askLocked(context.Background(), a)
-			inFlight++
-		case len(a.entries) == 0 && !a.suspended && (!a.known || now-a.confirmed > max(a.maxAge, time.Hour)):
-			delete(c.authorities, id)
+		case a.forgettable(now):
+			delete(c.authorities, name)
+		}
+	}
+	for caller, s := range c.callers {
+		if s.entries.Len() == 0 && s.misses == 0 && now >= s.nextTry {
+			delete(c.callers, caller)
 		}
 	}
 }
 
-// due tells whether a confirmation should be renewed ahead of its age.
+// sweepEntriesLocked looks at the next part of what an authority covers.
+func (c *Cache) sweepEntriesLocked(a *authority, now time.Duration) {
+	part := max(sweepAtLeast, len(a.entries)/sweepRounds)
+	for range min(part, len(a.entries)) {
+		// From the end: what takes the place of a removed entry was looked at.
+		if a.hand--; a.hand < 0 || a.hand >= len(a.entries) {
+			a.hand = len(a.entries) - 1
+		}
+		if e := a.entries[a.hand]; e.over(e.limits, now) {
+			c.removeLocked(e)
+		}
+	}
+}
+
+// due tells whether a confirmation should be renewed ahead of its age: one that
+// was used since, and lately.
 func (a *authority) due(now time.Duration) bool {
 	part := refreshFrom + refreshJitter*a.jitter
-	return a.used && !a.suspended && a.known && now-a.confirmed >= time.Duration(part*float64(a.maxAge))
+	return a.standing == good && a.used && a.known && a.maxAge > 0 && now >= a.nextRefresh && now-a.usedAt <= a.maxAge &&
+		now-a.confirmed >= time.Duration(part*float64(a.maxAge))
+}
+
+// refreshPause is how long after a failed refresh the next one is tried.
+func refreshPause(maxAge time.Duration, jitter float64) time.Duration {
+	return time.Duration((1 + jitter) * float64(max(sweepEvery, maxAge/64)))
+}
+
+// forgettable tells whether an authority is not worth remembering.
+func (a *authority) forgettable(now time.Duration) bool {
+	if len(a.entries) > 0 || a.fills > 0 || a.flight != nil {
+		return false
+	}
+	return !a.known && a.standing == good || now-a.touched > max(a.maxAge, forgetAfter)
 }

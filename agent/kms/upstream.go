@@ -212,6 +212,12 @@ func failure(ctx context.Context, key string, err error) *Error {
 	case errors.Is(err, cache.ErrOverShare):
 		e.Reason, e.RetryAfter = ReasonTooManyRequests, time.Second
 		e.Message = "the caller has too many requests waiting for the backend; send fewer at once"
+	case errors.Is(err, cache.ErrMemory):
+		e.Reason, e.RetryAfter = ReasonTooManyRequests, time.Second
+		e.Message = "too many data keys are in use at once; retry, and raise cache.max_entries if it stays so"
+	case errors.Is(err, cache.ErrTooLarge):
+		e.Reason = ReasonTooLarge
+		e.Message = "the plaintext is larger than one data key of this key may encrypt (cache.max_bytes); split the data"
 	case errors.Is(err, cache.ErrClosed):
 		e.Reason, e.RetryAfter, e.Message = ReasonShuttingDown, time.Second, "the agent is shutting down"
 	default:

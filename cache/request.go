@@ -1,0 +1,248 @@
+package cache
+
+import (
+	"context"
+	"time"
+)
+
+// request is what both directions have in common.
+type request struct {
+	place  place
+	caller string
+	limits Limits
+	bytes  uint64
+	fill   Fill
+	// began is when the cache was asked. notBefore is the time that max_stale
+	// wants the last confirmation not to be before.
+	began, notBefore time.Duration
+}
+
+func newRequest(p place, caller string, l Limits, bytes uint64, fill Fill, now time.Duration, maxStale *time.Duration, arrived time.Duration) request {
+	r := request{place: p, caller: caller, limits: l, bytes: bytes, fill: fill, began: now, notBefore: -1 << 62}
+	if arrived == 0 || arrived > now {
+		arrived = now
+	}
+	if maxStale != nil {
+		r.notBefore = arrived - max(0, *maxStale)
+	}
+	return r
+}
+
+// needed is the time that the last confirmation must not be before. A
+// confirmation that began after the request is always good enough: else a slow
+// upstream, or a max_age of zero, would be asked for ever.
+func (r *request) needed(now time.Duration) time.Duration {
+	return max(min(now-max(0, r.limits.MaxAge), r.began), r.notBefore)
+}
+
+// Encrypt returns the current data key of a slot, made by Fill where there is
+// none. It counts one message of r.Bytes against the data key's limits.
+func (c *Cache) Encrypt(ctx context.Context, r EncryptRequest) (*Use, error) {
+	if r.Limits.MaxBytes != 0 && r.Bytes > r.Limits.MaxBytes {
+		return nil, ErrTooLarge
+	}
+	req := newRequest(place{Slot: r.Slot}, r.Caller, r.Limits, r.Bytes, r.Fill, c.cfg.Now(), r.MaxStale, r.Arrived)
+	return c.get(ctx, &req)
+}
+
+// Decrypt returns the data key behind an encrypted data key, asked for by Fill
+// where it is not cached.
+func (c *Cache) Decrypt(ctx context.Context, r DecryptRequest) (*Use, error) {
+	p := place{Slot: Slot{Key: r.Key, Authority: r.Authority}, id: r.ID}
+	req := newRequest(p, r.Caller, r.Limits, 0, r.Fill, c.cfg.Now(), r.MaxStale, r.Arrived)
+	return c.get(ctx, &req)
+}
+
+// get serves from the cache, or else asks upstream.
+func (c *Cache) get(ctx context.Context, r *request) (*Use, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !c.closed {
+		if u := c.serveLocked(r, r.began); u != nil {
+			c.stats.Hits++
+			return u, nil
+		}
+	}
+	slow := *r // so that the request of a hit needs no allocation
+	return c.fetchLocked(ctx, &slow)
+}
+
+// fetchLocked asks upstream until an answer suffices for the request or says
+// that it must not be served. It ends: an answer to a question that was asked
+// for this request suffices, unless others have used the data key up, who then
+// are done, or upstream said no.
+func (c *Cache) fetchLocked(ctx context.Context, r *request) (*Use, error) {
+	for {
+		if c.closed {
+			return nil, ErrClosed
+		}
+		if err := ctx.Err(); err != nil {
+			return nil, err
+		}
+		f, err := c.callLocked(ctx, r)
+		if err != nil {
+			return nil, err
+		}
+		u, err := c.waitLocked(ctx, f, r)
+		if err != nil {
+			return nil, c.explainLocked(ctx, r, err)
+		}
+		if u == nil {
+			u = c.serveLocked(r, c.cfg.Now())
+		}
+		if u != nil {
+			return u, nil
+		}
+	}
+}
+
+// usableLocked returns the entry that stands for the request, when its limits
+// allow one more use.
+func (c *Cache) usableLocked(r *request, now time.Duration) *entry {
+	e := c.entries[r.place]
+	switch {
+	case e == nil:
+		return nil
+	case e.over(r.limits, now):
+		c.removeLocked(e)
+		return nil
+	case r.bytes > e.bytesLeft(r.limits):
+		// It stays for smaller messages until there is another.
+		return nil
+	}
+	return e
+}
+
+// serveLocked hands out the data key that stands for the request, and counts
+// it. It returns nil where upstream has to be asked first.
+func (c *Cache) serveLocked(r *request, now time.Duration) *Use {
+	e := c.usableLocked(r, now)
+	if e == nil {
+		return nil
+	}
+	a := e.authority
+	if a.standing != good || !a.known || a.confirmed < r.needed(now) {
+		return nil
+	}
+	if e.owner.caller != r.caller {
+		c.adoptLocked(e, r.caller)
+	}
+	e.owner.entries.MoveToFront(e.element)
+	e.used, e.limits = max(now, e.used), r.limits
+	if r.place.Authority.Direction == Encrypt {
+		e.messages++
+		e.bytes += r.bytes
+	}
+	a.usedLocked(r.limits.MaxAge, now)
+	e.secret.hold()
+	return &Use{secret: e.secret, origin: e.origin, freshness: Freshness{Source: Cached, Age: max(0, now-a.confirmed)}}
+}
+
+func (a *authority) usedLocked(maxAge, now time.Duration) {
+	if !a.used || maxAge < a.maxAge {
+		a.maxAge = maxAge
+	}
+	a.used, a.usedAt, a.touched = true, now, now
+}
+
+// callLocked begins, or joins, the call upstream that the request needs: a
+// confirmation where the data key is there, else a fill.
+func (c *Cache) callLocked(ctx context.Context, r *request) (*flight, error) {
+	now := c.cfg.Now()
+	a := c.authorityLocked(r.place.Authority)
+	cached := c.usableLocked(r, now) != nil
+	switch {
+	case cached && a.standing == good:
+		return c.askLocked(ctx, a), nil
+	case cached:
+	case c.fills[r.place] != nil:
+		return c.fills[r.place], nil
+	case a.standing == good:
+		return c.fillLocked(ctx, a, r)
+	default:
+		// With nothing cached the caller's own question may be the one that hears
+		// a yes again. Each caller has its own turn: nobody can take another's.
+		if s := c.shareLocked(r.caller); now >= s.nextTry {
+			s.nextTry = now + probePause
+			return c.fillLocked(ctx, a, r)
+		}
+	}
+	if f := c.probeLocked(ctx, a); f != nil {
+		return f, nil
+	}
+	return nil, a.suspension()
+}
+
+// fillLocked asks upstream for the data key, once for all who wait.
+func (c *Cache) fillLocked(ctx context.Context, a *authority, r *request) (*flight, error) {
+	s := c.shareLocked(r.caller)
+	// As many are left for the others as anybody has: whatever some of them do,
+	// there is room for one more.
+	if s.misses >= min(c.cfg.MaxMissesPerCaller, c.cfg.MaxMisses-c.misses) {
+		return nil, ErrOverShare
+	}
+	s.misses++
+	c.misses++
+	a.fills++
+	c.stats.Misses++
+	f := c.newFlight(ctx)
+	c.fills[r.place] = f
+	c.work.Go(func() {
+		material, err := r.fill(f.ctx)
+		defer clear(material.DataKey)
+		verdict := c.verdict(err)
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		delete(c.fills, r.place)
+		switch verdict {
+		case Yes:
+			err = c.filledLocked(a, s, r, f, material)
+		case No:
+			c.refuseLocked(a, err)
+		case Unreachable, Other:
+		}
+		s.misses--
+		c.misses--
+		a.fills--
+		c.landLocked(f, err)
+	})
+	return f, nil
+}
+
+// filledLocked takes a data key in. That upstream gave it is a confirmation.
+// One that it gave before it said no is not kept: whoever waits asks again.
+func (c *Cache) filledLocked(a *authority, owner *share, r *request, f *flight, m Material) error {
+	if c.closed {
+		return ErrClosed
+	}
+	s, err := c.arena.put(m.DataKey)
+	if err != nil {
+		return err
+	}
+	c.confirmLocked(a, f.began)
+	if a.standing != good || f.dropped {
+		s.release()
+		return nil
+	}
+	now := c.cfg.Now()
+	c.insertLocked(&entry{
+		place: r.place, secret: s, origin: m.Origin, authority: a, limits: r.limits, created: now, used: now,
+	}, owner)
+	return nil
+}
+
+// explainLocked says why a request ends with the error of a flight: where
+// upstream does not answer after it said no, it is the no that counts.
+func (c *Cache) explainLocked(ctx context.Context, r *request, err error) error {
+	if ctx.Err() != nil {
+		return err
+	}
+	if c.closed {
+		return ErrClosed
+	}
+	a := c.authorities[r.place.Authority]
+	if a != nil && a.standing != good && c.verdict(err) == Unreachable {
+		return a.suspension()
+	}
+	return err
+}
