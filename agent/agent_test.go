@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"go.uber.org/zap"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
@@ -24,7 +25,6 @@ import (
 	adminv1 "github.com/kms-agent/kms-agent/api/admin/v1"
 	kmsagentv1 "github.com/kms-agent/kms-agent/api/kmsagent/v1"
 	"github.com/kms-agent/kms-agent/client"
-	"go.uber.org/zap"
 )
 
 func TestEveryOperationOverTheSocket(t *testing.T) {

@@ -19,8 +19,6 @@ import (
 const (
 	backoffMin = time.Second
 	backoffMax = time.Minute
-	// drainTime is how long a replaced backend may finish its calls.
-	drainTime = 5 * time.Second
 )
 
 // backend is one configured backend and its supervisor.

@@ -37,7 +37,7 @@ func TestMain(m *testing.M) {
 		}
 		return
 	}
-	goleak.VerifyTestMain(m, goleak.IgnoreAnyFunction("github.com/kms-agent/kms-agent/plugins/host.(*forker).run"))
+	goleak.VerifyTestMain(m)
 }
 
 // rig is a running agent with a real issuer, a real plugin process and real
@@ -251,12 +251,12 @@ func (r *rig) await(what string, wanted func(*adminv1.StatusResponse) bool) *adm
 }
 
 // wantReason fails unless err is the agent's own, of that reason.
-func wantReason(t *testing.T, err error, want string) *client.Error {
+func wantReason(t *testing.T, err error, want string) client.Error {
 	t.Helper()
 	var e *client.Error
 	if !errors.As(err, &e) || e.Reason != want {
 		t.Errorf("error = %v (%+v), want reason %s", err, e, want)
-		return &client.Error{}
+		return client.Error{}
 	}
-	return e
+	return *e
 }
