@@ -79,8 +79,9 @@ func (t *transaction) wrapBound(ctx context.Context, k *key, material []byte, pu
 		Purpose: purpose, Key: k.Name, URI: k.WrappingKey, Version: version, ContextBound: true,
 		Partition: s.partitionID(t.partition(k, encryptionContext)),
 	}
-	began := s.now()
+	began, clock := s.now(), time.Now()
 	wrapped, err := s.wrap(t.upstream(ctx), k.wrapping, material, info, encryptionContext)
+	t.upstreamSince(clock)
 	s.observe(ctx, authority, err, began)
 	if err != nil {
 		return envelope.EDK{}, KeyUse{}, failure(ctx, k.Name, err)
@@ -211,8 +212,9 @@ func (t *transaction) unwrapDirect(ctx context.Context, k *key, edk sealed) ([]b
 	if err := s.knows(t.upstream(ctx), k.wrapping, edk.version); err != nil {
 		return nil, err
 	}
-	began := s.now()
+	began, clock := s.now(), time.Now()
 	plaintext, err := k.wrapping.unwrap(t.upstream(ctx), edk)
+	t.upstreamSince(clock)
 	s.observe(ctx, authority, err, began)
 	return plaintext, err
 }

@@ -634,3 +634,17 @@ func TestTheCallersDeadline(t *testing.T) {
 		t.Errorf("record = %+v", rec)
 	}
 }
+
+func TestTheRecordTellsTheTimeUpstream(t *testing.T) {
+	r := newRig(t)
+	c := caller(t, orders)
+	for i, upstream := range []bool{true, false} {
+		if _, err := r.Encrypt(t.Context(), c, kms.EncryptRequest{Key: "orders", Plaintext: []byte("x")}); err != nil {
+			t.Fatal(err)
+		}
+		rec := r.lastRecord()
+		if (rec.UpstreamMicros > 0) != upstream || rec.DurationMicros < rec.UpstreamMicros {
+			t.Errorf("call %d took %d µs, %d of them upstream; upstream was asked: %v", i, rec.DurationMicros, rec.UpstreamMicros, upstream)
+		}
+	}
+}

@@ -52,6 +52,19 @@ func (t *transaction) upstream(ctx context.Context) context.Context {
 	return plugins.WithCaller(ctx, t.call.Caller.ID.String())
 }
 
+// upstreamSince counts the time since began as spent on the backend.
+func (t *transaction) upstreamSince(began time.Time) {
+	t.record.UpstreamMicros += time.Since(began).Microseconds()
+}
+
+// waited counts the time since began as spent on the backend, where the cache
+// had to ask it.
+func (t *transaction) waited(use *cache.Use, began time.Time) {
+	if use == nil || use.Freshness().Source == cache.Upstream {
+		t.upstreamSince(began)
+	}
+}
+
 // encryptionKey takes a data key for one message of that many bytes from the
 // cache, which wraps a new one where it has to.
 func (t *transaction) encryptionKey(ctx context.Context, k *key, encryptionContext map[string]string, bytes uint64) (*cache.Use, error) {
@@ -59,7 +72,7 @@ func (t *transaction) encryptionKey(ctx context.Context, k *key, encryptionConte
 	if err != nil {
 		return nil, err
 	}
-	partition := t.partition(k, encryptionContext)
+	partition, began := t.partition(k, encryptionContext), time.Now()
 	use, err := t.service.cache.Encrypt(t.upstream(ctx), cache.EncryptRequest{
 		Caller: t.call.Caller.ID.String(),
 		Slot: cache.Slot{
@@ -70,6 +83,7 @@ func (t *transaction) encryptionKey(ctx context.Context, k *key, encryptionConte
 			return t.service.newMessageKey(ctx, k, version, partition, encryptionContext)
 		},
 	})
+	t.waited(use, began)
 	if err != nil {
 		return nil, failure(ctx, k.Name, err)
 	}
@@ -151,6 +165,7 @@ func (t *transaction) decryptionKey(ctx context.Context, k *key, edk sealed) (*c
 		return nil, failure(ctx, k.Name, err)
 	}
 	t.record.KeyVersion = edk.version
+	began := time.Now()
 	use, err := t.service.cache.Decrypt(t.upstream(ctx), cache.DecryptRequest{
 		Caller: t.call.Caller.ID.String(), Key: k.Name, ID: decryptID(k, edk),
 		Authority: w.authority(edk.version, cache.Decrypt),
@@ -160,6 +175,7 @@ func (t *transaction) decryptionKey(ctx context.Context, k *key, edk sealed) (*c
 			return cache.Material{DataKey: material, Origin: edk}, err
 		},
 	})
+	t.waited(use, began)
 	if err != nil {
 		return nil, failure(ctx, k.Name, err)
 	}
