@@ -72,8 +72,8 @@ func (s *server) Wrap(ctx context.Context, r *pluginv1.WrapRequest) (*pluginv1.W
 		return nil, toStatus(err)
 	}
 	plaintext, err := session.open(session.toPlugin, r.GetPlaintext(), wrapAAD(key, binding))
-	if err != nil {
-		return nil, toStatus(&Error{Class: Invalid, Err: err})
+	if err != nil { // the two ends disagree: the process is of no use
+		return nil, toStatus(&Error{Class: Internal, Err: err})
 	}
 	defer clear(plaintext)
 	ciphertext, err := s.backend.Wrap(ctx, key, plaintext, binding)

@@ -66,7 +66,7 @@ func call[T any](ctx context.Context, s *Supervisor, m method[T]) (T, error) {
 		// The cause must not look like the end of the caller's own context.
 		err = plugins.Errorf(plugins.Unavailable, "backend %s gave no answer within %s", s.cfg.Name, s.cfg.CallTimeout)
 	}
-	if isFailure(err) {
+	if ctx.Err() == nil && isFailure(err) {
 		s.failures.Add(1)
 	}
 	var none T

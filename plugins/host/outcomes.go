@@ -29,38 +29,41 @@ type outcomes struct {
 
 func newOutcomes() outcomes { return outcomes{changed: make(chan struct{}, 1)} }
 
-// note takes the outcome of one call. overrun tells that it was given its time
+// note takes the outcome of a call. overrun tells that it was given its time
 // and had no answer.
 func (o *outcomes) note(err error, overrun bool) {
 	if errors.Is(err, context.Canceled) || !overrun && errors.Is(err, context.DeadlineExceeded) {
 		return // the caller's own end says nothing of the process
 	}
 	o.mu.Lock()
-	before, beforeBroken := o.last, o.broken
+	defer o.mu.Unlock()
 	o.calls++
-	o.judge(err, overrun)
-	news := (before == nil) != (o.last == nil) || o.broken != beforeBroken //nolint:errorlint // the same value is meant
-	o.mu.Unlock()
-	if news {
-		select {
-		case o.changed <- struct{}{}:
-		default:
-		}
+	if !overrun && plugins.ClassOf(err) != plugins.Internal {
+		o.overruns, o.internals = 0, 0
 	}
+	o.judge(err, overrun, isFailure(err))
 }
 
-func (o *outcomes) judge(err error, overrun bool) {
+// noteCheck takes the outcome of a Check of our own: every fault counts. That
+// this method works is no sign that the others do.
+func (o *outcomes) noteCheck(err error, overrun bool) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.judge(err, overrun, err != nil)
+}
+
+// judge is called under mu.
+func (o *outcomes) judge(err error, overrun, failure bool) {
+	before, beforeBroken := o.last != nil, o.broken != nil
 	o.last = nil
-	if isFailure(err) {
+	if failure {
 		o.last = err
 	}
 	switch {
 	case overrun:
 		o.overruns++
 	case plugins.ClassOf(err) == plugins.Internal:
-		o.internals, o.overruns = o.internals+1, 0
-	default:
-		o.internals, o.overruns = 0, 0
+		o.internals++
 	}
 	switch {
 	case o.broken != nil:
@@ -68,6 +71,13 @@ func (o *outcomes) judge(err error, overrun bool) {
 		o.broken = plugins.Errorf(plugins.Unavailable, "%d calls in a row had no answer in time", o.overruns)
 	case o.internals >= maxInternals:
 		o.broken = plugins.Errorf(plugins.Internal, "%d answers in a row were broken, the last: %w", o.internals, err)
+	}
+	if before == (o.last != nil) && beforeBroken == (o.broken != nil) {
+		return
+	}
+	select {
+	case o.changed <- struct{}{}:
+	default:
 	}
 }
 

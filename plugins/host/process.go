@@ -34,7 +34,6 @@ const (
 type process struct {
 	remote *plugins.Remote
 	info   plugins.Info
-	health error // what the first Check said
 	outcomes
 
 	client *plugin.Client
@@ -144,7 +143,7 @@ func (p *process) open(ctx context.Context, cfg Config) error {
 	if _, err = p.remote.Check(ctx); plugins.ClassOf(err) == plugins.Internal {
 		return fmt.Errorf("first check of the backend: %w", err)
 	}
-	p.health = err // an upstream that is away, or refuses, is no fault of the process
+	p.noteCheck(err, false) // an upstream that is away, or refuses, is no fault of the process
 	return nil
 }
 

@@ -15,8 +15,8 @@ const (
 	Starting State = "starting"
 	// Up: the process serves.
 	Up State = "up"
-	// Degraded: the process runs and gets calls, but the last of them, or its
-	// Check, was Unavailable, Unauthenticated or Internal.
+	// Degraded: the process runs and gets calls, but the last of them was
+	// Unavailable, Unauthenticated or Internal, or its last Check failed.
 	Degraded State = "degraded"
 	// Down: there is no process: its start failed, it died, or Run ended.
 	Down State = "down"
@@ -31,7 +31,7 @@ type Status struct {
 	// Restarts counts the processes after the first.
 	Restarts uint64
 	// Calls counts the calls, Failures those that ended Unavailable,
-	// Unauthenticated or Internal.
+	// Unauthenticated or Internal before their caller gave up.
 	Calls, Failures uint64
 	// LastError is why the state is Degraded or Down, or was last.
 	LastError string

@@ -118,7 +118,8 @@ func (s *Supervisor) install(p *process) {
 	s.change(func(status *Status) {
 		status.PID, status.Plugin = p.runner.processID(), p.info
 	})
-	s.judged(p.health)
+	_, fault, _ := p.verdict()
+	s.judged(fault)
 }
 
 // judged sets the state of a running process.
@@ -142,8 +143,9 @@ func (s *Supervisor) judged(fault error) {
 func (s *Supervisor) watch(ctx context.Context, p *process) error {
 	tick := time.NewTicker(s.cfg.PingInterval)
 	defer tick.Stop()
-	seen, idle, degraded := uint64(0), 0, p.health != nil
-	for {
+	rest := rest{}
+	_, fault, _ := p.verdict()
+	for degraded := fault != nil; ; {
 		select {
 		case <-ctx.Done():
 			return nil
@@ -154,27 +156,33 @@ func (s *Supervisor) watch(ctx context.Context, p *process) error {
 			if err := s.ping(ctx, p); err != nil {
 				return err
 			}
-			calls, _, _ := p.verdict()
-			if idle++; calls != seen {
-				idle = 0
-			}
-			if idle > 0 && (degraded || idle%idleChecks == 0) {
+			if calls, _, _ := p.verdict(); rest.wantsCheck(calls, degraded) {
 				s.checkIdle(ctx, p)
 			}
-			seen, _, _ = p.verdict()
 		}
-		calls, last, broken := p.verdict()
+		_, last, broken := p.verdict()
 		if broken != nil {
 			return fmt.Errorf("the process is broken: %w", broken)
-		}
-		if calls == 0 {
-			continue
 		}
 		if degraded != (last != nil) {
 			degraded = last != nil
 			s.judged(last)
 		}
 	}
+}
+
+// rest tells when an idle process is asked how its backend is: always while it
+// is not known to be well, now and then otherwise.
+type rest struct {
+	calls uint64
+	pings int // without a call
+}
+
+func (r *rest) wantsCheck(calls uint64, degraded bool) bool {
+	if r.pings++; calls != r.calls {
+		r.calls, r.pings = calls, 0
+	}
+	return r.pings > 0 && (degraded || r.pings%idleChecks == 0)
 }
 
 // ping returns an error where the process does not answer.
@@ -192,7 +200,9 @@ func (s *Supervisor) checkIdle(ctx context.Context, p *process) {
 	bounded, cancel := context.WithTimeout(ctx, s.cfg.CallTimeout)
 	defer cancel()
 	_, err := p.remote.Check(bounded)
-	p.note(err, ctx.Err() == nil && errors.Is(err, context.DeadlineExceeded))
+	if ctx.Err() == nil {
+		p.noteCheck(err, errors.Is(err, context.DeadlineExceeded))
+	}
 }
 
 // drain waits for the calls that p still serves.
