@@ -2,7 +2,7 @@
 
 package cache
 
-import "runtime/secret"
+import erase "runtime/secret"
 
 // inSecret runs f and then erases the registers and stack that it used.
-func inSecret(f func()) { secret.Do(f) }
+func inSecret(f func()) { erase.Do(f) }
