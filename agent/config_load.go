@@ -194,7 +194,7 @@ func (c *Config) setDefaults() {
 	c.Audit.ContextValues = ContextKeys
 	c.Audit.WriteTimeout = 2 * time.Second
 	c.Limits = LimitsConfig{
-		MaxMessage: 4 << 20, MaxStream: 64 << 30, MaxDeadline: 30 * time.Second, DefaultDeadline: 10 * time.Second,
+		MaxMessage: 1 << 20, MaxStream: 64 << 30, MaxDeadline: 30 * time.Second, DefaultDeadline: 10 * time.Second,
 		MaxConcurrent: 1024, MaxConcurrentPerCaller: 128, MaxConnections: 4096, DataKeyUse: 5 * time.Minute,
 	}
 	c.Cache.MaxEntries = 10000

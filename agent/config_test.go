@@ -106,7 +106,7 @@ keys: [{ name: orders, backend: local, wrapping_key: "local:orders" }]
 		t.Errorf("Cache (-want +got):\n%s", diff)
 	}
 	wantLimits := agent.LimitsConfig{
-		MaxMessage: 4 << 20, MaxStream: 64 << 30, MaxDeadline: 30 * time.Second, DefaultDeadline: 10 * time.Second,
+		MaxMessage: 1 << 20, MaxStream: 64 << 30, MaxDeadline: 30 * time.Second, DefaultDeadline: 10 * time.Second,
 		MaxConcurrent: 1024, MaxConcurrentPerCaller: 128, MaxConnections: 4096, DataKeyUse: 5 * time.Minute,
 	}
 	if diff := cmp.Diff(wantLimits, cfg.Limits); diff != "" {

@@ -17,12 +17,13 @@ func unary[Q, A any](ctx context.Context, call func(context.Context, *Q, ...grpc
 	return answer, nil
 }
 
-// Encrypt encrypts up to 1 MiB; EncryptStream takes any length.
+// Encrypt encrypts what fits one request, 1 MiB where the agent is not configured
+// otherwise; EncryptStream takes any length.
 func (c *Client) Encrypt(ctx context.Context, r *kmsagentv1.EncryptRequest) (*kmsagentv1.EncryptResponse, error) {
 	return unary(ctx, c.rpc.Encrypt, r)
 }
 
-// Decrypt opens a message of up to 1 MiB of plaintext.
+// Decrypt opens a message that fits one request; DecryptStream takes any length.
 func (c *Client) Decrypt(ctx context.Context, r *kmsagentv1.DecryptRequest) (*kmsagentv1.DecryptResponse, error) {
 	return unary(ctx, c.rpc.Decrypt, r)
 }

@@ -33,7 +33,6 @@ func (s *stream) KeyUse() KeyUse { return s.keyUse }
 // openStream writes the start record; nothing has left the agent before it.
 func (t *transaction) openStream(ctx context.Context, st *stream) error {
 	t.record.Kind = audit.KindStart
-	t.record.Outcome = audit.Success
 	if err := t.write(ctx); err != nil {
 		return err
 	}

@@ -269,7 +269,7 @@ type EncryptRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Logical key name.
 	Key string `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`
-	// At most 1 MiB.
+	// At most limits.max_message.
 	Plaintext []byte `protobuf:"bytes,2,opt,name=plaintext,proto3" json:"plaintext,omitempty"`
 	// Encryption context: authenticated, readable in the message, usable in
 	// policy. Keys beginning with "aws-crypto-" and "kms-agent-" are reserved.
@@ -805,7 +805,7 @@ type EncryptStreamRequest_Start struct {
 }
 
 type EncryptStreamRequest_Chunk struct {
-	// At most 1 MiB.
+	// At most limits.max_message.
 	Chunk []byte `protobuf:"bytes,2,opt,name=chunk,proto3,oneof"`
 }
 
@@ -1023,7 +1023,7 @@ type DecryptStreamRequest_Start struct {
 }
 
 type DecryptStreamRequest_Chunk struct {
-	// At most 1 MiB.
+	// At most limits.max_message.
 	Chunk []byte `protobuf:"bytes,2,opt,name=chunk,proto3,oneof"`
 }
 

@@ -49,7 +49,8 @@ const (
 // connection. Who that is, the connection proves; no request says it.
 type KMSClient interface {
 	// Encrypt returns a message: the AWS Encryption SDK message format, version
-	// 2, suite 0x0478. At most 1 MiB of plaintext; larger data goes through
+	// 2, suite 0x0478. One request holds as much plaintext as the agent's
+	// limits.max_message says, 1 MiB by default; larger data goes through
 	// EncryptStream.
 	Encrypt(ctx context.Context, in *EncryptRequest, opts ...grpc.CallOption) (*EncryptResponse, error)
 	// Decrypt opens a message made by Encrypt, EncryptStream or an in-process
@@ -252,7 +253,8 @@ func (c *kMSClient) WhoAmI(ctx context.Context, in *WhoAmIRequest, opts ...grpc.
 // connection. Who that is, the connection proves; no request says it.
 type KMSServer interface {
 	// Encrypt returns a message: the AWS Encryption SDK message format, version
-	// 2, suite 0x0478. At most 1 MiB of plaintext; larger data goes through
+	// 2, suite 0x0478. One request holds as much plaintext as the agent's
+	// limits.max_message says, 1 MiB by default; larger data goes through
 	// EncryptStream.
 	Encrypt(context.Context, *EncryptRequest) (*EncryptResponse, error)
 	// Decrypt opens a message made by Encrypt, EncryptStream or an in-process
