@@ -123,6 +123,7 @@ func (a *Agent) serve(ctx context.Context) error {
 		upper.Go(func() error { return d.run(ctx) })
 	}
 	upper.Go(func() error { return a.watch(ctx) })
+	upper.Go(func() error { return a.tellHealth(ctx, doors) })
 	a.logger.Info("agent ready", zap.String("config", a.path), zap.String("native", a.cfg.Listen.Native.Socket),
 		zap.Int("keys", len(a.cfg.Keys)), zap.Int("backends", len(a.cfg.Backends)))
 	a.ready()

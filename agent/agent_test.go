@@ -131,11 +131,26 @@ func TestWhoIsRefused(t *testing.T) {
 	})
 	t.Run("anybody may ask for the health", func(t *testing.T) {
 		conn := r.plain()
-		got, err := grpc_health_v1.NewHealthClient(conn).Check(t.Context(), &grpc_health_v1.HealthCheckRequest{Service: "kmsagent.v1.KMS"})
-		if err != nil || got.GetStatus() != grpc_health_v1.HealthCheckResponse_SERVING {
-			t.Errorf("health = %v, %v", got, err)
-		}
+		wantHealth(t, conn, grpc_health_v1.HealthCheckResponse_SERVING)
 	})
+}
+
+// wantHealth waits until the native door's health is as wanted.
+func wantHealth(t *testing.T, conn *grpc.ClientConn, want grpc_health_v1.HealthCheckResponse_ServingStatus) {
+	t.Helper()
+	stream, err := grpc_health_v1.NewHealthClient(conn).Watch(t.Context(), &grpc_health_v1.HealthCheckRequest{Service: "kmsagent.v1.KMS"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for {
+		got, err := stream.Recv()
+		if err != nil {
+			t.Fatalf("health never became %v: %v", want, err)
+		}
+		if got.GetStatus() == want {
+			return
+		}
+	}
 }
 
 func (r *rig) auditText() string {
@@ -410,8 +425,10 @@ func TestStartsWithoutItsBackend(t *testing.T) {
 	}
 	_, err = r.as("orders").Encrypt(t.Context(), &kmsagentv1.EncryptRequest{Key: "orders"})
 	wantReason(t, err, "BACKEND_UNAVAILABLE")
+	wantHealth(t, r.plain(), grpc_health_v1.HealthCheckResponse_NOT_SERVING)
 	if err := os.Rename(r.path("hidden"), r.path("keystore")); err != nil {
 		t.Fatal(err)
 	}
 	r.await("recovery", func(s *adminv1.StatusResponse) bool { return s.GetState() == "serving" })
+	wantHealth(t, r.plain(), grpc_health_v1.HealthCheckResponse_SERVING)
 }

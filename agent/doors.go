@@ -43,7 +43,6 @@ func (a *Agent) openDoors(ctx context.Context) ([]*door, error) {
 	}
 	n := a.newDoor("native", listener, a.creds, identity.CallerFromContext)
 	native.Register(n.server, n.Door)
-	n.health.SetServingStatus(kmsagentv1.KMS_ServiceDesc.ServiceName, grpc_health_v1.HealthCheckResponse_SERVING)
 	doors := []*door{n}
 	if cfg.Admin.Socket == "" {
 		return doors, nil
@@ -81,6 +80,31 @@ func (a *Agent) newDoor(name string, l net.Listener, creds *identity.Credentials
 	d.server = d.Server(creds)
 	grpc_health_v1.RegisterHealthServer(d.server, d.health)
 	return d
+}
+
+// healthEvery is how often the health service learns of the agent's state.
+const healthEvery = time.Second
+
+// tellHealth keeps the health service at what status says: an agent that is
+// degraded still serves.
+func (a *Agent) tellHealth(ctx context.Context, doors []*door) error {
+	tick := time.NewTicker(healthEvery)
+	defer tick.Stop()
+	for {
+		state := grpc_health_v1.HealthCheckResponse_SERVING
+		if a.Status().GetState() == stateNotServing {
+			state = grpc_health_v1.HealthCheckResponse_NOT_SERVING
+		}
+		for _, d := range doors {
+			d.health.SetServingStatus("", state)
+			d.health.SetServingStatus(kmsagentv1.KMS_ServiceDesc.ServiceName, state)
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+	}
 }
 
 // run serves until ctx ends, then lets calls under way finish for drainDoor.

@@ -90,8 +90,11 @@ func judge(r *adminv1.StatusResponse) {
 	if r.Audit.LastError != "" {
 		r.Problems = append(r.Problems, "audit: "+r.Audit.LastError)
 	}
+	// Without any backend the data keys in the cache are still good for a while;
+	// without those, or without a record, there is no answer for anybody.
+	empty := r.Cache.EncryptionKeys+r.Cache.DecryptionKeys == 0
 	switch {
-	case r.Audit.LastError != "", len(r.Backends) > 0 && down == len(r.Backends):
+	case r.Audit.LastError != "", len(r.Backends) > 0 && down == len(r.Backends) && empty:
 		r.State = stateNotServing
 	case len(r.Problems) > 0:
 		r.State = stateDegraded
