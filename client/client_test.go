@@ -3,7 +3,6 @@ package client_test
 import (
 	"context"
 	"errors"
-	"net"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -220,15 +219,7 @@ func (d *denying) FetchX509SVID(_ *workload.X509SVIDRequest, s grpc.ServerStream
 
 func deny(t testing.TB, path string, err error) string {
 	t.Helper()
-	l, lerr := net.Listen("unix", path)
-	if lerr != nil {
-		t.Fatal(lerr)
-	}
-	s := grpc.NewServer(grpc.WaitForHandlers(true))
-	workload.RegisterSpiffeWorkloadAPIServer(s, &denying{err: err})
-	done := make(chan struct{})
-	go func() { defer close(done); _ = s.Serve(l) }()
-	t.Cleanup(func() { s.Stop(); <-done })
+	serveOn(t, path, func(s *grpc.Server) { workload.RegisterSpiffeWorkloadAPIServer(s, &denying{err: err}) })
 	return "unix://" + path
 }
 

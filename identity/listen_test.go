@@ -2,6 +2,7 @@ package identity_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io/fs"
 	"net"
@@ -12,6 +13,8 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/kms-agent/kms-agent/identity"
 )
@@ -162,6 +165,32 @@ func TestListenLeavesALiveSocketAlone(t *testing.T) {
 	}
 	_ = conn.Close()
 	wantFiles(t, filepath.Dir(path), "s")
+}
+
+// A server that is too busy to take a connection is alive.
+func TestListenLeavesABusySocketAlone(t *testing.T) {
+	path := filepath.Join(tempDir(t), "s")
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = unix.Close(fd) }()
+	if err := errors.Join(unix.Bind(fd, &unix.SockaddrUnix{Name: path}), unix.Listen(fd, 0)); err != nil {
+		t.Fatal(err)
+	}
+	for range 100 {
+		conn, err := net.Dial("unix", path)
+		if errors.Is(err, unix.EAGAIN) {
+			wantNoListen(t, path, 0o600, "another process may be listening there")
+			wantFiles(t, filepath.Dir(path), "s")
+			return
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = conn.Close() }()
+	}
+	t.Fatal("the server's queue never filled")
 }
 
 func TestListenLeavesOtherFilesAlone(t *testing.T) {

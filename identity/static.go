@@ -12,6 +12,9 @@ import (
 // StaticPeer gives ID to plaintext callers by what the kernel says of them. Nil
 // matches any; where both are given, both must match. A rule with neither is
 // refused.
+//
+// Inside a user namespace the kernel shows every uid and gid that is not mapped
+// into it as one overflow ID, 65534 as a rule: do not give that one an identity.
 type StaticPeer struct {
 	UID *uint32
 	// GID is compared with the caller's primary group only.

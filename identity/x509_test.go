@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/url"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -150,13 +151,27 @@ func dialTLS(t testing.TB, path string, cfg *tls.Config) *tls.Conn {
 	return conn
 }
 
+// sessions counts the session tickets that a client gets.
+type sessions struct {
+	tls.ClientSessionCache
+	kept atomic.Int32
+}
+
+func (s *sessions) Put(key string, session *tls.ClientSessionState) {
+	if session != nil {
+		s.kept.Add(1)
+	}
+	s.ClientSessionCache.Put(key, session)
+}
+
 // A resumed session would skip the verification: there is none, and a client
 // that tries is verified like any other.
 func TestX509ResumedSession(t *testing.T) {
 	w := newWorld(t, nil)
 	cfg := tlsClient(w.own.leaf(t, orders.String(), nil))
 	cfg.NextProtos = []string{"h2"}
-	cfg.ClientSessionCache = tls.NewLRUClientSessionCache(8)
+	cache := &sessions{ClientSessionCache: tls.NewLRUClientSessionCache(8)}
+	cfg.ClientSessionCache = cache
 	for range 3 {
 		conn := dialTLS(t, w.agent.path, cfg)
 		if conn.ConnectionState().DidResume {
@@ -167,6 +182,9 @@ func TestX509ResumedSession(t *testing.T) {
 			t.Fatalf("a good client was not served: %v", err)
 		}
 		_ = conn.Close()
+	}
+	if n := cache.kept.Load(); n != 0 {
+		t.Errorf("the agent gave out %d session tickets", n)
 	}
 	removed := newAuthority(t, domain)
 	before := w.source.Updated()

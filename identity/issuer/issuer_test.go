@@ -197,7 +197,12 @@ func TestIdentityIsWithdrawn(t *testing.T) {
 	ctx, cancel := context.WithCancel(patiently(t))
 	done := make(chan error, 1)
 	go func() { done <- source.Run(ctx) }()
-	defer func() { cancel(); _ = <-done }()
+	defer func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Errorf("Run: %v", err)
+		}
+	}()
 	if err := source.WaitReady(ctx); err != nil {
 		t.Fatal(err)
 	}
