@@ -88,7 +88,7 @@ func (s *session) seal(aead cipher.AEAD, material, aad []byte) (*pluginv1.Sealed
 	if s.seals.Add(1) > maxSeals {
 		return nil, errSeal
 	}
-	out := aead.Seal(make([]byte, 0, gcmNonceSize+len(material)+gcmTagSize), nil, material, aad)
+	out := aead.Seal(make([]byte, 0, gcmNonceSize+len(material)+gcmTagSize), nil, material, aad) //nolint:gosec // the AEAD makes the nonce
 	return &pluginv1.Sealed{Nonce: out[:gcmNonceSize:gcmNonceSize], Ciphertext: out[gcmNonceSize:]}, nil
 }
 

@@ -68,7 +68,9 @@ func dial(t *testing.T, service pluginv1.BackendServer) *plugins.Remote {
 	t.Cleanup(func() {
 		_ = conn.Close()
 		server.Stop()
-		<-done
+		if err := <-done; err != nil {
+			t.Errorf("Serve: %v", err)
+		}
 	})
 	return plugins.NewRemote(conn)
 }

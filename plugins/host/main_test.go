@@ -139,7 +139,7 @@ func (p *puppet) obey(ctx context.Context, order string) (string, error) {
 		defer p.mu.Lock()
 		time.Sleep(d) // it stands for an upstream's time
 	case "exit":
-		os.Exit(7)
+		unix.Exit(7)
 	case "panic":
 		panic(secretText)
 	case "die":
@@ -205,7 +205,7 @@ func serveByHand() {
 }
 
 // runHost supervises a plugin until it is killed. It prints the plugin's
-// process ID, and then does the round trip that the name of the mode is for.
+// process ID, the error of a round trip, and the plugin's FIPS 140 module.
 func runHost() {
 	s, err := host.New(host.Config{
 		Name: "puppet", Self: true, Env: strings.Split(os.Getenv("PLUGIN_ENV"), ","), Settings: settings(puppetSettings{}),
@@ -221,7 +221,7 @@ func runHost() {
 	go func() { done <- s.Run(ctx) }()
 	if err := s.Ready(ctx); err != nil {
 		fmt.Println(err)
-		os.Exit(1)
+		return
 	}
 	b := plugins.Binding{Purpose: "message"}
 	wrapped, err := s.Wrap(ctx, orders, make([]byte, 32), b)
@@ -229,7 +229,9 @@ func runHost() {
 		_, err = s.Unwrap(ctx, orders, wrapped, b)
 	}
 	fmt.Println(s.Status().PID, err, s.Status().Plugin.FIPS140)
-	<-done
+	if err := <-done; !errors.Is(err, context.Canceled) {
+		fmt.Println(err)
+	}
 }
 
 var orders = plugins.KeyRef{URI: "memory:orders", Version: "1"}
