@@ -89,16 +89,17 @@ func TestSessionBindsDirectionMethodAndRequest(t *testing.T) {
 	}
 }
 
+const (
+	vectorNonce      = "59a0df3cbdd0c3c5ef0c6d2d"
+	vectorCiphertext = "94efaae5473378393f72624aa8b2f5070507594f76cc3804aea1e807e6c8e41419a56b5f12098381596c4c8ce083a160"
+)
+
 // Frozen, and sealed by another implementation (Python): a plugin in another
 // language derives the same keys.
 func TestSessionVector(t *testing.T) {
 	_, process := sessions(t)
-	const (
-		nonce      = "59a0df3cbdd0c3c5ef0c6d2d"
-		ciphertext = "94efaae5473378393f72624aa8b2f5070507594f76cc3804aea1e807e6c8e41419a56b5f12098381596c4c8ce083a160"
-	)
 	aad := wrapAAD(KeyRef{URI: "local:orders", Version: "3"}, testBinding())
-	sealed := &pluginv1.Sealed{Nonce: unhex(t, nonce), Ciphertext: unhex(t, ciphertext)}
+	sealed := &pluginv1.Sealed{Nonce: unhex(t, vectorNonce), Ciphertext: unhex(t, vectorCiphertext)}
 	got, err := process.open(process.toPlugin, sealed, aad)
 	if want := "0123456789abcdef0123456789abcdef"; err != nil || string(got) != want {
 		t.Errorf("got %q and %v, want %q", got, err, want)
