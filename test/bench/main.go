@@ -123,8 +123,12 @@ func startAgent(binary, dir string) (*running, error) {
 			return nil, fmt.Errorf("%v: %w\n%s", prepare.Args, err, out)
 		}
 	}
-	config := filepath.Join(dir, "kms-agent.yaml")
-	text := strings.NewReplacer("UID", strconv.Itoa(os.Getuid())).Replace(configuration)
+	// A directory of its own, as on a real host: the agent watches it.
+	config := filepath.Join(dir, "etc", "kms-agent.yaml")
+	if err := os.Mkdir(filepath.Dir(config), 0o700); err != nil {
+		return nil, err
+	}
+	text := strings.NewReplacer("UID", strconv.Itoa(os.Getuid()), "DIR", dir).Replace(configuration)
 	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
 		return nil, err
 	}
@@ -145,19 +149,19 @@ func startAgent(binary, dir string) (*running, error) {
 
 const configuration = `version: 1
 trust_domain: example.org
-state_dir: state
-runtime_dir: run
-listen: { native: { socket: kms.sock, mode: "0600" } }
-admin: { socket: admin.sock, allow: [{ uid: UID, operations: [status] }] }
+state_dir: DIR/state
+runtime_dir: DIR/run
+listen: { native: { socket: DIR/kms.sock, mode: "0600" } }
+admin: { socket: DIR/admin.sock, allow: [{ uid: UID, operations: [status] }] }
 identity: { static_peers: [{ uid: UID, id: spiffe://example.org/bench }] }
 backends:
-  - { name: local, plugin: local, settings: { keystore: keystore, seal: { key_file: keystore.key } } }
+  - { name: local, plugin: local, settings: { keystore: DIR/keystore, seal: { key_file: DIR/keystore.key } } }
 keys:
   - { name: orders, backend: local, wrapping_key: "local:orders" }
-audit: { file: audit.log, initial_key: initial.key }
+audit: { file: DIR/audit.log, initial_key: DIR/initial.key }
 policy:
   - { name: bench, callers: ["spiffe://example.org/bench"], keys: [orders], operations: [encrypt, decrypt] }
-log: { level: warn }
+log: { level: error }
 `
 
 func dial(socket string) (*grpc.ClientConn, error) {
