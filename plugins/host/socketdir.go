@@ -9,8 +9,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// dirPattern is short because addresses of sockets are.
-const dirPattern = "p"
+// dirPattern is short because addresses of sockets are (maxRuntimeDir).
+const dirPattern = "plugin-"
 
 // socketDir is the private directory of one plugin's socket. Its lock ends with
 // the host, however that ends.

@@ -159,7 +159,7 @@ func TestPluginsHaveOnlyTheirOwnEnvironment(t *testing.T) {
 	cfg.Env = append(cfg.Env, "CONFIGURED=yes")
 	s := plugintest.Start(t, cfg)
 	env, err := order(t, s, "env CONFIGURED=|KMS_AGENT_TEST_|PATH=|HOME=|PLUGIN_UNIX_SOCKET_DIR=")
-	want := "found: CONFIGURED=yes PLUGIN_UNIX_SOCKET_DIR=" + cfg.RuntimeDir + "/p"
+	want := "found: CONFIGURED=yes PLUGIN_UNIX_SOCKET_DIR=" + cfg.RuntimeDir + "/plugin-"
 	if err != nil || !strings.HasPrefix(env, want) || strings.Count(env, "=") != 2 {
 		t.Errorf("environment: got %q and %v, want what is configured, and sockets in a directory of its own", env, err)
 	}
@@ -205,5 +205,15 @@ func TestNewRefusesFaultyConfigurations(t *testing.T) {
 		if _, err := host.New(cfg); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("got %v, want an error with %q", err, want)
 		}
+	}
+}
+
+// The longest runtime directory that is allowed has room for sockets.
+func TestLongRuntimeDirectories(t *testing.T) {
+	cfg := config(t, puppetSettings{})
+	cfg.RuntimeDir += "/" + strings.Repeat("d", 70-len(cfg.RuntimeDir)-1)
+	s := plugintest.Start(t, cfg)
+	if _, err := s.Describe(bounded(t), "memory:orders"); err != nil {
+		t.Errorf("Describe: %v", err)
 	}
 }

@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"math/rand/v2"
 	"runtime"
 	"sync"
 	"sync/atomic"
@@ -65,21 +64,17 @@ func (s *Supervisor) Run(ctx context.Context) error {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	defer s.program.close()
-	backoff := s.cfg.BackoffMin
+	pause := backoff{min: s.cfg.BackoffMin, max: s.cfg.BackoffMax}
 	for first := true; ctx.Err() == nil; first = false {
 		began := time.Now()
 		err := s.runProcess(ctx, first)
 		if ctx.Err() != nil {
 			break
 		}
-		if time.Since(began) >= s.cfg.BackoffMax {
-			backoff = s.cfg.BackoffMin
-		}
-		wait := min(backoff+rand.N(backoff/2+1), s.cfg.BackoffMax) //nolint:gosec // jitter is no secret
+		wait := pause.after(time.Since(began))
 		s.down(err, wait)
 		s.cfg.Logger.Error("plugin is down", zap.Error(err), zap.Duration("next_start", wait))
 		sleep(ctx, wait)
-		backoff = min(2*backoff, s.cfg.BackoffMax)
 	}
 	s.down(nil, 0)
 	return ctx.Err()
