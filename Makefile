@@ -27,17 +27,12 @@ deps: ## install what the tests need
 
 test: deps ## run every test
 	$(GO) test -timeout 9m ./...
-	$(MAKE) --no-print-directory interop-short
 
 race: deps ## run every test under the race detector
 	$(GO) test -race -timeout 20m ./...
 
 interop: deps ## messages against another implementation, at length
 	INTEROP=full $(GO) test -count=1 -timeout 20m ./test/interop/...
-
-.PHONY: interop-short
-interop-short:
-	$(GO) test -timeout 5m ./test/interop/...
 
 lint: ## golangci-lint
 	$(TOOL) golangci-lint run ./...
