@@ -57,6 +57,7 @@ type upstream struct {
 	mu       sync.Mutex // guards what follows
 	fill     error
 	confirm  error
+	once     error // what the next confirmation hears
 	delay    time.Duration
 	fills    int
 	confirms int
@@ -109,7 +110,12 @@ func (u *upstream) Fill(ctx context.Context) (cache.Material, error) {
 func (u *upstream) Confirm(ctx context.Context, a cache.Authority, sample any) error {
 	u.mu.Lock()
 	u.asked, u.samples = append(u.asked, a), append(u.samples, sample)
+	once := u.once
+	u.once = nil
 	u.mu.Unlock()
+	if once != nil {
+		return once
+	}
 	if _, err := u.answer(ctx, &u.confirms, &u.confirm); err != nil {
 		return fmt.Errorf("confirm: %w", err)
 	}
