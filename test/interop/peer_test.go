@@ -22,7 +22,7 @@ import (
 // full says that many sizes, contexts and frame lengths are to be tried.
 func full() bool { return os.Getenv("INTEROP") == "full" }
 
-const cure = "interop needs Node 20 or newer and npm (Debian: apt-get install nodejs npm), and npm's registry for the first run"
+const cure = "interop needs Node 18 or newer and npm (Debian: apt-get install nodejs npm), and npm's registry for the first run"
 
 // installed is the file that says which lock file node_modules is of.
 const installed = "node/node_modules/.installed-lock-sha256"
