@@ -74,11 +74,14 @@ func (a *Agent) hostConfig(cfg BackendConfig) (host.Config, error) {
 }
 
 // pluginEnv is the whole environment of a plugin. systemd's credentials are
-// passed on: they are how a plugin is given its own secrets.
+// passed on: they are how a plugin is given its own secrets. So is GODEBUG: a
+// FIPS 140-3 mode is for the agent as a whole.
 func pluginEnv(cfg BackendConfig) ([]string, error) {
 	env := make([]string, 0, len(cfg.Env)+len(cfg.EnvFromFiles)+1)
-	if dir, ok := os.LookupEnv("CREDENTIALS_DIRECTORY"); ok {
-		env = append(env, "CREDENTIALS_DIRECTORY="+dir)
+	for _, name := range []string{"CREDENTIALS_DIRECTORY", "GODEBUG"} {
+		if value, ok := os.LookupEnv(name); ok {
+			env = append(env, name+"="+value)
+		}
 	}
 	for _, name := range slices.Sorted(maps.Keys(cfg.Env)) {
 		env = append(env, name+"="+cfg.Env[name])
