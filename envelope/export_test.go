@@ -1,6 +1,7 @@
 package envelope
 
 import (
+	"bytes"
 	"crypto/hmac"
 	"crypto/sha512"
 	"encoding/binary"
@@ -63,7 +64,9 @@ func MarshalBody(m *Message) ([]byte, error) {
 }
 
 // Expand is the key expansion, for comparison with crypto/hkdf.
-func Expand(root []byte, info string) []byte { return expand(hmac.New(sha512.New, root), info, nil) }
+func Expand(root []byte, info string) []byte {
+	return bytes.Clone(new(messageCipher).expand(hmac.New(sha512.New, root), info))
+}
 
 // SetSequence pretends that frames were written.
 func (w *Writer) SetSequence(n uint32) { w.sequence = n }
