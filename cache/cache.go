@@ -193,7 +193,7 @@ func (c *Config) setDefaults() error {
 		c.ConfirmTimeout = 10 * time.Second
 	}
 	if c.Rand == nil {
-		c.Rand = rand.Float64 //nolint:gosec // jitter, no secret
+		c.Rand = rand.Float64 // jitter, no secret
 	}
 	return nil
 }

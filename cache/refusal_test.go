@@ -240,6 +240,41 @@ func TestEarlierYes(t *testing.T) {
 	})
 }
 
+// TestQuestionFromBeforeTheNo: the answer to a refresh that was under way when
+// the no was heard makes sure of nothing. The question is asked again.
+func TestQuestionFromBeforeTheNo(t *testing.T) {
+	cases := []struct {
+		name           string
+		refresh, probe error
+		want           error
+	}{
+		{"no, then no answer", errNo, errDown, cache.ErrSuspended},
+		{"no, then yes", errNo, nil, nil},
+		{"no, then no", errNo, errNo, cache.ErrRevoked},
+		{"no answer, then yes", errDown, nil, nil},
+		{"no answer, then no", errDown, errNo, cache.ErrRevoked},
+		{"yes, then no answer", nil, errDown, cache.ErrSuspended},
+	}
+	for _, tc := range cases {
+		t.Run(tc.name, func(t *testing.T) {
+			bubble(t, func(r *rig) {
+				f, n, err := r.decrypt(1)
+				served(t, f, n, err)
+				time.Sleep(6 * time.Minute)
+				r.up.takes(time.Second)
+				r.up.say(nil, tc.refresh)
+				go func() { _, _, _ = r.decrypt(1) }()
+				time.Sleep(500 * time.Millisecond)
+				r.up.say(nil, tc.probe)
+				r.Observe(unwraps, cache.No, r.Now())
+				time.Sleep(time.Minute)
+				r.wantCalls(1, 2)
+				refused(t, r.Recheck(unwraps), tc.want)
+			})
+		})
+	}
+}
+
 // TestRequestsWaitForTheProbe: while the agent makes sure of a no, requests for
 // what is cached wait, and are served when it is lifted.
 func TestRequestsWaitForTheProbe(t *testing.T) {

@@ -202,7 +202,7 @@ func TestFillUnderWayIsTooOld(t *testing.T) {
 				t.Errorf("error = %v, want %v", err, say)
 			}
 			asks := 1
-			if say == errNo {
+			if errors.Is(say, errNo) {
 				asks = 2
 			}
 			time.Sleep(time.Minute)
