@@ -259,24 +259,28 @@ func TestClose(t *testing.T) {
 		}
 	})
 	t.Run("a call that cannot be cancelled", func(t *testing.T) {
-		bubble(t, func(r *rig) {
-			material := dataKey(1)
-			go func() {
-				_, err := r.Encrypt(r.t.Context(), r.encryption(func(req *cache.EncryptRequest) {
-					req.Fill = func(context.Context) (cache.Material, error) {
-						time.Sleep(time.Second)
-						return cache.Material{DataKey: material}, nil
-					}
-				}))
-				refused(t, err, cache.ErrClosed)
-			}()
-			synctest.Wait()
-			began := time.Now()
-			r.Close()
-			if waited := time.Since(began); waited != time.Second {
-				t.Errorf("Close waited %v, want for the call", waited)
-			}
-			wantZero(t, material)
-		})
+		for _, say := range []error{nil, errNo} {
+			bubble(t, func(r *rig) {
+				r.up.takes(time.Second)
+				material := dataKey(1)
+				go func() {
+					_, err := r.Encrypt(r.t.Context(), r.encryption(func(req *cache.EncryptRequest) {
+						req.Fill = func(context.Context) (cache.Material, error) {
+							time.Sleep(time.Second)
+							return cache.Material{DataKey: material}, say
+						}
+					}))
+					refused(t, err, cache.ErrClosed)
+				}()
+				synctest.Wait()
+				began := time.Now()
+				r.Close()
+				if waited := time.Since(began); waited != time.Second {
+					t.Errorf("Close waited %v, want for the call", waited)
+				}
+				wantZero(t, material)
+				r.wantCalls(0, 0) // a closed cache makes sure of nothing
+			})
+		}
 	})
 }

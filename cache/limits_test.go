@@ -190,7 +190,31 @@ func TestLargeMessageInAnOutage(t *testing.T) {
 		refused(t, err, errDown)
 		f, n, err = r.encrypt(small)
 		served(t, f, n, err)
+		r.up.say(nil, nil)
+		f, n, err = r.encrypt(large)
+		served(t, f, n, err)
+		if s := r.Stats(); s.EncryptionKeys != 1 {
+			t.Errorf("%d data keys stand in one slot", s.EncryptionKeys)
+		}
 	})
+}
+
+// TestSpentDataKeysAreDestroyed: one that may encrypt nothing more does not
+// wait for the next message to go.
+func TestSpentDataKeysAreDestroyed(t *testing.T) {
+	for _, limit := range []cache.Limits{{MaxMessages: 1}, {MaxBytes: 100}} {
+		bubble(t, func(r *rig) {
+			defer r.run()()
+			f, n, err := r.encrypt(func(req *cache.EncryptRequest) {
+				req.Limits.MaxMessages, req.Limits.MaxBytes = limit.MaxMessages, limit.MaxBytes
+			})
+			served(t, f, n, err)
+			time.Sleep(2 * time.Second)
+			if s := r.Stats(); s.EncryptionKeys != 0 {
+				t.Errorf("%+v: a spent data key is kept", limit)
+			}
+		})
+	}
 }
 
 // TestLimitsUnderConcurrency: no data key serves one message or one byte more,

@@ -1,6 +1,7 @@
 package cache_test
 
 import (
+	"context"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -263,8 +264,11 @@ func TestQuestionFromBeforeTheNo(t *testing.T) {
 				time.Sleep(6 * time.Minute)
 				r.up.takes(time.Second)
 				r.up.say(nil, tc.refresh)
-				go func() { _, _, _ = r.decrypt(1) }()
-				time.Sleep(500 * time.Millisecond)
+				ctx, cancel := context.WithTimeout(r.t.Context(), 100*time.Millisecond)
+				defer cancel()
+				_, err = r.Decrypt(ctx, r.decryption(1)) // begins the refresh and leaves
+				refused(t, err, context.DeadlineExceeded)
+				time.Sleep(400 * time.Millisecond)
 				r.up.say(nil, tc.probe)
 				r.Observe(unwraps, cache.No, r.Now())
 				time.Sleep(time.Minute)
@@ -348,6 +352,17 @@ func TestStreamsKeepASuspension(t *testing.T) {
 		if s := r.Stats(); s.Authorities != 0 {
 			t.Errorf("%d authorities are remembered after two hours without a question", s.Authorities)
 		}
+	})
+}
+
+// TestReasonIsKept: a no without a reason does not hide the one that had one.
+func TestReasonIsKept(t *testing.T) {
+	bubble(t, func(r *rig) {
+		r.up.say(errNo, errDown)
+		_, _, err := r.decrypt(1)
+		refused(t, err, errNo)
+		r.Observe(unwraps, cache.No, r.Now())
+		refused(t, r.Recheck(unwraps), errNo)
 	})
 }
 

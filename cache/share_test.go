@@ -60,6 +60,17 @@ func TestEqualCallers(t *testing.T) {
 	})
 }
 
+// TestOddShares: nobody loses the odd one out to a flood either.
+func TestOddShares(t *testing.T) {
+	bubble(t, func(r *rig) {
+		r.hits("alice", 0, 3)
+		r.hits("mallory", 1000, 100)
+		if hits := r.hits("alice", 0, 3); hits != 3 {
+			t.Errorf("%d of 3 data keys survived", hits)
+		}
+	}, func(cfg *cache.Config) { cfg.MaxEntries = 5 })
+}
+
 // TestANewcomer gets its share from whoever has the most.
 func TestANewcomer(t *testing.T) {
 	bubble(t, func(r *rig) {
