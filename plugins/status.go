@@ -92,12 +92,25 @@ func fromStatus(ctx context.Context, err error) *Error {
 	switch s.Code() {
 	case codes.Unavailable, codes.DeadlineExceeded, codes.Canceled:
 		e.Class = Unavailable
+		awaitDeadline(ctx, s.Code())
 		if cause := ctx.Err(); cause != nil {
 			e.Detail, e.Err = "", cause
 		}
 	default:
 	}
 	return e
+}
+
+// deadlineSkew is how much earlier than the caller's own clock the other end of
+// a call may find that its deadline has passed.
+const deadlineSkew = 20 * time.Millisecond
+
+// awaitDeadline makes sure that a call which the other end gave up for the
+// caller's deadline is seen to have ended for it here too: not as an outage.
+func awaitDeadline(ctx context.Context, code codes.Code) {
+	if deadline, ok := ctx.Deadline(); ok && code != codes.Unavailable && time.Until(deadline) < deadlineSkew {
+		<-ctx.Done()
+	}
 }
 
 func classNamed(name string) Class {
