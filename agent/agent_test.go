@@ -211,6 +211,23 @@ func TestBadRequests(t *testing.T) {
 		if status.Code(err) != codes.InvalidArgument {
 			t.Errorf("error = %v", err)
 		}
+		empty, err := kmsagentv1.NewKMSClient(r.tls("orders")).DecryptStream(ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_ = empty.CloseSend()
+		if _, err = empty.Recv(); status.Code(err) != codes.InvalidArgument {
+			t.Errorf("a stream of nothing: %v", err)
+		}
+	})
+	t.Run("page token", func(t *testing.T) {
+		_, err := c.ListKeys(ctx, &kmsagentv1.ListKeysRequest{PageToken: strings.Repeat("x", 200)})
+		wantReason(t, err, "INVALID_REQUEST")
+	})
+	t.Run("each refusal is on record", func(t *testing.T) {
+		if n := strings.Count(r.auditText(), `"reason":"INVALID_REQUEST"`); n != 4 {
+			t.Errorf("%d records of invalid requests, want 4", n)
+		}
 	})
 	t.Run("no key and no context", func(t *testing.T) {
 		_, err := c.Encrypt(ctx, &kmsagentv1.EncryptRequest{})

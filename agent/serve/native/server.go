@@ -29,18 +29,23 @@ type server struct {
 	limits  serve.Limits
 }
 
-// call adds the caller's own terms to what the door found out.
-func call(ctx context.Context, maxStale *durationpb.Duration) (kms.Call, error) {
+// call adds the caller's own terms to what the door found out. What it refuses
+// is on the record.
+func (s *server) call(ctx context.Context, operation string, maxStale *durationpb.Duration) (kms.Call, error) {
 	c := serve.CallFrom(ctx)
 	if maxStale == nil {
 		return c, nil
 	}
 	d := maxStale.AsDuration()
 	if err := maxStale.CheckValid(); err != nil || d < 0 {
-		return c, &kms.Error{Reason: kms.ReasonInvalidRequest, Message: "max_stale must be a duration of zero or more"}
+		return c, s.invalid(ctx, c, operation, "max_stale must be a duration of zero or more")
 	}
 	c.MaxStale = &d
 	return c, nil
+}
+
+func (s *server) invalid(ctx context.Context, c kms.Call, operation, message string) error {
+	return s.service.Refuse(ctx, c, operation, &kms.Error{Reason: kms.ReasonInvalidRequest, Message: message})
 }
 
 // fits refuses a payload over the limit, on the record.
@@ -60,7 +65,7 @@ func (s *server) fitsMessage(ctx context.Context, c kms.Call, operation string, 
 }
 
 func (s *server) Encrypt(ctx context.Context, r *kmsagentv1.EncryptRequest) (*kmsagentv1.EncryptResponse, error) {
-	c, err := call(ctx, r.GetMaxStale())
+	c, err := s.call(ctx, "encrypt", r.GetMaxStale())
 	if err != nil {
 		return nil, err
 	}
@@ -76,7 +81,7 @@ func (s *server) Encrypt(ctx context.Context, r *kmsagentv1.EncryptRequest) (*km
 }
 
 func (s *server) Decrypt(ctx context.Context, r *kmsagentv1.DecryptRequest) (*kmsagentv1.DecryptResponse, error) {
-	c, err := call(ctx, r.GetMaxStale())
+	c, err := s.call(ctx, "decrypt", r.GetMaxStale())
 	if err != nil {
 		return nil, err
 	}
@@ -91,7 +96,7 @@ func (s *server) Decrypt(ctx context.Context, r *kmsagentv1.DecryptRequest) (*km
 }
 
 func (s *server) ReEncrypt(ctx context.Context, r *kmsagentv1.ReEncryptRequest) (*kmsagentv1.ReEncryptResponse, error) {
-	c, err := call(ctx, r.GetMaxStale())
+	c, err := s.call(ctx, "reencrypt", r.GetMaxStale())
 	if err != nil {
 		return nil, err
 	}
@@ -109,7 +114,7 @@ func (s *server) ReEncrypt(ctx context.Context, r *kmsagentv1.ReEncryptRequest) 
 }
 
 func (s *server) GenerateDataKey(ctx context.Context, r *kmsagentv1.GenerateDataKeyRequest) (*kmsagentv1.GenerateDataKeyResponse, error) {
-	c, err := call(ctx, r.GetMaxStale())
+	c, err := s.call(ctx, "generate-data-key", r.GetMaxStale())
 	if err != nil {
 		return nil, err
 	}
@@ -123,7 +128,7 @@ func (s *server) GenerateDataKey(ctx context.Context, r *kmsagentv1.GenerateData
 }
 
 func (s *server) GenerateDataKeyWithoutPlaintext(ctx context.Context, r *kmsagentv1.GenerateDataKeyWithoutPlaintextRequest) (*kmsagentv1.GenerateDataKeyWithoutPlaintextResponse, error) {
-	c, err := call(ctx, r.GetMaxStale())
+	c, err := s.call(ctx, "generate-data-key-without-plaintext", r.GetMaxStale())
 	if err != nil {
 		return nil, err
 	}
@@ -135,7 +140,7 @@ func (s *server) GenerateDataKeyWithoutPlaintext(ctx context.Context, r *kmsagen
 }
 
 func (s *server) DecryptDataKey(ctx context.Context, r *kmsagentv1.DecryptDataKeyRequest) (*kmsagentv1.DecryptDataKeyResponse, error) {
-	c, err := call(ctx, r.GetMaxStale())
+	c, err := s.call(ctx, "decrypt-data-key", r.GetMaxStale())
 	if err != nil {
 		return nil, err
 	}
@@ -156,7 +161,7 @@ func (s *server) Wrap(ctx context.Context, r *kmsagentv1.WrapRequest) (*kmsagent
 }
 
 func (s *server) Unwrap(ctx context.Context, r *kmsagentv1.UnwrapRequest) (*kmsagentv1.UnwrapResponse, error) {
-	c, err := call(ctx, r.GetMaxStale())
+	c, err := s.call(ctx, "unwrap", r.GetMaxStale())
 	if err != nil {
 		return nil, err
 	}
@@ -185,7 +190,7 @@ func (s *server) DescribeKey(ctx context.Context, r *kmsagentv1.DescribeKeyReque
 
 func (s *server) ListKeys(ctx context.Context, r *kmsagentv1.ListKeysRequest) (*kmsagentv1.ListKeysResponse, error) {
 	if len(r.GetPageToken()) > maxKeyListPageToken {
-		return nil, &kms.Error{Reason: kms.ReasonInvalidRequest, Message: "page_token is not one that ListKeys gave"}
+		return nil, s.invalid(ctx, serve.CallFrom(ctx), "list-keys", "page_token is not one that ListKeys gave")
 	}
 	keys, more, err := s.service.ListKeys(ctx, serve.CallFrom(ctx), r.GetPageToken(), int(min(r.GetPageSize(), kms.MaxPageSize)))
 	if err != nil {

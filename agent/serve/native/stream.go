@@ -9,23 +9,26 @@ import (
 	"google.golang.org/grpc"
 
 	"github.com/kms-agent/kms-agent/agent/kms"
+	"github.com/kms-agent/kms-agent/agent/serve"
 	kmsagentv1 "github.com/kms-agent/kms-agent/api/kmsagent/v1"
 )
 
 // chunkSize is how much ciphertext or plaintext one answer of a stream holds.
 const chunkSize = 64 << 10
 
+const noStart = "the first request of a stream must be its start"
+
 func (s *server) EncryptStream(ss grpc.BidiStreamingServer[kmsagentv1.EncryptStreamRequest, kmsagentv1.EncryptStreamResponse]) error {
 	ctx := ss.Context()
 	first, err := ss.Recv()
-	if err != nil {
+	if err != nil && !errors.Is(err, io.EOF) {
 		return streamEnd(ctx, err)
 	}
 	start := first.GetStart()
 	if start == nil {
-		return errNoStart()
+		return s.invalid(ctx, serve.CallFrom(ctx), "encrypt", noStart)
 	}
-	c, err := call(ctx, start.GetMaxStale())
+	c, err := s.call(ctx, "encrypt", start.GetMaxStale())
 	if err != nil {
 		return err
 	}
@@ -77,14 +80,14 @@ func (s *server) fitsChunk(size int) error {
 func (s *server) DecryptStream(ss grpc.BidiStreamingServer[kmsagentv1.DecryptStreamRequest, kmsagentv1.DecryptStreamResponse]) error {
 	ctx := ss.Context()
 	first, err := ss.Recv()
-	if err != nil {
+	if err != nil && !errors.Is(err, io.EOF) {
 		return streamEnd(ctx, err)
 	}
 	start := first.GetStart()
 	if start == nil {
-		return errNoStart()
+		return s.invalid(ctx, serve.CallFrom(ctx), "decrypt", noStart)
 	}
-	c, err := call(ctx, start.GetMaxStale())
+	c, err := s.call(ctx, "decrypt", start.GetMaxStale())
 	if err != nil {
 		return err
 	}
@@ -118,10 +121,6 @@ func (s *server) DecryptStream(ss grpc.BidiStreamingServer[kmsagentv1.DecryptStr
 		err = nil
 	}
 	return st.Close(ctx, streamEnd(ctx, err))
-}
-
-func errNoStart() error {
-	return &kms.Error{Reason: kms.ReasonInvalidRequest, Message: "the first request of a stream must be its start"}
 }
 
 // streamEnd keeps the caller's own end apart from other errors.
