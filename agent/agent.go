@@ -55,7 +55,7 @@ func New(cfg *Config, path string, logger *zap.Logger) (*Agent, error) {
 	if err := a.buildIdentity(cfg); err != nil {
 		return nil, err
 	}
-	log, err := audit.Open(auditConfig(cfg))
+	log, err := audit.Open(cfg.AuditLog())
 	if err != nil {
 		return nil, fmt.Errorf("audit log: %w", err)
 	}

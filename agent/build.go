@@ -16,11 +16,12 @@ import (
 	"github.com/kms-agent/kms-agent/plugins"
 )
 
-func auditConfig(cfg *Config) audit.Config {
+// AuditLog is what the configuration asks of the audit log.
+func (c *Config) AuditLog() audit.Config {
 	return audit.Config{
-		Path: cfg.Audit.File, StateDir: cfg.StateDir, InitialKeyPath: cfg.Audit.InitialKey,
-		Durable: cfg.Audit.Durable, WriteTimeout: cfg.Audit.WriteTimeout,
-		ContextValues: audit.ContextValues(cfg.Audit.ContextValues),
+		Path: c.Audit.File, StateDir: c.StateDir, InitialKeyPath: c.Audit.InitialKey,
+		Durable: c.Audit.Durable, WriteTimeout: c.Audit.WriteTimeout,
+		ContextValues: audit.ContextValues(c.Audit.ContextValues),
 	}
 }
 

@@ -19,7 +19,7 @@ type auditVerify struct {
 }
 
 func newAudit(a *app) *cobra.Command {
-	c := group("audit", "Verify the audit log", "")
+	c := group("audit", "Verify the audit log, or let it go on after a loss", "")
 	v := auditVerify{}
 	verify := &cobra.Command{
 		Use:   "verify [LOG...]",
@@ -40,8 +40,40 @@ tell: --at-least takes a sequence number that the log is known to have reached
 	verify.Flags().StringVar(&v.config, "config", "", "take the log and its initial key from this configuration")
 	verify.Flags().Uint64Var(&v.options.From, "from", 1, "sequence number of the first record given")
 	verify.Flags().Uint64Var(&v.options.AtLeast, "at-least", 0, "sequence number that the log is known to have reached")
+	verify.Flags().BoolVar(&v.options.AllowGaps, "allow-gaps", false, "report gaps that an administrator accepted, and go on behind them")
 	a.outputFlag(verify)
-	c.AddCommand(verify)
+	c.AddCommand(verify, newAcceptGap(a))
+	return c
+}
+
+func newAcceptGap(a *app) *cobra.Command {
+	var config, reason string
+	c := &cobra.Command{
+		Use:   "accept-gap",
+		Short: "Let a log go on that lacks records, and leave a record of it",
+		Long: `An agent whose audit log lacks records that its state knows of does not start.
+When the missing file can be put back, do that. When it is lost, this writes a
+record that says which records may be missing, and why, for ever: audit verify
+reports it. The agent must not be running.`,
+		Example: `  kms-agent audit accept-gap --config /etc/kms-agent/config.yaml --reason "disk of host-17 replaced"`,
+		Args:    exactly(),
+		RunE: func(*cobra.Command, []string) error {
+			if reason == "" {
+				return usagef("say --reason: it stands in the audit log for ever")
+			}
+			cfg, err := agent.LoadConfig(config)
+			if err != nil {
+				return err
+			}
+			if err := audit.AcceptGap(cfg.AuditLog(), reason); err != nil {
+				return err
+			}
+			a.note("the gap is on record in %s; the agent can be started", cfg.Audit.File)
+			return nil
+		},
+	}
+	c.Flags().StringVar(&config, "config", defaultConfigPath, "the configuration of the agent whose log it is")
+	c.Flags().StringVar(&reason, "reason", "", "why records are missing, for those who will read the log")
 	return c
 }
 
@@ -111,6 +143,9 @@ func (a *app) reportAudit(report audit.Report) error {
 			t.row("first", fmt.Sprintf("%d  %s", report.First, when(report.FirstTime)))
 			t.row("last", fmt.Sprintf("%d  %s", report.Last, when(report.LastTime)))
 		}
+		for _, g := range report.Gaps {
+			t.row("gap", fmt.Sprintf("%s:%d: records %d to %d may be missing: %s", g.File, g.Line, g.From, g.To, g.Reason))
+		}
 		switch {
 		case !report.OK():
 			t.row("result", "NOT VALID")
@@ -127,5 +162,6 @@ func (a *app) reportAudit(report audit.Report) error {
 	if f := report.Fault; f != nil {
 		return &codedError{code: exitInvalid, hint: hint, err: fmt.Errorf("%s:%d: %s: %s", f.File, f.Line, f.Reason, f.Detail)}
 	}
-	return &codedError{code: exitInvalid, hint: hint, err: errors.New("the log is not valid")}
+	return &codedError{code: exitInvalid, hint: "--allow-gaps verifies what is there all the same",
+		err: fmt.Errorf("records are missing, in %d places where an administrator accepted that", len(report.Gaps))}
 }
