@@ -86,9 +86,12 @@ func TestArenas(t *testing.T) {
 			again.release()
 			two.release()
 		})
-		t.Run(kind+": locked, not dumped", func(t *testing.T) {
+		t.Run(kind+": there, locked, not dumped", func(t *testing.T) {
 			a := arenaOf(t, 2, kind, memory)
-			flags := vmFlags(t, a)
+			if resident, size := smaps(t, a, "Rss:"), smaps(t, a, "Size:"); resident != size {
+				t.Errorf("resident: %s of %s; it is to be found when it is reserved", resident, size)
+			}
+			flags := smaps(t, a, "VmFlags:")
 			for _, flag := range []string{"lo", "dd"} { // locked; not in dumps
 				if !strings.Contains(flags, " "+flag) {
 					t.Errorf("VmFlags %q lack %q", flags, flag)
@@ -98,22 +101,21 @@ func TestArenas(t *testing.T) {
 	}
 }
 
-// vmFlags are the kernel's flags of the mapping that holds the arena.
-func vmFlags(t *testing.T, a *arena) string {
+// smaps is what the kernel says of the mapping that holds the arena.
+func smaps(t *testing.T, a *arena, field string) string {
 	t.Helper()
-	// Alone in its mapping or merged with another of the same flags.
-	smaps, err := os.ReadFile("/proc/self/smaps")
+	mappings, err := os.ReadFile("/proc/self/smaps")
 	if err != nil {
 		t.Fatal(err)
 	}
 	inside := false
-	for line := range strings.Lines(string(smaps)) {
+	for line := range strings.Lines(string(mappings)) {
 		if low, high, ok := mappingOf(line); ok {
 			at := uint64(uintptr(unsafe.Pointer(&a.memory[0])))
 			inside = low <= at && at < high
 		}
-		if flags, ok := strings.CutPrefix(line, "VmFlags:"); ok && inside {
-			return flags
+		if value, ok := strings.CutPrefix(line, field); ok && inside {
+			return value
 		}
 	}
 	t.Fatal("the arena has no mapping")

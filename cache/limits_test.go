@@ -68,22 +68,24 @@ func TestSweepDestroys(t *testing.T) {
 	const n = 3000
 	bubble(t, func(r *rig) {
 		defer r.run()()
+		f, k, err := r.encrypt(func(req *cache.EncryptRequest) { req.Limits.MaxIdle = 24 * time.Hour })
+		served(t, f, k, err)
 		r.encryptAll(n)
-		f, k, err := r.decrypt(1, func(req *cache.DecryptRequest) { req.Limits.MaxIdle = 24 * time.Hour })
+		f, k, err = r.decrypt(1, func(req *cache.DecryptRequest) { req.Limits.MaxIdle = 24 * time.Hour })
 		served(t, f, k, err)
 		time.Sleep(time.Hour)
-		if s := r.Stats(); s.EncryptionKeys != n || s.Evictions != 0 {
+		if s := r.Stats(); s.EncryptionKeys != n+1 || s.Evictions != 0 {
 			t.Errorf("at their limit: %+v, want all of them", s)
 		}
 		time.Sleep(time.Minute)
-		if s := r.Stats(); s.EncryptionKeys != 0 || s.DecryptionKeys != 1 || s.Evictions != 0 {
-			t.Errorf("past it: %+v, want one for decryption and no eviction", s)
+		if s := r.Stats(); s.EncryptionKeys != 1 || s.DecryptionKeys != 1 || s.Evictions != 0 {
+			t.Errorf("past it: %+v, want one of each direction and no eviction", s)
 		}
 		time.Sleep(48 * time.Hour)
-		if s := r.Stats(); s.DecryptionKeys != 0 || s.Authorities != 0 {
+		if s := r.Stats(); s.EncryptionKeys+s.DecryptionKeys != 0 || s.Authorities != 0 {
 			t.Errorf("two days later: %+v, want nothing", s)
 		}
-	}, func(cfg *cache.Config) { cfg.MaxEntries = n + 1 })
+	}, func(cfg *cache.Config) { cfg.MaxEntries = n + 2 })
 }
 
 // encryptAll fills n slots whose max_idle is one hour.
@@ -129,6 +131,8 @@ func TestForgettingDoesNotLoseAFill(t *testing.T) {
 		if s := r.Stats(); s.DecryptionKeys != 0 {
 			t.Errorf("%d data keys outlive the revocation of their authority", s.DecryptionKeys)
 		}
+		_, _, err = r.decrypt(1)
+		refused(t, err, errNo)
 	})
 }
 

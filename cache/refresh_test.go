@@ -35,6 +35,37 @@ func TestRefreshAhead(t *testing.T) {
 	})
 }
 
+// TestRefreshOnlyAfterUse: a use that the last refresh has answered for is not
+// a reason for another.
+func TestRefreshOnlyAfterUse(t *testing.T) {
+	bubble(t, func(r *rig) {
+		defer r.run()()
+		for range 2 {
+			f, n, err := r.encrypt()
+			served(t, f, n, err)
+			time.Sleep(230 * time.Second)
+		}
+		time.Sleep(time.Hour)
+		r.wantCalls(1, 1)
+	})
+}
+
+// TestRefreshFollowsTheLimit: a max_age that was made longer is not refreshed
+// at the pace of the old one.
+func TestRefreshFollowsTheLimit(t *testing.T) {
+	bubble(t, func(r *rig) {
+		defer r.run()()
+		for _, maxAge := range []time.Duration{time.Minute, 20 * time.Minute, 20 * time.Minute} {
+			f, n, err := r.encrypt(func(req *cache.EncryptRequest) { req.Limits.MaxAge = maxAge })
+			served(t, f, n, err)
+			time.Sleep(5 * time.Minute)
+		}
+		r.wantCalls(1, 1)
+		time.Sleep(5 * time.Minute)
+		r.wantCalls(1, 2)
+	})
+}
+
 // TestRefreshJitter: what was confirmed together is not refreshed together.
 func TestRefreshJitter(t *testing.T) {
 	var numbers int

@@ -165,9 +165,14 @@ func TestNobodyTakesTheProbe(t *testing.T) {
 		time.Sleep(time.Minute)
 		r.up.say(nil, errDown)
 		for i := range 100 {
-			_, _, _ = r.decrypt(1000+i, func(req *cache.DecryptRequest) {
+			_, _, err = r.decrypt(1000+i, func(req *cache.DecryptRequest) {
 				req.Caller, req.Fill = "mallory", given(nil, errOther)
 			})
+			if i == 0 {
+				refused(t, err, errOther) // upstream's word on the request itself
+			} else {
+				refused(t, err, cache.ErrSuspended)
+			}
 		}
 		f, n, err := r.decrypt(1)
 		served(t, f, n, err)

@@ -60,6 +60,21 @@ func TestEqualCallers(t *testing.T) {
 	})
 }
 
+// TestLeastRecentlyUsedGoesFirst within a share.
+func TestLeastRecentlyUsedGoesFirst(t *testing.T) {
+	bubble(t, func(r *rig) {
+		r.hits("alice", 0, 3)
+		r.hits("alice", 0, 1)
+		r.hits("alice", 3, 1)
+		if hits := r.hits("alice", 0, 1); hits != 1 {
+			t.Error("the data key that was used last is gone")
+		}
+		if hits := r.hits("alice", 1, 1); hits != 0 {
+			t.Error("the data key that was used first is kept")
+		}
+	}, func(cfg *cache.Config) { cfg.MaxEntries = 3 })
+}
+
 // TestOddShares: nobody loses the odd one out to a flood either.
 func TestOddShares(t *testing.T) {
 	bubble(t, func(r *rig) {
