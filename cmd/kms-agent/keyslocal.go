@@ -138,7 +138,7 @@ holds the keys: only their administrator should.`)
 	c.AddCommand(newLocalInit(a), newLocalList(a), newLocalCreate(a), newLocalRotate(a),
 		newLocalState(a, "disable", "Make a version refuse to wrap and unwrap until it is enabled again", (*local.Keystore).Disable),
 		newLocalState(a, "enable", "Undo disable", (*local.Keystore).Enable),
-		newLocalDestroy(a), newLocalBackup(a), newLocalRestore(a))
+		newLocalDestroy(a), newLocalReseal(a), newLocalBackup(a), newLocalRestore(a))
 	return c
 }
 
@@ -304,6 +304,37 @@ func newLocalDestroy(a *app) *cobra.Command {
 needs it any more; then destroy it with --confirm NAME@VERSION. What it wrapped can
 then be opened by no one, except through a backup of the keystore.`
 	c.Flags().StringVar(&confirm, "confirm", "", "NAME@VERSION, to say that it is meant")
+	return c
+}
+
+func newLocalReseal(a *app) *cobra.Command {
+	f, seal := keystoreFlags{}, sealFlags{}
+	c := &cobra.Command{
+		Use: "reseal", Short: "Put the keystore under another seal", Args: exactly(),
+		Long: `Seals the keystore by another secret. Change the configuration of the backend to
+the new seal right after it: until then the agent cannot open the keystore.
+Copies and backups made before stay under the old seal.`,
+		RunE: func(*cobra.Command, []string) error {
+			next, err := seal.seal("new-")
+			if err != nil {
+				return err
+			}
+			ks, err := a.openKeystore(&f)
+			if err != nil {
+				return err
+			}
+			defer ks.Close()
+			resealed, err := ks.Reseal(next)
+			if err != nil {
+				return err
+			}
+			defer resealed.Close()
+			return a.printKeystore(resealed)
+		},
+	}
+	seal.flags(c, "new-", "the keystore from now on")
+	a.keystoreFlags(c, &f)
+	a.outputFlag(c)
 	return c
 }
 
