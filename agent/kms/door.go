@@ -6,6 +6,7 @@ import (
 	"errors"
 	"maps"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/kms-agent/kms-agent/agent/audit"
@@ -74,7 +75,7 @@ func callerRecord(call Call) audit.Caller {
 // The answers for an unknown key and for a forbidden one are the same.
 func (t *transaction) authorise(name string, op policy.Operation, encryptionContext map[string]string) (*key, error) {
 	if len(name) > maxKeyName {
-		name = name[:maxKeyName]
+		name = strings.ToValidUTF8(name[:maxKeyName], "")
 	}
 	t.record.Key = name
 	t.record.Context = encryptionContext

@@ -12,6 +12,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+	"unicode"
 
 	"go.uber.org/zap"
 	"google.golang.org/grpc"
@@ -190,7 +191,7 @@ func (d *Door) newCall() *kms.Call {
 // enter identifies the caller and counts the call. What it refuses is on the
 // record.
 func (d *Door) enter(ctx context.Context, call *kms.Call, method string) (context.Context, func(), error) {
-	operation := method[strings.LastIndexByte(method, '/')+1:]
+	operation := operationOf(method)
 	caller, err := d.identify(ctx)
 	call.Caller = caller
 	if err != nil {
@@ -232,5 +233,30 @@ func (d *Door) recovered(call *kms.Call, method string, err *error) {
 	}
 	d.Logger.Error("request panicked", zap.String("request_id", call.RequestID), zap.String("method", method),
 		zap.ByteString("stack", debug.Stack()))
-	*err = Status(errors.New("panic"), call.RequestID)
+	*err = Status(d.Service.Refuse(context.Background(), *call, operationOf(method), &kms.Error{
+		Reason: kms.ReasonInternal, Message: "internal error; the agent's log has it under the request ID", Cause: errors.New("panic"),
+	}), call.RequestID)
+}
+
+// operationOf is the operation behind a method, as policy and audit call it.
+func operationOf(method string) string {
+	name := method[strings.LastIndexByte(method, '/')+1:]
+	switch name {
+	case "EncryptStream":
+		return "encrypt"
+	case "DecryptStream":
+		return "decrypt"
+	case "ReEncrypt", "WhoAmI":
+		return strings.ToLower(name)
+	case "DescribeKey":
+		return "describe"
+	}
+	var b strings.Builder
+	for i, r := range name {
+		if unicode.IsUpper(r) && i > 0 {
+			b.WriteByte('-')
+		}
+		b.WriteRune(unicode.ToLower(r))
+	}
+	return b.String()
 }
