@@ -165,6 +165,33 @@ func (c *Cache) Confirmed(name Authority) (age time.Duration, ok bool) {
 	return max(0, c.cfg.Now()-a.confirmed), true
 }
 
+// Renew returns nil when upstream confirmed an Authority no longer than maxAge
+// ago, and asks where it did not. It is for a Use that lasts: what keeps one for
+// longer than maxAge asks now and then. Its error is ErrSuspended, ErrRevoked,
+// ErrClosed, that of Config.Confirm, or of ctx.
+func (c *Cache) Renew(ctx context.Context, name Authority, maxAge time.Duration) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	began := c.cfg.Now()
+	for {
+		if c.closed {
+			return ErrClosed
+		}
+		a, now := c.authorityLocked(name), c.cfg.Now()
+		if a.standing != good {
+			return a.suspension()
+		}
+		// A confirmation that began after the question is always good enough.
+		if a.known && a.confirmed >= min(now-max(0, maxAge), began) {
+			a.usedLocked(maxAge, now)
+			return nil
+		}
+		if err := c.awaitLocked(ctx, c.askLocked(ctx, a)); err != nil {
+			return err
+		}
+	}
+}
+
 // probeLocked makes sure of a no, unless that was tried just now: then it
 // returns nil.
 func (c *Cache) probeLocked(ctx context.Context, a *authority) *flight {

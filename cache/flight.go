@@ -69,6 +69,18 @@ func (c *Cache) waitLocked(ctx context.Context, f *flight, r *request) (*Use, er
 	return nil, ctx.Err()
 }
 
+// awaitLocked is waitLocked for those who want no data key.
+func (c *Cache) awaitLocked(ctx context.Context, f *flight) error {
+	c.mu.Unlock()
+	defer c.mu.Lock()
+	select {
+	case <-f.done:
+		return f.err // written before done was closed
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
 // verdict is what an answer of Fill or Confirm means.
 func (c *Cache) verdict(err error) Verdict {
 	if err == nil {

@@ -47,7 +47,7 @@ func (s *Service) GenerateDataKeyWithoutPlaintext(ctx context.Context, call Call
 }
 
 func (t *transaction) generate(ctx context.Context, req GenerateDataKeyRequest, op policy.Operation) (DataKeyResponse, error) {
-	k, err := t.authorise(req.Key, op, req.Context)
+	k, err := t.authoriseWith(req.Key, op, req.Context)
 	if err != nil {
 		return DataKeyResponse{}, err
 	}
@@ -67,9 +67,6 @@ func (t *transaction) useUntil(k *key) time.Time {
 // wrapBound wraps key material under the current version with the context
 // bound, past the cache, which learns from it all the same.
 func (t *transaction) wrapBound(ctx context.Context, k *key, material []byte, purpose envelope.Purpose, encryptionContext map[string]string) (envelope.EDK, KeyUse, error) {
-	if err := envelope.CheckContext(encryptionContext); err != nil {
-		return envelope.EDK{}, KeyUse{}, invalid(k.Name, "encryption context: %v", err)
-	}
 	version, err := t.current(ctx, k)
 	if err != nil {
 		return envelope.EDK{}, KeyUse{}, err
@@ -134,7 +131,7 @@ func (t *transaction) admitEDK(edk envelope.EDK, op policy.Operation, encryption
 	if err != nil {
 		return nil, sealed{}, foreign(err)
 	}
-	k, err := t.authorise(info.Key, op, encryptionContext)
+	k, err := t.authoriseWith(info.Key, op, encryptionContext)
 	if err != nil {
 		return nil, sealed{}, err
 	}
@@ -162,7 +159,7 @@ type WrapResponse struct {
 // under the wrapping key. Nothing is cached.
 func (s *Service) Wrap(ctx context.Context, call Call, req WrapRequest) (WrapResponse, error) {
 	return perform(ctx, s, call, policy.Wrap, func(ctx context.Context, t *transaction) (WrapResponse, error) {
-		k, err := t.authorise(req.Key, policy.Wrap, req.Context)
+		k, err := t.authoriseWith(req.Key, policy.Wrap, req.Context)
 		if err != nil {
 			return WrapResponse{}, err
 		}

@@ -71,26 +71,46 @@ func callerRecord(call Call) audit.Caller {
 	}
 }
 
+// authoriseWith is authorise for a context that the caller made: what could not
+// be in a message, such as one without bounds, does not get into the record.
+func (t *transaction) authoriseWith(name string, op policy.Operation, encryptionContext map[string]string) (*key, error) {
+	err := envelope.CheckContext(encryptionContext)
+	if err == nil {
+		return t.authorise(name, op, encryptionContext)
+	}
+	if _, denial := t.authorise(name, op, nil); denial != nil {
+		return nil, denial
+	}
+	return nil, invalid(t.record.Key, "encryption context: %v", err)
+}
+
 // authorise decides whether the caller may perform op on the key of that name.
 // The answers for an unknown key and for a forbidden one are the same.
 func (t *transaction) authorise(name string, op policy.Operation, encryptionContext map[string]string) (*key, error) {
 	if len(name) > maxKeyName {
 		name = strings.ToValidUTF8(name[:maxKeyName], "")
 	}
-	t.record.Key = name
-	t.record.Context = encryptionContext
-	k := t.state.keys[name]
+	k, decision := t.find(name, op, encryptionContext)
+	t.record.Key, t.record.Context, t.record.Rule = name, encryptionContext, decision.Rule
 	if k != nil {
 		t.record.Key = k.Name
 	}
-	decision := t.decide(t.state, t.record.Key, op, encryptionContext)
-	t.record.Rule = decision.Rule
 	if k == nil || !decision.Allowed {
 		return nil, denied(name)
 	}
 	t.bound(decision.MaxStale)
 	t.record.Backend = k.Backend
 	return k, nil
+}
+
+// find looks a key up, by any of its names, and what policy says of it. It takes
+// the same steps for a name that nobody has. The answer is the caller's to obey.
+func (t *transaction) find(name string, op policy.Operation, encryptionContext map[string]string) (*key, policy.Decision) {
+	k := t.state.keys[name]
+	if k != nil {
+		name = k.Name
+	}
+	return k, t.decide(t.state, name, op, encryptionContext)
 }
 
 func (t *transaction) decide(st *state, name string, op policy.Operation, encryptionContext map[string]string) policy.Decision {

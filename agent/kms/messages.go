@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/kms-agent/kms-agent/agent/audit"
 	"github.com/kms-agent/kms-agent/agent/policy"
@@ -35,7 +36,7 @@ type EncryptResponse struct {
 // plaintext is read during the call only.
 func (s *Service) Encrypt(ctx context.Context, call Call, req EncryptRequest) (EncryptResponse, error) {
 	return perform(ctx, s, call, policy.Encrypt, func(ctx context.Context, t *transaction) (EncryptResponse, error) {
-		k, err := t.authorise(req.Key, policy.Encrypt, req.Context)
+		k, err := t.authoriseWith(req.Key, policy.Encrypt, req.Context)
 		if err != nil {
 			return EncryptResponse{}, err
 		}
@@ -46,9 +47,6 @@ func (s *Service) Encrypt(ctx context.Context, call Call, req EncryptRequest) (E
 // seal makes a message for a caller who may.
 func (t *transaction) seal(ctx context.Context, k *key, plaintext []byte, encryptionContext map[string]string) (EncryptResponse, error) {
 	t.record.BytesIn = uint64(len(plaintext))
-	if err := envelope.CheckContext(encryptionContext); err != nil {
-		return EncryptResponse{}, invalid(k.Name, "encryption context: %v", err)
-	}
 	use, err := t.encryptionKey(ctx, k, encryptionContext, uint64(len(plaintext)))
 	if err != nil {
 		return EncryptResponse{}, err
@@ -151,11 +149,11 @@ func (t *transaction) admit(h *envelope.Header, expected map[string]string) (*ke
 	return k, edks, nil
 }
 
-// keyOf reads the logical key of a message from its EDKs. All that this agent
-// recognises must name the same one.
+// keyOf reads the logical key of a message from its EDKs. All that the caller
+// may decrypt with must name the same one.
 func (t *transaction) keyOf(h *envelope.Header) (string, []*envelope.ProviderInfo, error) {
 	infos := make([]*envelope.ProviderInfo, len(h.EDKs))
-	unknown, name := "", ""
+	var names []string
 	for i, edk := range h.EDKs {
 		if edk.ProviderID != envelope.ProviderID {
 			continue
@@ -165,23 +163,39 @@ func (t *transaction) keyOf(h *envelope.Header) (string, []*envelope.ProviderInf
 			return "", nil, foreign(err)
 		}
 		infos[i] = &info
-		k := t.state.keys[info.Key]
-		switch {
-		case k == nil:
-			unknown = info.Key
-		case name == "":
-			name = k.Name
-		case name != k.Name:
-			return "", nil, foreign(fmt.Errorf("its encrypted data keys name several keys (%q and %q)", name, k.Name))
+		if !slices.Contains(names, info.Key) {
+			names = append(names, info.Key)
 		}
 	}
-	switch {
-	case name != "":
-		return name, infos, nil
-	case unknown != "":
-		return unknown, infos, nil
+	if len(names) == 0 {
+		return "", nil, foreign(errors.New("none of its encrypted data keys was made by a kms-agent"))
 	}
-	return "", nil, foreign(errors.New("none of its encrypted data keys was made by a kms-agent"))
+	name, err := t.oneOf(names, h.Context)
+	return name, infos, err
+}
+
+// oneOf picks the name of the key that the caller may decrypt with. Keys that
+// it may not are passed over like those that nobody knows, so that nobody learns
+// from a message of their own making which names there are.
+func (t *transaction) oneOf(names []string, encryptionContext map[string]string) (string, error) {
+	if len(names) == 1 {
+		return names[0], nil
+	}
+	name := ""
+	for _, candidate := range names {
+		k, decision := t.find(candidate, policy.Decrypt, encryptionContext)
+		switch {
+		case k == nil || !decision.Allowed || k.Name == name:
+		case name == "":
+			name = k.Name
+		default:
+			return "", foreign(fmt.Errorf("its encrypted data keys name several keys (%q and %q)", name, k.Name))
+		}
+	}
+	if name == "" {
+		return names[0], nil
+	}
+	return name, nil
 }
 
 // unlock tries the EDKs until open succeeds with the data key behind one. The
@@ -243,7 +257,7 @@ func (s *Service) ReEncrypt(ctx context.Context, call Call, req ReEncryptRequest
 		if req.ReplaceContext {
 			encryptionContext = req.DestinationContext
 		}
-		k, err := t.authorise(name, policy.Encrypt, encryptionContext)
+		k, err := t.authoriseWith(name, policy.Encrypt, encryptionContext)
 		if err != nil {
 			return ReEncryptResponse{}, err
 		}

@@ -23,8 +23,10 @@ type stream struct {
 	use       *cache.Use
 	authority cache.Authority
 	keyUse    KeyUse
-	checked   time.Duration
-	ended     bool
+	// renew makes sure that upstream confirmed the key within an age.
+	renew   func(maxAge time.Duration) error
+	checked time.Duration
+	ended   bool
 }
 
 // KeyUse names the key behind the stream.
@@ -38,11 +40,18 @@ func (t *transaction) openStream(ctx context.Context, st *stream) error {
 	}
 	t.record.Kind = audit.KindEnd
 	st.checked = t.service.now()
+	st.renew = func(maxAge time.Duration) error {
+		if err := t.service.cache.Renew(t.upstream(ctx), st.authority, maxAge); err != nil {
+			return failure(ctx, st.k.Name, err)
+		}
+		return nil
+	}
 	return nil
 }
 
 // mayGoOn asks again, now and then, whether the caller is still who it was,
-// policy still gives the operation and the key is not revoked.
+// policy still gives the operation, and upstream has confirmed the key within
+// its max_age: a stream that lasts learns of a revocation like everybody else.
 func (s *stream) mayGoOn() error {
 	service := s.t.service
 	now := service.now()
@@ -56,7 +65,8 @@ func (s *stream) mayGoOn() error {
 		}
 	}
 	state := service.state.Load()
-	if k := state.keys[s.k.Name]; k == nil || k.wrapping != s.k.wrapping {
+	k := state.keys[s.k.Name]
+	if k == nil || k.wrapping != s.k.wrapping {
 		return denied(s.k.Name)
 	}
 	decision := s.t.decide(state, s.k.Name, s.op, s.context)
@@ -64,10 +74,11 @@ func (s *stream) mayGoOn() error {
 		s.t.record.Rule = decision.Rule
 		return denied(s.k.Name)
 	}
-	if err := service.cache.Recheck(s.authority); err != nil {
-		return failure(context.Background(), s.k.Name, err)
+	maxAge := k.Limits.MaxAge
+	if decision.MaxStale != nil {
+		maxAge = min(maxAge, *decision.MaxStale)
 	}
-	return nil
+	return s.renew(maxAge)
 }
 
 // end releases the data key and writes the end record. It returns err, or why
@@ -116,12 +127,9 @@ func (s *Service) EncryptStream(ctx context.Context, call Call, req EncryptStrea
 }
 
 func (t *transaction) beginEncrypt(ctx context.Context, req EncryptStreamRequest, w io.Writer) (*EncryptStream, error) {
-	k, err := t.authorise(req.Key, policy.Encrypt, req.Context)
+	k, err := t.authoriseWith(req.Key, policy.Encrypt, req.Context)
 	if err != nil {
 		return nil, err
-	}
-	if err := envelope.CheckContext(req.Context); err != nil {
-		return nil, invalid(k.Name, "encryption context: %v", err)
 	}
 	limit := min(t.state.MaxStream, k.Limits.MaxBytes)
 	if req.LengthLimit > limit {
@@ -171,9 +179,17 @@ func (s *EncryptStream) Write(p []byte) (int, error) {
 // not. The end record is written before it returns.
 func (s *EncryptStream) Close(ctx context.Context, cause error) error {
 	if cause == nil && !s.ended {
-		cause = s.w.Close()
+		cause = s.finish()
 	}
 	return s.end(ctx, streamFailure(ctx, s.k.Name, cause))
+}
+
+// finish makes the last frame, if the stream may still go on.
+func (s *EncryptStream) finish() error {
+	if err := s.mayGoOn(); err != nil {
+		return err
+	}
+	return s.w.Close()
 }
 
 // DecryptStream gives the plaintext of one message. It is for one goroutine.
@@ -229,10 +245,12 @@ func (s *DecryptStream) Context() map[string]string { return s.context }
 // Read gives verified plaintext only. io.EOF means that the whole message was
 // verified.
 func (s *DecryptStream) Read(p []byte) (int, error) {
-	if err := s.mayGoOn(); err != nil {
-		return 0, err
-	}
 	n, err := s.r.Read(p)
+	// Not before: the source may keep the reader waiting for long.
+	if denial := s.mayGoOn(); denial != nil {
+		clear(p[:n])
+		return 0, denial
+	}
 	s.t.record.BytesOut += uint64(n)
 	return n, err
 }

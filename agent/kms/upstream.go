@@ -20,7 +20,8 @@ func verdictOf(err error) cache.Verdict {
 	if err == nil {
 		return cache.Yes
 	}
-	if errors.Is(err, context.Canceled) {
+	var own *Error
+	if errors.Is(err, context.Canceled) || errors.As(err, &own) {
 		return cache.Other
 	}
 	switch class := plugins.ClassOf(err); {
@@ -80,7 +81,8 @@ func (t *transaction) encryptionKey(ctx context.Context, k *key, encryptionConte
 		},
 		Limits: k.Limits, Bytes: bytes, MaxStale: t.maxStale, Arrived: t.arrived,
 		Fill: func(ctx context.Context) (cache.Material, error) {
-			return t.service.newMessageKey(ctx, k, version, partition, encryptionContext)
+			m, err := t.service.newMessageKey(ctx, k, version, partition, encryptionContext)
+			return t.service.stillWanted(k, m, err)
 		},
 	})
 	t.waited(use, began)
@@ -105,6 +107,17 @@ func (s *Service) newMessageKey(ctx context.Context, k *key, version, partition 
 	}
 	s.cache.Observe(k.wrapping.authority(version, cache.Decrypt), cache.Yes, began)
 	return cache.Material{DataKey: material, Origin: wrapped}, nil
+}
+
+// stillWanted keeps a data key out of the cache when the key that it belongs to
+// has been taken out of the configuration, or given to another backend, since
+// the operation began: Apply has evicted such data keys already.
+func (s *Service) stillWanted(k *key, m cache.Material, err error) (cache.Material, error) {
+	if err == nil && !s.inUse(k.wrapping) {
+		clear(m.DataKey)
+		return cache.Material{}, reconfigured(k)
+	}
+	return m, err
 }
 
 func newDataKey() []byte {
@@ -172,7 +185,7 @@ func (t *transaction) decryptionKey(ctx context.Context, k *key, edk sealed) (*c
 		Limits:    k.Limits, MaxStale: t.maxStale, Arrived: t.arrived,
 		Fill: func(ctx context.Context) (cache.Material, error) {
 			material, err := w.unwrap(ctx, edk)
-			return cache.Material{DataKey: material, Origin: edk}, err
+			return t.service.stillWanted(k, cache.Material{DataKey: material, Origin: edk}, err)
 		},
 	})
 	t.waited(use, began)

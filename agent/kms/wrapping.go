@@ -54,6 +54,26 @@ type sealed struct {
 	binding plugins.Binding
 }
 
+// reconfigured is for what began under a configuration that has been replaced.
+// Upstream has said nothing.
+func reconfigured(k *key) *Error {
+	e := &Error{
+		Reason: ReasonBackendDown, RetryAfter: time.Second,
+		Message: "the agent's configuration of this key changed meanwhile; retry",
+	}
+	if k != nil {
+		e.Key = k.Name
+	}
+	return e
+}
+
+// inUse tells whether a wrapping key is still configured as it was.
+func (s *Service) inUse(w *wrapping) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.wrappings[w.id] == w
+}
+
 func newWrapping(id wrappingID, key string, backend plugins.Backend) *wrapping {
 	return &wrapping{id: id, key: key, backend: backend, canaries: map[string]sealed{}}
 }
@@ -91,20 +111,7 @@ func (s *Service) describe(ctx context.Context, w *wrapping, maxAge time.Duratio
 // askDescription asks upstream, once for all who wait.
 func (s *Service) askDescription(ctx context.Context, w *wrapping) (*described, error) {
 	result := w.flight.DoChan("", func() (any, error) {
-		detached, cancel := context.WithTimeout(context.WithoutCancel(ctx), describeTimeout)
-		defer cancel()
-		began := s.now()
-		w.asked.Store(int64(began))
-		d, err := w.backend.Describe(detached, w.id.uri)
-		if err != nil {
-			s.descriptionFailed(w, err, began)
-			return nil, fmt.Errorf("describe %s: %w", w.id.uri, err)
-		}
-		fresh := &described{Description: d, at: began}
-		if old := w.described.Swap(fresh); old != nil && old.Current != d.Current {
-			s.cache.EvictAuthority(w.authority(old.Current, cache.Encrypt))
-		}
-		return fresh, nil
+		return s.askForItself(context.WithoutCancel(ctx), w)
 	})
 	select {
 	case r := <-result:
@@ -112,6 +119,33 @@ func (s *Service) askDescription(ctx context.Context, w *wrapping) (*described, 
 		return fresh, r.Err
 	case <-ctx.Done():
 		return nil, ctx.Err()
+	}
+}
+
+// askForItself asks upstream with a question of its own. An answer to an older
+// question does not replace one to a newer.
+func (s *Service) askForItself(ctx context.Context, w *wrapping) (*described, error) {
+	ctx, cancel := context.WithTimeout(ctx, describeTimeout)
+	defer cancel()
+	began := s.now()
+	w.asked.Store(int64(began))
+	d, err := w.backend.Describe(ctx, w.id.uri)
+	if err != nil {
+		s.descriptionFailed(w, err, began)
+		return nil, fmt.Errorf("describe %s: %w", w.id.uri, err)
+	}
+	fresh := &described{Description: d, at: began}
+	for {
+		old := w.described.Load()
+		switch {
+		case old != nil && old.at > began:
+			return fresh, nil
+		case !w.described.CompareAndSwap(old, fresh):
+			continue
+		case old != nil && old.Current != d.Current:
+			s.cache.EvictAuthority(w.authority(old.Current, cache.Encrypt))
+		}
+		return fresh, nil
 	}
 }
 
@@ -215,7 +249,7 @@ func (s *Service) confirm(ctx context.Context, a cache.Authority, sample any) er
 	w := s.wrappings[wrappingID{backend: a.Backend, uri: a.WrappingKey}]
 	s.mu.Unlock()
 	if w == nil {
-		return plugins.Errorf(plugins.KeyNotFound, "%s of backend %s is no longer configured", a.WrappingKey, a.Backend)
+		return reconfigured(nil)
 	}
 	if a.Direction == cache.Encrypt {
 		return s.confirmWrap(ctx, w, a.Version)
@@ -224,7 +258,9 @@ func (s *Service) confirm(ctx context.Context, a cache.Authority, sample any) er
 }
 
 func (s *Service) confirmWrap(ctx context.Context, w *wrapping, version string) error {
-	d, err := s.askDescription(ctx, w)
+	// Not the question that others wait for: a no to that one may be what has to
+	// be made sure of.
+	d, err := s.askForItself(ctx, w)
 	if err != nil {
 		return err
 	}
