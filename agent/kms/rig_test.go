@@ -61,6 +61,7 @@ type troubled struct {
 	err      error      // every call fails with it
 	wrapped  func([]byte) []byte
 	unwraped func([]byte) []byte
+	before   func(call string) error // runs before each call, which fails with its error
 	wraps    int
 	unwraps  int
 }
@@ -77,6 +78,23 @@ func (b *troubled) lie(wrapped, unwrapped func([]byte) []byte) {
 	b.wrapped, b.unwraped = wrapped, unwrapped
 }
 
+func (b *troubled) intercept(before func(call string) error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.before = before
+}
+
+// meets runs what a test has set before a call.
+func (b *troubled) meets(call string) error {
+	b.mu.Lock()
+	before := b.before
+	b.mu.Unlock()
+	if before == nil {
+		return nil
+	}
+	return before(call)
+}
+
 func (b *troubled) counts() (wraps, unwraps int) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -84,6 +102,9 @@ func (b *troubled) counts() (wraps, unwraps int) {
 }
 
 func (b *troubled) Wrap(ctx context.Context, key plugins.KeyRef, plaintext []byte, binding plugins.Binding) ([]byte, error) {
+	if err := b.meets("wrap"); err != nil {
+		return nil, err
+	}
 	b.mu.Lock()
 	err, alter := b.err, b.wrapped
 	b.wraps++
@@ -99,6 +120,9 @@ func (b *troubled) Wrap(ctx context.Context, key plugins.KeyRef, plaintext []byt
 }
 
 func (b *troubled) Unwrap(ctx context.Context, key plugins.KeyRef, ciphertext []byte, binding plugins.Binding) ([]byte, error) {
+	if err := b.meets("unwrap"); err != nil {
+		return nil, err
+	}
 	b.mu.Lock()
 	err, alter := b.err, b.unwraped
 	b.unwraps++
@@ -114,6 +138,9 @@ func (b *troubled) Unwrap(ctx context.Context, key plugins.KeyRef, ciphertext []
 }
 
 func (b *troubled) Describe(ctx context.Context, uri string) (plugins.Description, error) {
+	if err := b.meets("describe"); err != nil {
+		return plugins.Description{}, err
+	}
 	b.mu.Lock()
 	err := b.err
 	b.mu.Unlock()
