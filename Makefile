@@ -11,13 +11,16 @@ RELEASE  := CGO_ENABLED=0 GOEXPERIMENT=runtimesecret
 FUZZTIME ?= 30s
 COUNT    ?= 5
 
-.PHONY: build quickstart test race lint generate generate-check fmt-check vet tidy-check check fuzz bench interop deps clean help
+.PHONY: build build-fips quickstart test test-fips race lint generate generate-check fmt-check vet tidy-check check fuzz bench interop deps clean help
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
 
 build: ## build bin/kms-agent
 	$(RELEASE) $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/ ./cmd/kms-agent
+
+build-fips: ## build bin/fips/kms-agent with the certified FIPS 140-3 module
+	$(RELEASE) GOFIPS140=certified $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/fips/ ./cmd/kms-agent
 
 quickstart: build ## see it work: encrypt, decrypt, a refusal, the audit trail
 	@scripts/quickstart
@@ -30,6 +33,9 @@ test: deps ## run every test
 
 race: deps ## run every test under the race detector
 	$(GO) test -race -timeout 20m ./...
+
+test-fips: deps ## run every test on the certified module, with what is not approved refused
+	GOFIPS140=certified GODEBUG=fips140=only $(GO) test -timeout 15m ./...
 
 interop: deps ## messages against another implementation, at length
 	INTEROP=full $(GO) test -count=1 -timeout 20m ./test/interop/...

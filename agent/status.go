@@ -1,7 +1,6 @@
 package agent
 
 import (
-	"crypto/fips140"
 	"maps"
 	"os"
 	"runtime/debug"
@@ -13,6 +12,7 @@ import (
 
 	"github.com/kms-agent/kms-agent/agent/kms"
 	adminv1 "github.com/kms-agent/kms-agent/api/admin/v1"
+	"github.com/kms-agent/kms-agent/plugins"
 )
 
 // The states of the agent as a whole.
@@ -30,14 +30,6 @@ func Version() string {
 	return "(devel)"
 }
 
-// FIPS140 names Go's FIPS 140-3 module that is in force, "off" without one.
-func FIPS140() string {
-	if !fips140.Enabled() {
-		return "off"
-	}
-	return fips140.Version()
-}
-
 // Status tells the state of the agent and of all that it depends on.
 func (a *Agent) Status() *adminv1.StatusResponse {
 	a.mu.Lock()
@@ -47,7 +39,7 @@ func (a *Agent) Status() *adminv1.StatusResponse {
 	}
 	a.mu.Unlock()
 	r := &adminv1.StatusResponse{
-		Version: Version(), Fips140: FIPS140(), Pid: int32(os.Getpid()), Started: timestamppb.New(a.started),
+		Version: Version(), Fips140: plugins.FIPS140Module(), Pid: int32(os.Getpid()), Started: timestamppb.New(a.started),
 		Configuration: configuration, Identity: a.identityStatus(cfg), Cache: a.cacheStatus(), Audit: a.auditStatus(cfg),
 		Listeners: []string{"native unix:" + cfg.Listen.Native.Socket},
 	}

@@ -3,6 +3,7 @@ package plugins
 
 import (
 	"context"
+	"crypto/fips140"
 	"encoding/json"
 	"time"
 )
@@ -83,8 +84,20 @@ type Info struct {
 	Name, Version string
 	// Capabilities name optional services; none are defined yet.
 	Capabilities []string
-	// FIPS140 is Go's FIPS 140-3 module of the process: "off" or its version.
+	// FIPS140 is Go's FIPS 140-3 module of the process: NoFIPS140 or its version.
 	FIPS140 string
+}
+
+// NoFIPS140 stands where no FIPS 140-3 module is in force.
+const NoFIPS140 = "off"
+
+// FIPS140Module names Go's FIPS 140-3 module that is in force in this process,
+// as "v1.0.0"; NoFIPS140 without one.
+func FIPS140Module() string {
+	if !fips140.Enabled() {
+		return NoFIPS140
+	}
+	return fips140.Version()
 }
 
 // Health is what Check found.

@@ -2,7 +2,6 @@ package plugins
 
 import (
 	"context"
-	"crypto/fips140"
 	"encoding/json"
 	"sync"
 	"sync/atomic"
@@ -41,7 +40,7 @@ func (s *server) Open(ctx context.Context, r *pluginv1.OpenRequest) (*pluginv1.O
 		return nil, toStatus(err)
 	}
 	if info.FIPS140 == "" {
-		info.FIPS140 = fipsModule()
+		info.FIPS140 = FIPS140Module()
 	}
 	if err := info.check(); err != nil {
 		return nil, toStatus(err)
@@ -134,11 +133,4 @@ func (s *server) ready() (*session, error) {
 		return session, nil
 	}
 	return nil, toStatus(Errorf(Internal, "the plugin was not opened"))
-}
-
-func fipsModule() string {
-	if !fips140.Enabled() {
-		return "off"
-	}
-	return fips140.Version()
 }

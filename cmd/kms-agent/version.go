@@ -8,6 +8,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/kms-agent/kms-agent/agent"
+	"github.com/kms-agent/kms-agent/plugins"
 )
 
 // versionInfo is what version prints.
@@ -48,7 +49,7 @@ func newVersion(a *app) *cobra.Command {
 func readVersion() versionInfo {
 	v := versionInfo{
 		Version: agent.Version(), Go: runtime.Version(), Platform: runtime.GOOS + "/" + runtime.GOARCH,
-		FIPS140: agent.FIPS140(), FIPS140Build: fips140.Version(),
+		FIPS140: plugins.FIPS140Module(), FIPS140Build: fips140.Version(),
 	}
 	info, ok := debug.ReadBuildInfo()
 	if !ok {

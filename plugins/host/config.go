@@ -57,6 +57,9 @@ type Config struct {
 	PingInterval time.Duration
 	// MaxConcurrent is how many calls the plugin gets at a time; others queue.
 	MaxConcurrent int
+	// FIPS140 refuses a plugin that runs without a FIPS 140-3 module, by its own
+	// word.
+	FIPS140 bool
 	// BackoffMin and BackoffMax bound the wait before a replacement is started.
 	BackoffMin, BackoffMax time.Duration
 	Logger                 *zap.Logger

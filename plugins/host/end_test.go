@@ -174,6 +174,25 @@ func TestPluginsDieWithAKilledHost(t *testing.T) {
 	}
 }
 
+// A host that demands a FIPS 140-3 module takes the plugin's word for it.
+func TestDemandsAFIPS140Module(t *testing.T) {
+	for mode, refused := range map[string]bool{"off": true, "on": false} {
+		cfg := config(t, puppetSettings{})
+		cfg.FIPS140 = true
+		cfg.Env = append(cfg.Env, "GODEBUG=fips140="+mode)
+		s, _ := start(t, cfg)
+		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+		defer cancel()
+		if !refused {
+			if err := s.Ready(ctx); err != nil {
+				t.Errorf("with GODEBUG=fips140=%s: %v", mode, err)
+			}
+			continue
+		}
+		eventually(t, "the refusal", func() bool { return strings.Contains(s.Status().LastError, "without a FIPS 140-3 module") })
+	}
+}
+
 func TestWorksUnderFIPS140Only(t *testing.T) {
 	_, _, said := hostProcess(t, "GODEBUG=fips140=only")
 	if fields := strings.Fields(said); len(fields) != 3 || fields[1] != "<nil>" || fields[2] == "off" {

@@ -137,6 +137,10 @@ func (p *process) open(ctx context.Context, cfg Config) error {
 	if err != nil {
 		return fmt.Errorf("open the backend: %w", err)
 	}
+	if cfg.FIPS140 && info.FIPS140 == plugins.NoFIPS140 {
+		return fmt.Errorf("the plugin %s %s runs without a FIPS 140-3 module while the agent runs with one: use a build of the plugin with GOFIPS140=certified, or the agent's ordinary build",
+			info.Name, info.Version)
+	}
 	p.info = info
 	ctx, cancel := context.WithTimeout(ctx, cfg.CallTimeout)
 	defer cancel()

@@ -3,7 +3,6 @@ package local
 import (
 	"bytes"
 	"context"
-	"crypto/fips140"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -59,7 +58,7 @@ func (b *Backend) Open(ctx context.Context, config json.RawMessage) (plugins.Inf
 		f.close()
 		return plugins.Info{}, err
 	}
-	return plugins.Info{Name: "local", Version: buildVersion(), FIPS140: fipsModule()}, nil
+	return plugins.Info{Name: "local", Version: buildVersion(), FIPS140: plugins.FIPS140Module()}, nil
 }
 
 func (b *Backend) begin(f *follower) error {
@@ -97,13 +96,6 @@ func buildVersion() string {
 		return info.Main.Version
 	}
 	return "unknown"
-}
-
-func fipsModule() string {
-	if fips140.Enabled() {
-		return fips140.Version()
-	}
-	return "off"
 }
 
 // use calls act with the keystore's newest content and classifies the error.
