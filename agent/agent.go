@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"go.uber.org/zap"
@@ -16,6 +17,7 @@ import (
 
 	"github.com/kms-agent/kms-agent/agent/audit"
 	"github.com/kms-agent/kms-agent/agent/kms"
+	"github.com/kms-agent/kms-agent/agent/metrics"
 	"github.com/kms-agent/kms-agent/identity"
 )
 
@@ -31,6 +33,10 @@ type Agent struct {
 	service *kms.Service
 	source  *identity.Source // nil without a Workload API
 	creds   *identity.Credentials
+	metrics *metrics.Metrics
+	tracing *tracing // nil without
+	// metricsAddress is where they are read once that is open.
+	metricsAddress atomic.Pointer[string]
 
 	mu         sync.Mutex // guards what follows
 	cfg        *Config
@@ -52,6 +58,7 @@ func New(cfg *Config, path string, logger *zap.Logger) (*Agent, error) {
 		}
 	}
 	a := &Agent{path: path, logger: logger, cfg: cfg, started: time.Now(), backends: map[string]*backend{}, ready: func() {}}
+	a.metrics = metrics.New(cfg.Metrics.MaxCallers, a.Status)
 	if err := a.buildIdentity(cfg); err != nil {
 		return nil, err
 	}
@@ -61,12 +68,17 @@ func New(cfg *Config, path string, logger *zap.Logger) (*Agent, error) {
 	}
 	a.audit = log
 	for _, note := range log.Notes() {
-		logger.Warn("audit log: " + note)
+		logger.Warn("audit log opened with a note", zap.String("note", note))
 	}
 	a.service, err = kms.New(kms.Options{
 		Audit: log, MaxEntries: cfg.Cache.MaxEntries, Now: bootTime, ConfirmTimeout: confirmTimeout, Alarm: a.alarm,
+		Observe: a.operationEnded,
 	})
 	if err != nil {
+		return nil, errors.Join(err, log.Close())
+	}
+	if a.tracing, err = newTracing(cfg.Tracing, logger); err != nil {
+		a.service.Close()
 		return nil, errors.Join(err, log.Close())
 	}
 	return a, nil
@@ -102,6 +114,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	stopBelow()
 	a.stopBackends()
 	err = errors.Join(err, ignoreEnd(lower.Wait()), a.audit.Close())
+	a.tracing.close()
 	a.logger.Info("agent stopped", zap.Error(err))
 	return err
 }
@@ -114,11 +127,21 @@ func (a *Agent) serve(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	doors, err := a.openDoors(ctx)
+	exporter, err := a.openMetrics(ctx)
 	if err != nil {
 		return err
 	}
+	doors, err := a.openDoors(ctx)
+	if err != nil {
+		if exporter != nil {
+			_ = exporter.Close()
+		}
+		return err
+	}
 	upper, ctx := errgroup.WithContext(ctx)
+	if exporter != nil {
+		upper.Go(func() error { return a.serveMetrics(ctx, exporter) })
+	}
 	for _, d := range doors {
 		upper.Go(func() error { return d.run(ctx) })
 	}

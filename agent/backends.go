@@ -66,7 +66,8 @@ func (a *Agent) hostConfig(cfg BackendConfig) (host.Config, error) {
 		Name: cfg.Name, Command: cfg.Path, Args: cfg.Args, Env: env, SHA256: cfg.SHA256,
 		Settings: json.RawMessage(cfg.Settings), RuntimeDir: a.cfg.RuntimeDir,
 		StartTimeout: cfg.StartTimeout, CallTimeout: cfg.CallTimeout, MaxConcurrent: cfg.MaxConcurrent,
-		BackoffMin: backoffMin, BackoffMax: backoffMax, FIPS140: fips140.Enabled(), Logger: a.logger.Named("plugin"),
+		BackoffMin: backoffMin, BackoffMax: backoffMax, FIPS140: fips140.Enabled(),
+		OnCall: a.upstreamCall(cfg.Name), StatsHandler: a.tracing.pluginHandler(), Logger: a.logger.Named("plugin"),
 	}
 	if cfg.Plugin != "" {
 		hc.Self, hc.Command, hc.Args = true, "", []string{"plugin", "serve", cfg.Plugin}

@@ -53,6 +53,7 @@ func (a *Agent) refusedConnection(r identity.Refusal) {
 	if r.TLS {
 		call.Caller.Proof = identity.ProofX509SVID
 	}
+	a.metrics.RefusedConnection("native", "handshake")
 	_ = a.service.Refuse(context.Background(), call, "connect", &kms.Error{ // there is nobody to answer
 		Reason: kms.ReasonUnidentified, Message: "handshake failed", Cause: r.Err,
 	})

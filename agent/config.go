@@ -43,6 +43,9 @@ type Config struct {
 	Cache  CacheConfig                   `yaml:"cache"`
 	Log    LogConfig                     `yaml:"log"`
 
+	Metrics MetricsConfig `yaml:"metrics"`
+	Tracing TracingConfig `yaml:"tracing"`
+
 	compiled *policy.Policy
 	files    []string
 }

@@ -199,6 +199,8 @@ func (c *Config) setDefaults() {
 	}
 	c.Cache.MaxEntries = 10000
 	c.Log = LogConfig{Level: LogInfo, Format: LogJSON}
+	c.Metrics.MaxCallers = 200
+	c.Tracing.Sample = 0.01
 }
 
 func (b *BackendConfig) setDefaults() {

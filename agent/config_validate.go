@@ -67,6 +67,7 @@ func (l *loader) validate() {
 	l.validateKeys()
 	l.validateAudit()
 	l.validateLimits()
+	l.validateObservation()
 	l.validatePolicy()
 }
 

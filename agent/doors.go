@@ -77,7 +77,7 @@ func (a *Agent) newDoor(name string, l net.Listener, creds *identity.Credentials
 		listener: serve.Bound(l, bounds.MaxConnections),
 		health:   health.NewServer(),
 	}
-	d.server = d.Server(creds)
+	d.server = d.Server(creds, a.tracing.serverOptions()...)
 	grpc_health_v1.RegisterHealthServer(d.server, d.health)
 	return d
 }

@@ -62,6 +62,8 @@ func needsRestart(old, next *Config) string {
 		{"audit", old.Audit, next.Audit},
 		{"cache", old.Cache, next.Cache},
 		{"log", old.Log, next.Log},
+		{"metrics", old.Metrics, next.Metrics},
+		{"tracing", old.Tracing, next.Tracing},
 		{"limits", doorLimits(old), doorLimits(next)},
 	} {
 		if !reflect.DeepEqual(section.old, section.next) {

@@ -46,6 +46,9 @@ func (a *Agent) Status() *adminv1.StatusResponse {
 	if cfg.Admin.Socket != "" {
 		r.Listeners = append(r.Listeners, "admin unix:"+cfg.Admin.Socket)
 	}
+	if address := a.metricsAddress.Load(); address != nil {
+		r.Listeners = append(r.Listeners, "metrics http://"+*address+"/metrics")
+	}
 	for _, name := range slices.Sorted(maps.Keys(backends)) {
 		r.Backends = append(r.Backends, backends[name].status())
 	}

@@ -39,10 +39,11 @@ func allowed() map[string][]string {
 
 		"agent/kms":          {"agent/audit", "agent/policy", "cache", "envelope", "identity", "plugins"},
 		"agent/serve":        {"agent/kms", "api/admin/v1", "identity"},
+		"agent/metrics":      {"agent/audit", "api/admin/v1"},
 		"agent/serve/native": {"agent/kms", "agent/serve", "api/kmsagent/v1", "envelope"},
 		"agent/serve/admin":  {"agent/serve", "api/admin/v1"},
 		"agent": {
-			"agent/audit", "agent/kms", "agent/policy", "agent/serve", "agent/serve/*", "api/admin/v1", "api/kmsagent/v1",
+			"agent/audit", "agent/kms", "agent/metrics", "agent/policy", "agent/serve", "agent/serve/*", "api/admin/v1", "api/kmsagent/v1",
 			"cache", "identity", "identity/issuer", "plugins", "plugins/host", "plugins/local",
 		},
 		"client":        {"api/*", "envelope"},

@@ -152,7 +152,12 @@ func (t *transaction) finish(ctx context.Context, err error) error {
 		r.Outcome = audit.Denied
 	}
 	r.DurationMicros = time.Since(t.began).Microseconds()
-	return t.write(ctx)
+	unrecorded := t.write(ctx)
+	if unrecorded != nil {
+		r.Outcome, r.Reason = audit.Error, string(ReasonAuditUnavailable)
+	}
+	t.service.ended(ctx, r)
+	return unrecorded
 }
 
 // write hands the record to the audit log. The caller's own deadline does not

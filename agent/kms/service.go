@@ -52,6 +52,10 @@ type Options struct {
 	ConfirmTimeout time.Duration
 	// RecheckInterval is how often a stream asks again whether it may go on.
 	RecheckInterval time.Duration
+	// Observe is told of every operation that ended, as its record says, before
+	// the answer goes out. It must not block, keep the record or change it. The
+	// context is the operation's.
+	Observe func(context.Context, *audit.Record)
 	// Alarm is told of what an operator must look at: a backend that lies, an
 	// own canary that does not open. It must not block.
 	Alarm func(message string, err error, backend, wrappingKey string)
@@ -66,6 +70,7 @@ type Service struct {
 	now     func() time.Duration
 	recheck time.Duration
 	alarm   func(string, error, string, string)
+	ended   func(context.Context, *audit.Record)
 	// partitionKey makes the partition identifiers of this process: random, so
 	// that they tell nobody who the writer was.
 	partitionKey [32]byte
@@ -82,7 +87,7 @@ func New(o Options) (*Service, error) {
 		return nil, errors.New("kms: audit log and clock are required")
 	}
 	s := &Service{
-		audit: o.Audit, now: o.Now, recheck: o.RecheckInterval, alarm: o.Alarm,
+		audit: o.Audit, now: o.Now, recheck: o.RecheckInterval, alarm: o.Alarm, ended: o.Observe,
 		wrappings: map[wrappingID]*wrapping{},
 	}
 	if s.recheck <= 0 {
@@ -90,6 +95,9 @@ func New(o Options) (*Service, error) {
 	}
 	if s.alarm == nil {
 		s.alarm = func(string, error, string, string) {}
+	}
+	if s.ended == nil {
+		s.ended = func(context.Context, *audit.Record) {}
 	}
 	_, _ = rand.Read(s.partitionKey[:]) // never fails: crypto/rand
 	c, err := cache.New(cache.Config{

@@ -55,8 +55,8 @@ func NewDoor(name string, s *kms.Service, l Limits, identify func(context.Contex
 }
 
 // Server returns a gRPC server behind this door.
-func (d *Door) Server(creds credentials.TransportCredentials) *grpc.Server {
-	return grpc.NewServer(
+func (d *Door) Server(creds credentials.TransportCredentials, more ...grpc.ServerOption) *grpc.Server {
+	return grpc.NewServer(append(more,
 		grpc.Creds(creds),
 		// Twice the payload, so that what is a little too large is told so in
 		// the terms of the API rather than by the transport.
@@ -71,7 +71,7 @@ func (d *Door) Server(creds credentials.TransportCredentials) *grpc.Server {
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 2 * time.Minute, Timeout: 20 * time.Second}),
 		grpc.UnaryInterceptor(d.unary),
 		grpc.StreamInterceptor(d.stream),
-	)
+	)...)
 }
 
 type callKey struct{}

@@ -26,22 +26,22 @@ func (s *Supervisor) Open(context.Context, json.RawMessage) (plugins.Info, error
 
 // Wrap implements plugins.Backend.
 func (s *Supervisor) Wrap(ctx context.Context, key plugins.KeyRef, plaintext []byte, b plugins.Binding) ([]byte, error) {
-	return call(ctx, s, func(ctx context.Context, r *plugins.Remote) ([]byte, error) { return r.Wrap(ctx, key, plaintext, b) })
+	return call(ctx, s, "wrap", func(ctx context.Context, r *plugins.Remote) ([]byte, error) { return r.Wrap(ctx, key, plaintext, b) })
 }
 
 // Unwrap implements plugins.Backend.
 func (s *Supervisor) Unwrap(ctx context.Context, key plugins.KeyRef, ciphertext []byte, b plugins.Binding) ([]byte, error) {
-	return call(ctx, s, func(ctx context.Context, r *plugins.Remote) ([]byte, error) { return r.Unwrap(ctx, key, ciphertext, b) })
+	return call(ctx, s, "unwrap", func(ctx context.Context, r *plugins.Remote) ([]byte, error) { return r.Unwrap(ctx, key, ciphertext, b) })
 }
 
 // Describe implements plugins.Backend.
 func (s *Supervisor) Describe(ctx context.Context, uri string) (plugins.Description, error) {
-	return call(ctx, s, func(ctx context.Context, r *plugins.Remote) (plugins.Description, error) { return r.Describe(ctx, uri) })
+	return call(ctx, s, "describe", func(ctx context.Context, r *plugins.Remote) (plugins.Description, error) { return r.Describe(ctx, uri) })
 }
 
 // Check implements plugins.Backend.
 func (s *Supervisor) Check(ctx context.Context) (plugins.Health, error) {
-	return call(ctx, s, func(ctx context.Context, r *plugins.Remote) (plugins.Health, error) { return r.Check(ctx) })
+	return call(ctx, s, "check", func(ctx context.Context, r *plugins.Remote) (plugins.Health, error) { return r.Check(ctx) })
 }
 
 // Close implements plugins.Backend; the end of Run's context ends the process.
@@ -49,9 +49,19 @@ func (s *Supervisor) Close() error { return nil }
 
 type method[T any] func(context.Context, *plugins.Remote) (T, error)
 
-// call makes one call with the supervisor's deadline and, since every call is
+// call makes one call and tells of it.
+func call[T any](ctx context.Context, s *Supervisor, name string, m method[T]) (T, error) {
+	began := time.Now()
+	answer, err := try(ctx, s, m)
+	if s.cfg.OnCall != nil {
+		s.cfg.OnCall(Call{Method: name, Err: err, Caller: plugins.CallerFrom(ctx), Took: time.Since(began)})
+	}
+	return answer, err
+}
+
+// try makes a call with the supervisor's deadline and, since every call is
 // idempotent, repeats it once where the backend was not reached.
-func call[T any](ctx context.Context, s *Supervisor, m method[T]) (T, error) {
+func try[T any](ctx context.Context, s *Supervisor, m method[T]) (T, error) {
 	s.calls.Add(1)
 	bounded, cancel := context.WithTimeout(ctx, s.cfg.CallTimeout)
 	defer cancel()

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"go.uber.org/zap"
+	"google.golang.org/grpc/stats"
 )
 
 // Defaults of Config.
@@ -28,6 +29,19 @@ const (
 	// maxSettings bounds Settings; they cross in one message.
 	maxSettings = 512 << 10
 )
+
+// Call is one call to a backend that ended.
+type Call struct {
+	// Method is "wrap", "unwrap", "describe" or "check".
+	Method string
+	// Err is how it ended: nil, an error of a class, or that of its caller's
+	// context.
+	Err error
+	// Caller is who the call was made for (plugins.WithCaller).
+	Caller string
+	// Took is the whole time: the wait for the call's turn and its repeat too.
+	Took time.Duration
+}
 
 // Config says how one plugin is run. Only Name, RuntimeDir, Logger and either
 // Self or Command with SHA256 are required.
@@ -63,6 +77,10 @@ type Config struct {
 	// BackoffMin and BackoffMax bound the wait before a replacement is started.
 	BackoffMin, BackoffMax time.Duration
 	Logger                 *zap.Logger
+	// OnCall is told of every call that ended. It must not block. Optional.
+	OnCall func(Call)
+	// StatsHandler sees every RPC to the plugin, for traces. Optional.
+	StatsHandler stats.Handler
 	// OnState is told every change of state, in order, without locks held. It
 	// must return soon. Optional.
 	OnState func(Status)

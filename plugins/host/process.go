@@ -83,13 +83,17 @@ func (p *process) clientConfig(cfg Config) *plugin.ClientConfig {
 	stderr := newRelay(cfg.Logger, "stderr", zapcore.ErrorLevel)
 	own := newRelay(cfg.Logger, "go-plugin", zapcore.DebugLevel)
 	p.relays = []*relay{stdout, stderr, own}
+	options := []grpc.DialOption{grpc.WithDefaultCallOptions(
+		grpc.MaxCallRecvMsgSize(plugins.MaxMessageSize), grpc.MaxCallSendMsgSize(plugins.MaxMessageSize))}
+	if cfg.StatsHandler != nil {
+		options = append(options, grpc.WithStatsHandler(cfg.StatsHandler))
+	}
 	return &plugin.ClientConfig{
 		HandshakeConfig: plugins.Handshake(), VersionedPlugins: plugins.Sets(nil),
 		AllowedProtocols: []plugin.Protocol{plugin.ProtocolGRPC}, AutoMTLS: true, SkipHostEnv: true,
 		StartTimeout: cfg.StartTimeout + handshakeSlack, UnixSocketConfig: &plugin.UnixSocketConfig{TempDir: p.dir.path},
 		RunnerFunc: p.prepare, Logger: quietLogger(cfg.Logger, own), SyncStdout: stdout, SyncStderr: stderr,
-		GRPCDialOptions: []grpc.DialOption{grpc.WithDefaultCallOptions(
-			grpc.MaxCallRecvMsgSize(plugins.MaxMessageSize), grpc.MaxCallSendMsgSize(plugins.MaxMessageSize))},
+		GRPCDialOptions: options,
 	}
 }
 

@@ -1,0 +1,117 @@
+package metrics
+
+import "github.com/prometheus/client_golang/prometheus"
+
+// Kind is a metric's type in Prometheus' words.
+type Kind string
+
+// The kinds.
+const (
+	Counter   Kind = "counter"
+	Gauge     Kind = "gauge"
+	Histogram Kind = "histogram"
+)
+
+// Metric describes one metric. Names, labels and their meaning are a promise.
+type Metric struct {
+	Name   string
+	Kind   Kind
+	Labels []string
+	Help   string
+}
+
+func (m Metric) desc() *prometheus.Desc {
+	return prometheus.NewDesc(m.Name, m.Help, m.Labels, nil)
+}
+
+// Names of the metrics that events feed.
+const (
+	requests          = "kms_agent_requests_total"
+	requestSeconds    = "kms_agent_request_duration_seconds"
+	answers           = "kms_agent_key_answers_total"
+	keyBytes          = "kms_agent_key_bytes_total"
+	callerRequests    = "kms_agent_caller_requests_total"
+	callerBytes       = "kms_agent_caller_bytes_total"
+	callerUpstream    = "kms_agent_caller_upstream_calls_total"
+	upstreamCalls     = "kms_agent_upstream_calls_total"
+	upstreamSeconds   = "kms_agent_upstream_call_duration_seconds"
+	refusedConnection = "kms_agent_refused_connections_total"
+)
+
+// Names of the metrics that are read from the agent's status at each scrape.
+const (
+	buildInfo        = "kms_agent_build_info"
+	state            = "kms_agent_state"
+	startTime        = "kms_agent_start_time_seconds"
+	configGeneration = "kms_agent_config_generation"
+	configLoaded     = "kms_agent_config_last_load_time_seconds"
+	configRejected   = "kms_agent_config_rejected"
+	identityState    = "kms_agent_identity_state"
+	identityExpiry   = "kms_agent_identity_svid_expiry_time_seconds"
+	identityUpdated  = "kms_agent_identity_last_update_time_seconds"
+	backendState     = "kms_agent_backend_state"
+	backendRestarts  = "kms_agent_backend_restarts_total"
+	backendInfo      = "kms_agent_backend_info"
+	keyConfirmed     = "kms_agent_key_confirmation_age_seconds"
+	keyProblem       = "kms_agent_key_problem"
+	cacheEntries     = "kms_agent_cache_data_keys"
+	cacheCapacity    = "kms_agent_cache_capacity_data_keys"
+	cacheLocked      = "kms_agent_cache_locked_memory_bytes"
+	cacheHits        = "kms_agent_cache_hits_total"
+	cacheMisses      = "kms_agent_cache_misses_total"
+	cacheRefreshes   = "kms_agent_cache_refreshes_total"
+	cacheEvictions   = "kms_agent_cache_evictions_total"
+	auditRecords     = "kms_agent_audit_last_sequence"
+	auditRefused     = "kms_agent_audit_refused_total"
+	auditFailing     = "kms_agent_audit_failing"
+)
+
+// Catalogue lists every metric of the agent's own, in the order of the
+// documentation. docs/metrics.md is made from it.
+func Catalogue() []Metric {
+	return append(eventMetrics(), statusMetrics()...)
+}
+
+func eventMetrics() []Metric {
+	return []Metric{
+		{requests, Counter, []string{"door", "operation", "outcome", "reason"}, "Operations that ended: outcome is success, denied or error; reason is that of the error table, empty after success. A stream counts once, when it ends."},
+		{requestSeconds, Histogram, []string{"door", "operation"}, "Time from the arrival of an operation to its audit record, successful ones only; streams are not in it."},
+		{answers, Counter, []string{"key", "operation", "freshness"}, "Successful operations on a key by how it was known to be good: upstream, cached or grace."},
+		{keyBytes, Counter, []string{"key", "direction"}, "Bytes of payload that went in and out of successful operations on a key."},
+		{callerRequests, Counter, []string{"caller", "operation"}, "Operations by SPIFFE ID of the caller, successful or not. Callers after the first metrics.max_callers count as other."},
+		{callerBytes, Counter, []string{"caller", "direction"}, "Bytes of payload of a caller's successful operations."},
+		{callerUpstream, Counter, []string{"caller", "backend"}, "Calls to a backend that were made for a caller: what a metered key service charges for. The caller agent is the agent itself: confirmations ahead of their age."},
+		{upstreamCalls, Counter, []string{"backend", "call", "class"}, "Calls to a backend with their error class; ok after success. A call that was repeated counts once."},
+		{upstreamSeconds, Histogram, []string{"backend", "call"}, "Time that calls to a backend took, with waiting for their turn and the repeat; successful ones only."},
+		{refusedConnection, Counter, []string{"door", "cause"}, "Connections that were closed before a caller was known: cause is handshake."},
+	}
+}
+
+func statusMetrics() []Metric {
+	return []Metric{
+		{buildInfo, Gauge, []string{"version", "fips140"}, "1, with the version of the program and the FIPS 140-3 module in force."},
+		{state, Gauge, []string{"state"}, "1 for the agent's state, 0 for the others: serving, degraded, not-serving."},
+		{startTime, Gauge, nil, "When the agent started, Unix time."},
+		{configGeneration, Gauge, nil, "Grows by one with each configuration that is put to use."},
+		{configLoaded, Gauge, nil, "When the configuration in use was loaded, Unix time."},
+		{configRejected, Gauge, nil, "1 while the newest configuration file is not in use because of its faults."},
+		{identityState, Gauge, []string{"state"}, "1 for the state of the agent's own identity, 0 for the others: none, starting, ready, stale, expired, denied."},
+		{identityExpiry, Gauge, nil, "When the agent's own X.509-SVID expires, Unix time. Absent without one."},
+		{identityUpdated, Gauge, nil, "When the Workload API was last heard, Unix time. Absent before."},
+		{backendState, Gauge, []string{"backend", "state"}, "1 for the state of a backend, 0 for the others: starting, up, degraded, down."},
+		{backendRestarts, Counter, []string{"backend"}, "Plugin processes that were started after the first."},
+		{backendInfo, Gauge, []string{"backend", "plugin_version", "fips140"}, "1, with what the plugin's process says of itself."},
+		{keyConfirmed, Gauge, []string{"key", "direction"}, "Age of the last upstream confirmation of a key, by direction: encrypt, decrypt. Absent where there is none yet."},
+		{keyProblem, Gauge, []string{"key"}, "1 while something is wrong with a key; kms-agent status says what."},
+		{cacheEntries, Gauge, []string{"direction"}, "Data keys in protected memory, by direction: encrypt, decrypt."},
+		{cacheCapacity, Gauge, nil, "How many data keys fit: cache.max_entries."},
+		{cacheLocked, Gauge, nil, "Protected memory that is reserved."},
+		{cacheHits, Counter, nil, "Data keys served without waiting for upstream."},
+		{cacheMisses, Counter, nil, "Data keys that upstream had to wrap or unwrap."},
+		{cacheRefreshes, Counter, nil, "Confirmations that were asked for."},
+		{cacheEvictions, Counter, nil, "Data keys destroyed before their limits: revoked, evicted, or more than there is room for."},
+		{auditRecords, Gauge, nil, "Number of the last audit record in its chain."},
+		{auditRefused, Counter, nil, "Operations refused because their audit record could not be written."},
+		{auditFailing, Gauge, nil, "1 while audit records cannot be written, so that every operation is refused."},
+	}
+}

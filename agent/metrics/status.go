@@ -1,0 +1,118 @@
+package metrics
+
+import (
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	adminv1 "github.com/kms-agent/kms-agent/api/admin/v1"
+)
+
+// statusCollector makes metrics of the agent's status: what kms-agent status
+// shows and what Prometheus sees cannot differ.
+type statusCollector struct {
+	status func() *adminv1.StatusResponse
+	byName map[string]described
+}
+
+type described struct {
+	desc *prometheus.Desc
+	kind prometheus.ValueType
+}
+
+func newStatusCollector(status func() *adminv1.StatusResponse) *statusCollector {
+	c := &statusCollector{status: status, byName: map[string]described{}}
+	for _, m := range statusMetrics() {
+		kind := prometheus.GaugeValue
+		if m.Kind == Counter {
+			kind = prometheus.CounterValue
+		}
+		c.byName[m.Name] = described{m.desc(), kind}
+	}
+	return c
+}
+
+// Describe implements prometheus.Collector.
+func (c *statusCollector) Describe(out chan<- *prometheus.Desc) {
+	for _, d := range c.byName {
+		out <- d.desc
+	}
+}
+
+// Collect implements prometheus.Collector.
+func (c *statusCollector) Collect(out chan<- prometheus.Metric) {
+	e := emitter{c, out}
+	r := c.status()
+	e.emit(buildInfo, 1, r.GetVersion(), r.GetFips140())
+	e.oneOf(state, r.GetState(), []string{"serving", "degraded", "not-serving"})
+	e.at(startTime, r.GetStarted())
+	e.emit(configGeneration, float64(r.GetConfiguration().GetGeneration()))
+	e.at(configLoaded, r.GetConfiguration().GetLoaded())
+	e.is(configRejected, r.GetConfiguration().GetRejected() != "")
+	e.oneOf(identityState, r.GetIdentity().GetState(), []string{"none", "starting", "ready", "stale", "expired", "denied"})
+	e.at(identityExpiry, r.GetIdentity().GetExpires())
+	e.at(identityUpdated, r.GetIdentity().GetUpdated())
+	for _, b := range r.GetBackends() {
+		e.oneOf(backendState, b.GetState(), []string{"starting", "up", "degraded", "down"}, b.GetName())
+		e.emit(backendRestarts, float64(b.GetRestarts()), b.GetName())
+		e.emit(backendInfo, 1, b.GetName(), b.GetPluginVersion(), b.GetFips140())
+	}
+	for _, k := range r.GetKeys() {
+		if d := k.GetEncryptConfirmed(); d != nil {
+			e.emit(keyConfirmed, d.AsDuration().Seconds(), k.GetName(), "encrypt")
+		}
+		if d := k.GetDecryptConfirmed(); d != nil {
+			e.emit(keyConfirmed, d.AsDuration().Seconds(), k.GetName(), "decrypt")
+		}
+		e.is(keyProblem, k.GetProblem() != "", k.GetName())
+	}
+	e.cache(r.GetCache())
+	e.emit(auditRecords, float64(r.GetAudit().GetSequence()))
+	e.emit(auditRefused, float64(r.GetAudit().GetRefused()))
+	e.is(auditFailing, r.GetAudit().GetLastError() != "")
+}
+
+type emitter struct {
+	*statusCollector
+	out chan<- prometheus.Metric
+}
+
+func (e emitter) cache(s *adminv1.CacheStatus) {
+	e.emit(cacheEntries, float64(s.GetEncryptionKeys()), "encrypt")
+	e.emit(cacheEntries, float64(s.GetDecryptionKeys()), "decrypt")
+	e.emit(cacheCapacity, float64(s.GetMaxEntries()))
+	e.emit(cacheLocked, float64(s.GetLockedBytes()))
+	e.emit(cacheHits, float64(s.GetHits()))
+	e.emit(cacheMisses, float64(s.GetMisses()))
+	e.emit(cacheRefreshes, float64(s.GetRefreshes()))
+	e.emit(cacheEvictions, float64(s.GetEvictions()))
+}
+
+func (e emitter) emit(name string, value float64, labels ...string) {
+	d := e.byName[name]
+	e.out <- prometheus.MustNewConstMetric(d.desc, d.kind, value, labels...)
+}
+
+func (e emitter) is(name string, yes bool, labels ...string) {
+	value := 0.0
+	if yes {
+		value = 1
+	}
+	e.emit(name, value, labels...)
+}
+
+// at emits a time where there is one.
+func (e emitter) at(name string, t *timestamppb.Timestamp) {
+	if t != nil {
+		e.emit(name, float64(t.AsTime().UnixNano())/float64(time.Second))
+	}
+}
+
+// oneOf emits a series for each value that there can be, so that alerts can
+// name any of them.
+func (e emitter) oneOf(name, value string, values []string, labels ...string) {
+	for _, v := range values {
+		e.is(name, v == value, append(labels[:len(labels):len(labels)], v)...)
+	}
+}
