@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
@@ -35,6 +36,7 @@ type Agent struct {
 	creds   *identity.Credentials
 	metrics *metrics.Metrics
 	tracing *tracing // nil without
+	level   logLevel
 	// metricsAddress is where they are read once that is open.
 	metricsAddress atomic.Pointer[string]
 
@@ -57,7 +59,12 @@ func New(cfg *Config, path string, logger *zap.Logger) (*Agent, error) {
 			return nil, fmt.Errorf("directory of the agent: %w", err)
 		}
 	}
+	configured, err := zapcore.ParseLevel(string(cfg.Log.Level))
+	if err != nil {
+		return nil, fmt.Errorf("log level: %w", err)
+	}
 	a := &Agent{path: path, logger: logger, cfg: cfg, started: time.Now(), backends: map[string]*backend{}, ready: func() {}}
+	a.UseLevel(zap.NewAtomicLevelAt(configured))
 	a.metrics = metrics.New(cfg.Metrics.MaxCallers, a.Status)
 	if err := a.buildIdentity(cfg); err != nil {
 		return nil, err
@@ -115,6 +122,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	a.stopBackends()
 	err = errors.Join(err, ignoreEnd(lower.Wait()), a.audit.Close())
 	a.tracing.close()
+	a.level.close()
 	a.logger.Info("agent stopped", zap.Error(err))
 	return err
 }

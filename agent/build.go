@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
 
 	"github.com/kms-agent/kms-agent/agent/audit"
 	"github.com/kms-agent/kms-agent/agent/kms"
@@ -86,7 +87,7 @@ func serviceConfig(cfg *Config, backends map[string]*backend) kms.Config {
 	}
 	for _, r := range cfg.Admin.Allow {
 		c.Administrators = append(c.Administrators, kms.Administrator{
-			UID: (*uint32)(r.UID), GID: (*uint32)(r.GID), Operations: r.Operations,
+			UID: (*uint32)(r.UID), GID: (*uint32)(r.GID), Operations: r.operations(),
 		})
 	}
 	for _, k := range cfg.Keys {
@@ -126,6 +127,9 @@ func (a *Agent) applyLocked(ctx context.Context, cfg *Config) error {
 	}
 	a.cfg, a.backends, a.loaded = cfg, next, time.Now()
 	a.generation++
+	if level, err := zapcore.ParseLevel(string(cfg.Log.Level)); err == nil {
+		a.level.configure(level)
+	}
 	a.rejected = ""
 	for name, b := range old {
 		if next[name] != b {

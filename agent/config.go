@@ -5,6 +5,7 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
+	"github.com/kms-agent/kms-agent/agent/kms"
 	"github.com/kms-agent/kms-agent/agent/policy"
 )
 
@@ -76,9 +77,25 @@ type AdminConfig struct {
 
 // AdminRule gives operations to the peers that match every field it has.
 type AdminRule struct {
-	UID        *UID               `yaml:"uid"`
-	GID        *GID               `yaml:"gid"`
-	Operations []policy.Operation `yaml:"operations"`
+	UID *UID `yaml:"uid"`
+	GID *GID `yaml:"gid"`
+	// Operations are administrators' operations, or the built-in roles that are
+	// sets of them.
+	Operations []string `yaml:"operations"`
+}
+
+// operations are what the rule gives, roles resolved. Words that are neither
+// operation nor role give nothing.
+func (r AdminRule) operations() []kms.AdminOperation {
+	var all []kms.AdminOperation
+	for _, word := range r.Operations {
+		if role, ok := kms.AdminRoles()[word]; ok {
+			all = append(all, role...)
+			continue
+		}
+		all = append(all, kms.AdminOperation(word))
+	}
+	return all
 }
 
 // IdentityConfig says how callers are recognised.

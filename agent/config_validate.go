@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"maps"
 	"regexp"
 	"slices"
 	"strings"
@@ -12,6 +13,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
 
+	"github.com/kms-agent/kms-agent/agent/kms"
 	"github.com/kms-agent/kms-agent/agent/policy"
 	"github.com/kms-agent/kms-agent/plugins/local"
 )
@@ -117,15 +119,23 @@ func (l *loader) validateAdmin() {
 			l.report(at, "names nobody; write uid, gid or both")
 		}
 		if len(rule.Operations) == 0 {
-			l.report(at+".operations", "is missing; write [status]")
+			l.report(at+".operations", "is missing; write [operator], or [status]")
 		}
-		for j, operation := range rule.Operations {
-			if operation != policy.Status {
-				l.report(fmt.Sprintf("%s.operations[%d]", at, j), "the operation %s",
-					unknownWord(string(operation), []string{string(policy.Status)}))
+		for j, word := range rule.Operations {
+			if known := adminWords(); !slices.Contains(known, word) {
+				l.report(fmt.Sprintf("%s.operations[%d]", at, j), "the operation %s", unknownWord(word, known))
 			}
 		}
 	}
+}
+
+// adminWords are the operations of administrators and the roles made of them.
+func adminWords() []string {
+	var words []string
+	for _, operation := range kms.AdminOperations() {
+		words = append(words, string(operation))
+	}
+	return append(words, slices.Sorted(maps.Keys(kms.AdminRoles()))...)
 }
 
 func (l *loader) validateIdentity() {

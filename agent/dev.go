@@ -32,6 +32,8 @@ type DevOptions struct {
 	// is there already (keystore, configuration) is used again.
 	Dir    string
 	Logger *zap.Logger
+	// Level is the logger's.
+	Level zap.AtomicLevel
 	// Ready is called once when the agent serves.
 	Ready func(DevInfo)
 }
@@ -74,6 +76,7 @@ func RunDev(ctx context.Context, o DevOptions) error {
 		if err != nil {
 			return err
 		}
+		a.UseLevel(o.Level)
 		a.OnReady(func() {
 			if err := a.settled(ctx); err != nil {
 				o.Logger.Error("development agent is not ready", zap.Error(err))
@@ -207,7 +210,7 @@ listen:
   native: { socket: kms.sock, mode: "0600" }
 admin:
   socket: admin.sock
-  allow: [{ uid: UID, operations: [status] }]
+  allow: [{ uid: UID, operations: [break-glass] }]
 identity:
   workload_api: unix:workload-api/agent.sock
 backends:

@@ -19,18 +19,18 @@ import (
 const settle = 200 * time.Millisecond
 
 // Reload reads the configuration again. A faulty file changes nothing: it is
-// logged, shown by status, and returned.
-func (a *Agent) Reload(ctx context.Context) error {
+// logged, shown by status, and returned. It returns the generation of what is
+// then in use.
+func (a *Agent) Reload(ctx context.Context) (generation uint64, err error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	err := a.reloadLocked(ctx)
-	if err != nil {
+	if err = a.reloadLocked(ctx); err != nil {
 		a.rejected = err.Error()
 		a.logger.Error("configuration not reloaded; the agent goes on with the one it has", zap.String("config", a.path), zap.Error(err))
-		return err
+		return a.generation, err
 	}
 	a.logger.Info("configuration reloaded", zap.String("config", a.path), zap.Uint64("generation", a.generation))
-	return nil
+	return a.generation, nil
 }
 
 func (a *Agent) reloadLocked(ctx context.Context) error {
@@ -61,7 +61,7 @@ func needsRestart(old, next *Config) string {
 		{"identity.federated_trust_domains", old.Identity.FederatedTrustDomains, next.Identity.FederatedTrustDomains},
 		{"audit", old.Audit, next.Audit},
 		{"cache", old.Cache, next.Cache},
-		{"log", old.Log, next.Log},
+		{"log.format", old.Log.Format, next.Log.Format},
 		{"metrics", old.Metrics, next.Metrics},
 		{"tracing", old.Tracing, next.Tracing},
 		{"limits", doorLimits(old), doorLimits(next)},
@@ -110,7 +110,7 @@ func (a *Agent) watch(ctx context.Context) error {
 			seen = now
 			if settled && now != used {
 				used = now
-				_ = a.Reload(ctx) // logged, and shown by status
+				_, _ = a.Reload(ctx) // logged, and shown by status
 				a.watchDirectories(watcher)
 			}
 			if settled {

@@ -48,6 +48,7 @@ type rig struct {
 	config string
 	cancel context.CancelFunc
 	done   chan error
+	level  *zap.AtomicLevel // of the agent's logger, where a test looks at it
 }
 
 const baseConfig = `version: 1
@@ -157,6 +158,9 @@ func (r *rig) start() {
 	a, err := agent.New(cfg, r.config, zap.NewNop())
 	if err != nil {
 		r.t.Fatalf("agent: %v", err)
+	}
+	if r.level != nil {
+		a.UseLevel(*r.level)
 	}
 	ready := make(chan struct{})
 	a.OnReady(func() { close(ready) })

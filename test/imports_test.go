@@ -41,7 +41,7 @@ func allowed() map[string][]string {
 		"agent/serve":        {"agent/kms", "api/admin/v1", "identity"},
 		"agent/metrics":      {"agent/audit", "api/admin/v1"},
 		"agent/serve/native": {"agent/kms", "agent/serve", "api/kmsagent/v1", "envelope"},
-		"agent/serve/admin":  {"agent/serve", "api/admin/v1"},
+		"agent/serve/admin":  {"agent/kms", "agent/serve", "api/admin/v1"},
 		"agent": {
 			"agent/audit", "agent/kms", "agent/metrics", "agent/policy", "agent/serve", "agent/serve/*", "api/admin/v1", "api/kmsagent/v1",
 			"cache", "identity", "identity/issuer", "plugins", "plugins/host", "plugins/local",

@@ -87,9 +87,7 @@ func (t *transaction) authoriseWith(name string, op policy.Operation, encryption
 // authorise decides whether the caller may perform op on the key of that name.
 // The answers for an unknown key and for a forbidden one are the same.
 func (t *transaction) authorise(name string, op policy.Operation, encryptionContext map[string]string) (*key, error) {
-	if len(name) > maxKeyName {
-		name = strings.ToValidUTF8(name[:maxKeyName], "")
-	}
+	name = bounded(name)
 	k, decision := t.find(name, op, encryptionContext)
 	t.record.Key, t.record.Context, t.record.Rule = name, encryptionContext, decision.Rule
 	if k != nil {
@@ -101,6 +99,14 @@ func (t *transaction) authorise(name string, op policy.Operation, encryptionCont
 	t.bound(decision.MaxStale)
 	t.record.Backend = k.Backend
 	return k, nil
+}
+
+// bounded is what of a name that somebody sent gets into the record.
+func bounded(name string) string {
+	if len(name) > maxKeyName {
+		return strings.ToValidUTF8(name[:maxKeyName], "")
+	}
+	return name
 }
 
 // find looks a key up, by any of its names, and what policy says of it. It takes

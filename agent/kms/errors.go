@@ -30,6 +30,7 @@ const (
 	ReasonDeadlineExceeded Reason = "DEADLINE_EXCEEDED"
 	ReasonCancelled        Reason = "CANCELLED"
 	ReasonShuttingDown     Reason = "SHUTTING_DOWN"
+	ReasonConfigRejected   Reason = "CONFIG_REJECTED"
 	ReasonInternal         Reason = "INTERNAL"
 )
 
@@ -39,7 +40,7 @@ func Reasons() []Reason {
 		ReasonUnidentified, ReasonAccessDenied, ReasonInvalidRequest, ReasonInvalidMessage, ReasonDecryptFailed,
 		ReasonTooLarge, ReasonTruncated, ReasonKeyUnusable, ReasonKeySuspended, ReasonBackendDown, ReasonBackendBroken,
 		ReasonTooManyRequests, ReasonAuditUnavailable, ReasonDeadlineExceeded, ReasonCancelled, ReasonShuttingDown,
-		ReasonInternal,
+		ReasonConfigRejected, ReasonInternal,
 	}
 }
 

@@ -7,7 +7,6 @@ import (
 
 	"github.com/kms-agent/kms-agent/agent/policy"
 	"github.com/kms-agent/kms-agent/cache"
-	"github.com/kms-agent/kms-agent/identity"
 	"github.com/kms-agent/kms-agent/plugins"
 )
 
@@ -52,19 +51,6 @@ type Config struct {
 	DataKeyUse time.Duration
 	// MaxStream bounds the plaintext of one stream, in bytes.
 	MaxStream uint64
-}
-
-// Administrator gives operations on the admin door to the local peers that
-// match every field that is set. One that sets none matches nobody.
-type Administrator struct {
-	UID, GID   *uint32
-	Operations []policy.Operation
-}
-
-func (a Administrator) may(p identity.Peer, op policy.Operation) bool {
-	return (a.UID != nil || a.GID != nil) &&
-		(a.UID == nil || *a.UID == p.UID) && (a.GID == nil || *a.GID == p.GID) &&
-		slices.Contains(a.Operations, op)
 }
 
 // state is one configuration, ready for use and never changed.

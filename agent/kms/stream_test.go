@@ -9,7 +9,6 @@ import (
 
 	"github.com/kms-agent/kms-agent/agent/audit"
 	"github.com/kms-agent/kms-agent/agent/kms"
-	"github.com/kms-agent/kms-agent/agent/policy"
 	"github.com/kms-agent/kms-agent/envelope"
 	"github.com/kms-agent/kms-agent/identity"
 )
@@ -170,22 +169,55 @@ func TestAdministratorsAreNamed(t *testing.T) {
 	ran := false
 	act := func() error { ran = true; return nil }
 	c := kms.Call{Door: "test", RequestID: "r", Caller: identity.Caller{Proof: identity.ProofStaticPeer, Peer: identity.Peer{UID: 1000, GID: 1000}}}
-	wantReason(t, r.Administer(t.Context(), c, "status", act), kms.ReasonAccessDenied)
+	wantReason(t, r.Administer(t.Context(), c, kms.AdminRequest{Operation: kms.AdminStatus}, act), kms.ReasonAccessDenied)
 	uid := uint32(1000)
 	for _, a := range []kms.Administrator{{}, {UID: &uid}, {UID: new(uint32), Operations: nil}} {
 		r.config.Administrators = []kms.Administrator{a}
 		r.apply()
-		wantReason(t, r.Administer(t.Context(), c, "status", act), kms.ReasonAccessDenied)
+		wantReason(t, r.Administer(t.Context(), c, kms.AdminRequest{Operation: kms.AdminStatus}, act), kms.ReasonAccessDenied)
 	}
 	if ran {
 		t.Fatal("an operation ran for somebody who is no administrator")
 	}
-	r.config.Administrators = []kms.Administrator{{UID: &uid, Operations: []policy.Operation{"status"}}}
+	r.config.Administrators = []kms.Administrator{{UID: &uid, Operations: []kms.AdminOperation{kms.AdminStatus}}}
 	r.apply()
-	if err := r.Administer(t.Context(), c, "status", act); err != nil || !ran {
+	if err := r.Administer(t.Context(), c, kms.AdminRequest{Operation: kms.AdminStatus}, act); err != nil || !ran {
 		t.Errorf("status = %v, ran %v", err, ran)
 	}
 	if got := r.lastRecord(); got.Operation != "status" || got.Outcome != audit.Success {
 		t.Errorf("record = %+v", got)
 	}
+	// One operation is not another.
+	ran = false
+	wantReason(t, r.Administer(t.Context(), c, kms.AdminRequest{Operation: kms.AdminEvict, Key: "orders", Changes: true}, act), kms.ReasonAccessDenied)
+	if got := r.lastRecord(); ran || got.Kind != audit.KindOperation || got.Outcome != audit.Denied || got.Key != "orders" {
+		t.Errorf("ran %v, record %+v", ran, got)
+	}
+}
+
+// A change by an administrator is on record before it begins, and does not
+// begin without a record.
+func TestChangesAreRecordedFirst(t *testing.T) {
+	r := newRig(t)
+	uid := uint32(1000)
+	r.config.Administrators = []kms.Administrator{{UID: &uid, Operations: kms.AdminRoles()["key-admin"]}}
+	r.apply()
+	c := kms.Call{Door: "test", RequestID: "r", Caller: identity.Caller{Proof: identity.ProofStaticPeer, Peer: identity.Peer{UID: 1000}}}
+	req := kms.AdminRequest{Operation: kms.AdminEvict, Key: "orders", Detail: "why", Changes: true}
+	err := r.Administer(t.Context(), c, req, func() error {
+		if got := r.lastRecord(); got.Kind != audit.KindStart || got.Operation != "evict" || got.Key != "orders" || got.Detail != "why" {
+			t.Errorf("record before the change: %+v", got)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := r.lastRecord(); got.Kind != audit.KindEnd || got.Outcome != audit.Success {
+		t.Errorf("record after the change: %+v", got)
+	}
+	if err := r.audit.Close(); err != nil {
+		t.Fatal(err)
+	}
+	wantReason(t, r.Administer(t.Context(), c, req, func() error { t.Error("changed without a record"); return nil }), kms.ReasonAuditUnavailable)
 }

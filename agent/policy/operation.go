@@ -15,18 +15,17 @@ const (
 	Unwrap                          Operation = "unwrap"
 	Describe                        Operation = "describe"
 	GenerateRandom                  Operation = "generate-random"
-	Status                          Operation = "status"
 )
 
 // Operations returns every operation there is, in the order of the documentation.
 func Operations() []Operation {
 	return []Operation{
 		Encrypt, Decrypt, GenerateDataKey, GenerateDataKeyWithoutPlaintext,
-		DecryptDataKey, Wrap, Unwrap, Describe, GenerateRandom, Status,
+		DecryptDataKey, Wrap, Unwrap, Describe, GenerateRandom,
 	}
 }
 
 // Keyless reports whether o acts on no key.
 func (o Operation) Keyless() bool {
-	return o == GenerateRandom || o == Status
+	return o == GenerateRandom
 }

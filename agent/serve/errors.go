@@ -28,7 +28,7 @@ func Code(r kms.Reason) codes.Code {
 		return codes.PermissionDenied
 	case kms.ReasonInvalidRequest, kms.ReasonInvalidMessage, kms.ReasonDecryptFailed, kms.ReasonTooLarge, kms.ReasonTruncated:
 		return codes.InvalidArgument
-	case kms.ReasonKeyUnusable:
+	case kms.ReasonKeyUnusable, kms.ReasonConfigRejected:
 		return codes.FailedPrecondition
 	case kms.ReasonKeySuspended, kms.ReasonBackendDown, kms.ReasonBackendBroken, kms.ReasonAuditUnavailable, kms.ReasonShuttingDown:
 		return codes.Unavailable

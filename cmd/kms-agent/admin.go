@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"io"
 	"strings"
 	"time"
 
@@ -48,30 +49,45 @@ func (a *app) adminSocket(f *adminFlags) (string, error) {
 	return defaultAdminSocket, nil
 }
 
-// status asks the agent behind socket for its state. The kernel tells the agent
-// who asks; there is nothing to prove.
-func adminStatus(ctx context.Context, socket string) (*adminv1.StatusResponse, error) {
-	ctx, cancel := context.WithTimeout(ctx, adminTimeout)
-	defer cancel()
+// withAdmin connects to the admin socket and lets use call it. The kernel tells
+// the agent who asks; there is nothing to prove.
+func withAdmin(socket string, use func(adminv1.AdminClient) error) error {
 	conn, err := grpc.NewClient("unix:"+strings.TrimPrefix(socket, "unix:"), grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {
-		return nil, fmt.Errorf("admin socket %s: %w", socket, err)
+		return fmt.Errorf("admin socket %s: %w", socket, err)
 	}
 	defer func() { _ = conn.Close() }()
-	return adminv1.NewAdminClient(conn).Status(ctx, &adminv1.StatusRequest{})
+	return use(adminv1.NewAdminClient(conn))
+}
+
+// adminStatus asks the agent behind socket for its state.
+func adminStatus(ctx context.Context, socket string) (response *adminv1.StatusResponse, err error) {
+	ctx, cancel := context.WithTimeout(ctx, adminTimeout)
+	defer cancel()
+	err = withAdmin(socket, func(c adminv1.AdminClient) error {
+		response, err = c.Status(ctx, &adminv1.StatusRequest{})
+		return err
+	})
+	return response, err
 }
 
 func newStatus(a *app) *cobra.Command {
-	f := adminFlags{}
+	f, every := adminFlags{}, time.Duration(0)
 	c := &cobra.Command{
 		Use: "status", Short: "Show the state of the agent and of all that it depends on",
 		Long: `Asks the agent on its admin socket. It answers the users and groups that its
-configuration names in admin.allow, and nobody else.`,
+configuration names in admin.allow, and nobody else.
+
+With --watch it asks again and again until it is interrupted: on a terminal the
+picture is redrawn, elsewhere each is printed after the other.`,
 		Args: exactly(),
 		RunE: func(c *cobra.Command, _ []string) error {
 			socket, err := a.adminSocket(&f)
 			if err != nil {
 				return err
+			}
+			if c.Flags().Changed("watch") {
+				return a.watchStatus(c.Context(), socket, every)
 			}
 			response, err := adminStatus(c.Context(), socket)
 			if err != nil {
@@ -80,9 +96,60 @@ configuration names in admin.allow, and nobody else.`,
 			return a.print(response, func(t *table) { statusTable(t, response) })
 		},
 	}
+	c.Flags().DurationVar(&every, "watch", 0, "ask again after this time, until interrupted")
+	c.Flags().Lookup("watch").NoOptDefVal = "2s"
 	a.adminFlags(c, &f)
 	a.outputFlag(c)
 	return c
+}
+
+// watchStatus shows the state every so often until ctx ends. An agent that does
+// not answer is part of the picture on a terminal, and the end elsewhere.
+func (a *app) watchStatus(ctx context.Context, socket string, every time.Duration) error {
+	const shortest = 100 * time.Millisecond
+	if every < shortest {
+		return usagef("--watch must be %v or longer", shortest)
+	}
+	redraw := isTerminal(a.out) && a.format == formatTable
+	tick := time.NewTicker(every)
+	defer tick.Stop()
+	for {
+		response, err := adminStatus(ctx, socket)
+		switch {
+		case ctx.Err() != nil:
+			return nil
+		case err != nil && !redraw:
+			return adminHint(err, socket)
+		case redraw:
+			err = a.redrawStatus(response, err, socket)
+		default:
+			err = a.print(response, func(t *table) { statusTable(t, response) })
+		}
+		if err != nil {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+	}
+}
+
+// redrawStatus paints over the picture before: what is left of older lines is
+// cleared, so that nothing flickers.
+func (a *app) redrawStatus(response *adminv1.StatusResponse, asked error, socket string) error {
+	const home, clearLine, clearBelow = "\x1b[H", "\x1b[K", "\x1b[J"
+	t := &table{}
+	t.row("time", when(time.Now()))
+	if asked != nil {
+		t.row("agent", "no answer from "+socket+": "+classify(asked).message)
+	} else {
+		statusTable(t, response)
+	}
+	picture := strings.ReplaceAll(t.render(a.colours(a.out)), "\n", clearLine+"\n")
+	_, err := io.WriteString(a.out, home+picture+clearBelow)
+	return err
 }
 
 func adminHint(err error, socket string) error {

@@ -52,11 +52,11 @@ func (a *app) runDev(ctx context.Context, dir string) (err error) {
 		return err
 	}
 	defer func() { _ = os.Remove(ready) }()
-	logger, err := newLogger(agent.LogConfig{Level: agent.LogInfo, Format: agent.LogConsole}, a.errOut)
+	logger, level, err := newLogger(agent.LogConfig{Level: agent.LogInfo, Format: agent.LogConsole}, a.errOut)
 	if err != nil {
 		return err
 	}
-	return agent.RunDev(ctx, agent.DevOptions{Dir: dir, Logger: logger, Ready: func(info agent.DevInfo) {
+	return agent.RunDev(ctx, agent.DevOptions{Dir: dir, Logger: logger, Level: level, Ready: func(info agent.DevInfo) {
 		_, _ = fmt.Fprint(a.out, devGuide(info))
 		if err := os.WriteFile(ready, nil, 0o600); err != nil {
 			a.note("%v", err)

@@ -13,8 +13,8 @@ import (
 )
 
 func newPlugin(a *app) *cobra.Command {
-	c := group("plugin", "Show the backends' plugins", "")
-	c.AddCommand(newPluginList(a), newPluginServe())
+	c := group("plugin", "Show the backends' plugins, and replace their processes", "")
+	c.AddCommand(newPluginList(a), newPluginRestart(a), newPluginServe())
 	return c
 }
 

@@ -25,7 +25,7 @@ protected memory and asks key services to wrap them.`)
 	add(root, groupUse, newEncrypt(a), newDecrypt(a), newReencrypt(a), newDatakey(a), newWrap(a), newUnwrap(a),
 		newRandom(a), newKeys(a), newWhoami(a))
 	add(root, groupRun, newRunCommand(a), newDev(a), newCheck(a), newConfig(a))
-	add(root, groupOperate, newStatus(a), newPlugin(a), newAudit(a), newVersion(a))
+	add(root, groupOperate, newStatus(a), newPlugin(a), newAudit(a), newEvict(a), newReload(a), newLogLevel(a), newProfile(a), newVersion(a))
 	root.AddCommand(exitCodesTopic())
 	return root
 }

@@ -59,10 +59,10 @@ func tuneGarbageCollection() {
 	}
 }
 
-func newLogger(c agent.LogConfig, to *os.File) (*zap.Logger, error) {
-	level, err := zapcore.ParseLevel(string(c.Level))
+func newLogger(c agent.LogConfig, to *os.File) (*zap.Logger, zap.AtomicLevel, error) {
+	level, err := zap.ParseAtomicLevel(string(c.Level))
 	if err != nil {
-		return nil, err
+		return nil, level, err
 	}
 	encoding := zap.NewProductionEncoderConfig()
 	encoding.EncodeTime, encoding.TimeKey = zapcore.RFC3339NanoTimeEncoder, "time"
@@ -71,7 +71,7 @@ func newLogger(c agent.LogConfig, to *os.File) (*zap.Logger, error) {
 		encoding.EncodeLevel = zapcore.CapitalLevelEncoder
 		encoder = zapcore.NewConsoleEncoder(encoding)
 	}
-	return zap.New(zapcore.NewCore(encoder, zapcore.Lock(to), level)), nil
+	return zap.New(zapcore.NewCore(encoder, zapcore.Lock(to), level)), level, nil
 }
 
 func (a *app) runAgent(ctx context.Context, path string) error {
@@ -87,7 +87,7 @@ func (a *app) runAgent(ctx context.Context, path string) error {
 	if err != nil {
 		return err
 	}
-	logger, err := newLogger(cfg.Log, a.errOut)
+	logger, level, err := newLogger(cfg.Log, a.errOut)
 	if err != nil {
 		return err
 	}
@@ -95,6 +95,7 @@ func (a *app) runAgent(ctx context.Context, path string) error {
 	if err != nil {
 		return err
 	}
+	instance.UseLevel(level)
 	s := &supervised{logger: logger}
 	instance.OnReady(func() { s.notify(daemon.SdNotifyReady) })
 	group, groupCtx := errgroup.WithContext(ctx)
@@ -155,7 +156,7 @@ func (s *supervised) reloads(ctx context.Context, instance *agent.Agent) error {
 				return fmt.Errorf("read the monotonic clock: %w", err)
 			}
 			s.notify(fmt.Sprintf("%s\nMONOTONIC_USEC=%d", daemon.SdNotifyReloading, now.Nano()/1000))
-			_ = instance.Reload(ctx)
+			_, _ = instance.Reload(ctx)
 			s.notify(daemon.SdNotifyReady)
 		}
 	}

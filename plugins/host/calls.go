@@ -86,17 +86,18 @@ func try[T any](ctx context.Context, s *Supervisor, m method[T]) (T, error) {
 // attempt waits for the caller's turn and makes the call.
 func attempt[T any](ctx context.Context, s *Supervisor, m method[T]) (T, error) {
 	var none T
-	if _, err := s.process(); err != nil {
+	if err := s.available(); err != nil {
 		return none, err
 	}
 	if err := s.queue.acquire(ctx, plugins.CallerFrom(ctx)); err != nil {
 		return none, err
 	}
 	defer s.queue.release()
-	p, err := s.process() // it may have been replaced while we waited
+	p, err := s.serving() // it may have been replaced while we waited
 	if err != nil {
 		return none, err
 	}
+	defer p.serving.Done()
 	began := time.Now()
 	answer, err := m(ctx, p.remote)
 	overrun := errors.Is(err, context.DeadlineExceeded) && time.Since(began) >= s.cfg.CallTimeout/2

@@ -145,6 +145,10 @@ func (p *puppet) obey(ctx context.Context, order string) (string, error) {
 	case "die":
 		go panic("outside of a request")
 		select {}
+	case "unless": // a file is there
+		if _, err := os.Stat(argument); err == nil {
+			return "", plugins.Errorf(plugins.Denied, "%s is there", filepath.Base(argument))
+		}
 	case "second":
 		if p.attempts++; p.attempts == 1 {
 			return "", plugins.Errorf(plugins.Unavailable, "not at the first time")

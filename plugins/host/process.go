@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"slices"
+	"sync"
 	"syscall"
 	"time"
 
@@ -35,6 +36,9 @@ type process struct {
 	remote *plugins.Remote
 	info   plugins.Info
 	outcomes
+	// serving counts the calls in flight. It grows under Supervisor.mu, while the
+	// process is the current one.
+	serving sync.WaitGroup
 
 	client *plugin.Client
 	runner *runner
@@ -153,6 +157,17 @@ func (p *process) open(ctx context.Context, cfg Config) error {
 	}
 	p.noteCheck(err, false) // an upstream that is away, or refuses, is no fault of the process
 	return nil
+}
+
+// idle returns a channel that is closed once the process serves no call. It must
+// not be the current one any more.
+func (p *process) idle() <-chan struct{} {
+	idle := make(chan struct{})
+	go func() {
+		defer close(idle)
+		p.serving.Wait()
+	}()
+	return idle
 }
 
 // stop ends the process, with grace where asked, and removes what it leaves.

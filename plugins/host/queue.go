@@ -27,7 +27,6 @@ type queue struct {
 	waiting int
 	lines   map[string][]*waiter // by caller, first come first; never empty
 	turn    []string             // the callers of lines; whose turn is next first
-	empty   chan struct{}        // made by idle; closed, and nil again, when nothing runs
 }
 
 // waiter learns once: nil, it runs; else why it does not.
@@ -105,7 +104,6 @@ func (q *queue) release() {
 	defer q.mu.Unlock()
 	if len(q.turn) == 0 {
 		q.free++
-		q.tellIdle()
 		return
 	}
 	caller := q.turn[0]
@@ -115,26 +113,6 @@ func (q *queue) release() {
 		q.turn = append(q.turn[1:], caller)
 	}
 	next.told <- nil
-}
-
-// idle returns a channel that is closed once nothing runs.
-func (q *queue) idle() <-chan struct{} {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	if q.empty == nil {
-		q.empty = make(chan struct{})
-	}
-	empty := q.empty
-	q.tellIdle()
-	return empty
-}
-
-// tellIdle is called under mu.
-func (q *queue) tellIdle() {
-	if q.empty != nil && q.free == q.slots {
-		close(q.empty)
-		q.empty = nil
-	}
 }
 
 // leave takes a waiter out, or gives back what it was granted meanwhile.

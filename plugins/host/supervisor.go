@@ -33,6 +33,8 @@ type Supervisor struct {
 	program         program // Run's own
 	calls, failures atomic.Uint64
 	firstUp         chan struct{}
+	asked           chan *request // for a new process
+	ended           chan struct{} // Run has returned
 
 	mu      sync.Mutex
 	status  Status    // mu guards status and what follows; its counters are elsewhere
@@ -49,6 +51,7 @@ func New(cfg Config) (*Supervisor, error) {
 	cfg.Logger = cfg.Logger.With(zap.String("backend", cfg.Name))
 	return &Supervisor{
 		cfg: cfg, program: program{cfg: cfg}, queue: newQueue(cfg.MaxConcurrent), firstUp: make(chan struct{}),
+		asked: make(chan *request), ended: make(chan struct{}),
 		status: Status{Name: cfg.Name, State: Starting, Since: time.Now(), SHA256: cfg.SHA256},
 	}, nil
 }
@@ -64,24 +67,40 @@ func (s *Supervisor) Run(ctx context.Context) error {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	defer s.program.close()
+	defer close(s.ended)
 	pause := backoff{min: s.cfg.BackoffMin, max: s.cfg.BackoffMax}
+	var asked *request
 	for first := true; ctx.Err() == nil; first = false {
 		began := time.Now()
-		err := s.runProcess(ctx, first)
+		err := s.runProcess(ctx, first, asked)
 		if ctx.Err() != nil {
 			break
 		}
 		wait := pause.after(time.Since(began))
 		s.down(err, wait)
 		s.cfg.Logger.Error("plugin is down", zap.Error(err), zap.Duration("next_start", wait))
-		sleep(ctx, wait)
+		asked = s.rest(ctx, wait)
 	}
 	s.down(nil, 0)
 	return ctx.Err()
 }
 
-// runProcess runs one process to its end and returns why it ended.
-func (s *Supervisor) runProcess(ctx context.Context, first bool) error {
+// rest waits for the time of the next start, or for somebody who asks for one.
+func (s *Supervisor) rest(ctx context.Context, wait time.Duration) *request {
+	t := time.NewTimer(wait)
+	defer t.Stop()
+	select {
+	case <-t.C:
+	case <-ctx.Done():
+	case asked := <-s.asked:
+		return asked
+	}
+	return nil
+}
+
+// runProcess runs one process, and those that replace it while it works, to the
+// end and returns why the last ended.
+func (s *Supervisor) runProcess(ctx context.Context, first bool, asked *request) error {
 	s.change(func(status *Status) {
 		status.State = Starting
 		if !first {
@@ -90,12 +109,18 @@ func (s *Supervisor) runProcess(ctx context.Context, first bool) error {
 	})
 	p, err := launch(ctx, s.cfg, &s.program)
 	if err != nil {
+		asked.answer(err)
 		return err
 	}
-	s.cfg.Logger.Info("plugin started", zap.Int("pid", p.runner.processID()), zap.String("plugin", p.info.Name),
-		zap.String("version", p.info.Version), zap.String("fips140", p.info.FIPS140))
-	s.install(p)
-	err = s.watch(ctx, p)
+	s.started(p)
+	asked.answer(nil)
+	for {
+		asked, err = s.watch(ctx, p)
+		if asked == nil {
+			break
+		}
+		p = s.replaced(ctx, p, asked)
+	}
 	s.mu.Lock()
 	s.current = nil
 	s.mu.Unlock()
@@ -134,30 +159,33 @@ func (s *Supervisor) judged(fault error) {
 	}
 }
 
-// watch returns nil when ctx ends, else why p must be replaced.
-func (s *Supervisor) watch(ctx context.Context, p *process) error {
+// watch returns nil when ctx ends, else who asks for another process, or why p
+// must be replaced.
+func (s *Supervisor) watch(ctx context.Context, p *process) (*request, error) {
 	tick := time.NewTicker(s.cfg.PingInterval)
 	defer tick.Stop()
-	rest := rest{}
+	idle := idleness{}
 	_, fault, _ := p.verdict()
 	for degraded := fault != nil; ; {
 		select {
 		case <-ctx.Done():
-			return nil
+			return nil, nil
 		case <-p.runner.ended:
-			return fmt.Errorf("the process ended: %w", p.runner.end())
+			return nil, fmt.Errorf("the process ended: %w", p.runner.end())
+		case asked := <-s.asked:
+			return asked, nil
 		case <-p.changed:
 		case <-tick.C:
 			if err := s.ping(ctx, p); err != nil {
-				return err
+				return nil, err
 			}
-			if calls, _, _ := p.verdict(); rest.wantsCheck(calls, degraded) {
+			if calls, _, _ := p.verdict(); idle.wantsCheck(calls, degraded) {
 				s.checkIdle(ctx, p)
 			}
 		}
 		_, last, broken := p.verdict()
 		if broken != nil {
-			return fmt.Errorf("the process is broken: %w", broken)
+			return nil, fmt.Errorf("the process is broken: %w", broken)
 		}
 		if degraded != (last != nil) {
 			degraded = last != nil
@@ -166,14 +194,14 @@ func (s *Supervisor) watch(ctx context.Context, p *process) error {
 	}
 }
 
-// rest tells when an idle process is asked how its backend is: always while it
+// idleness tells when an idle process is asked how its backend is: always while it
 // is not known to be well, now and then otherwise.
-type rest struct {
+type idleness struct {
 	calls uint64
 	pings int // without a call
 }
 
-func (r *rest) wantsCheck(calls uint64, degraded bool) bool {
+func (r *idleness) wantsCheck(calls uint64, degraded bool) bool {
 	if r.pings++; calls != r.calls {
 		r.calls, r.pings = calls, 0
 	}
@@ -200,12 +228,12 @@ func (s *Supervisor) checkIdle(ctx context.Context, p *process) {
 	}
 }
 
-// drain waits for the calls that p still serves.
+// drain waits for the calls that p still serves; it gets no more.
 func (s *Supervisor) drain(p *process) {
 	t := time.NewTimer(min(drainTimeout, s.cfg.CallTimeout))
 	defer t.Stop()
 	select {
-	case <-s.queue.idle():
+	case <-p.idle():
 	case <-p.runner.ended:
 	case <-t.C:
 	}
@@ -239,12 +267,27 @@ func (s *Supervisor) change(apply func(*Status)) {
 	}
 }
 
-// process returns the process that serves calls.
-func (s *Supervisor) process() (*process, error) {
+// available returns an error where no process serves calls.
+func (s *Supervisor) available() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	return s.availableLocked()
+}
+
+// serving returns the process that serves calls, with one more call in flight.
+func (s *Supervisor) serving() (*process, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err := s.availableLocked(); err != nil {
+		return nil, err
+	}
+	s.current.serving.Add(1)
+	return s.current, nil
+}
+
+func (s *Supervisor) availableLocked() error {
 	if s.current != nil {
-		return s.current, nil
+		return nil
 	}
 	e := &plugins.Error{
 		Class: plugins.Unavailable, RetryAfter: max(time.Until(s.next), s.cfg.BackoffMin),
@@ -253,7 +296,7 @@ func (s *Supervisor) process() (*process, error) {
 	if s.status.LastError != "" {
 		e.Detail += ", last error: " + s.status.LastError
 	}
-	return nil, e
+	return e
 }
 
 // Ready returns nil once the backend was up. It returns an error with the cause

@@ -1,0 +1,65 @@
+package host
+
+import (
+	"context"
+	"fmt"
+
+	"go.uber.org/zap"
+)
+
+// request asks Run for a new process; done has room for the one answer.
+type request struct{ done chan error }
+
+// Replace starts a new process, which must open the backend and answer before
+// the calls go to it, and then ends the old one when its calls are done. On an
+// error the old process, if there is one, goes on. Without a process it ends the
+// wait for the next start.
+func (s *Supervisor) Replace(ctx context.Context) error {
+	r := &request{done: make(chan error, 1)}
+	select {
+	case s.asked <- r:
+	case <-ctx.Done():
+		return fmt.Errorf("plugin %q: %w", s.cfg.Name, ctx.Err())
+	case <-s.ended:
+		return fmt.Errorf("plugin %q is stopped", s.cfg.Name)
+	}
+	select {
+	case err := <-r.done:
+		return err
+	case <-ctx.Done():
+		return fmt.Errorf("plugin %q: the new process is not ready yet: %w", s.cfg.Name, ctx.Err())
+	}
+}
+
+// answer tells those who asked for a process how its start went.
+func (r *request) answer(err error) {
+	if r != nil {
+		r.done <- err
+	}
+}
+
+// replaced starts a process beside p and gives it the calls. It returns p where
+// that fails.
+func (s *Supervisor) replaced(ctx context.Context, p *process, asked *request) *process {
+	next, err := launch(ctx, s.cfg, &s.program)
+	if err != nil {
+		s.cfg.Logger.Error("new plugin process does not work; the old one goes on", zap.Error(err))
+		asked.answer(err)
+		return p
+	}
+	s.change(func(status *Status) { status.Restarts++ })
+	s.started(next)
+	asked.answer(nil)
+	s.drain(p)
+	if err := p.stop(true); err != nil {
+		s.cfg.Logger.Warn("old plugin process did not end well", zap.Error(err))
+	}
+	return next
+}
+
+// started gives the calls to a process that has just been launched.
+func (s *Supervisor) started(p *process) {
+	s.cfg.Logger.Info("plugin started", zap.Int("pid", p.runner.processID()), zap.String("plugin", p.info.Name),
+		zap.String("version", p.info.Version), zap.String("fips140", p.info.FIPS140))
+	s.install(p)
+}
