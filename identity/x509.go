@@ -112,7 +112,51 @@ func (v *x509Verifier) verify(certs []*x509.Certificate, snap *snapshot, now tim
 	if err != nil {
 		return spiffeid.ID{}, time.Time{}, err
 	}
+	chains, err = goodChains(id, chains)
+	if err != nil {
+		return spiffeid.ID{}, time.Time{}, err
+	}
 	return id, chainsEnd(chains), nil
+}
+
+// goodChains keeps the chains whose intermediates may sign for a client of id's
+// trust domain. It fails when none is left, with the fault of the last.
+func goodChains(id spiffeid.ID, chains [][]*x509.Certificate) ([][]*x509.Certificate, error) {
+	var fault error
+	chains = slices.DeleteFunc(chains, func(chain []*x509.Certificate) bool {
+		for _, signer := range chain[1:max(len(chain)-1, 1)] {
+			if err := checkIntermediate(id, signer); err != nil {
+				fault = err
+				return true
+			}
+		}
+		return false
+	})
+	if len(chains) == 0 {
+		return nil, fault
+	}
+	return chains, nil
+}
+
+// checkIntermediate holds that the SPIFFE ID of a signing certificate, where it
+// has one, is that of the leaf's trust domain (X.509-SVID, section 3.2). Without
+// it, trust domains whose authorities have a root in common could sign for each
+// other. Extended usages, if any, bind those below; x509svid.Verify does not look
+// at them. Roots are trusted as the bundle has them.
+func checkIntermediate(id spiffeid.ID, signer *x509.Certificate) error {
+	for _, uri := range signer.URIs {
+		if uri.Scheme != "spiffe" {
+			continue
+		}
+		if of, err := spiffeid.FromURI(uri); err != nil || of != id.TrustDomain().ID() {
+			return fmt.Errorf("%s is signed by an intermediate of %q, which may not sign for trust domain %s", id, uri, id.TrustDomain().Name())
+		}
+	}
+	restricted := len(signer.ExtKeyUsage)+len(signer.UnknownExtKeyUsage) > 0
+	if restricted && !slices.Contains(signer.ExtKeyUsage, x509.ExtKeyUsageClientAuth) && !slices.Contains(signer.ExtKeyUsage, x509.ExtKeyUsageAny) {
+		return fmt.Errorf("%s is signed by an intermediate whose extended key usages leave clientAuth out", id)
+	}
+	return nil
 }
 
 // acceptable refuses foreign trust domains. go-spiffe takes the bundle of

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"crypto/x509/pkix"
 	"net"
 	"net/url"
 	"strings"
@@ -219,6 +220,61 @@ func TestX509IntermediateExpiryOnALiveConnection(t *testing.T) {
 	wantCaller(t, conn, orders, identity.ProofX509SVID)
 	w.clock.forward(31 * time.Minute)
 	w.agent.wantUnauthenticated(t, conn, identity.ErrExpired, orders.String())
+}
+
+// intermediate is an authority below a, as change leaves it.
+func (a *authority) intermediate(t testing.TB, change func(*x509.Certificate)) *authority {
+	t.Helper()
+	key := newKey(t)
+	template := *a.cert
+	template.SubjectKeyId, template.AuthorityKeyId, template.RawSubject = nil, nil, nil
+	template.Subject = pkix.Name{CommonName: "intermediate"}
+	if change != nil {
+		change(&template)
+	}
+	return &authority{domain: a.domain, key: key, cert: sign(t, &template, a.cert, key.Public(), a.key)}
+}
+
+// below is a client whose SVID is signed by an intermediate.
+func (a *authority) below(t testing.TB) *tls.Config {
+	leaf := a.leaf(t, orders.String(), nil)
+	leaf.Certificate = append(leaf.Certificate, a.cert.Raw)
+	return tlsClient(leaf)
+}
+
+// What x509svid.Verify lets an intermediate do.
+func TestX509IntermediateRefusals(t *testing.T) {
+	w := newWorld(t, nil)
+	cases := map[string]struct {
+		change func(*x509.Certificate)
+		text   string
+	}{
+		// Two trust domains whose authorities have a root in common.
+		"of another trust domain": {func(c *x509.Certificate) { c.URIs = []*url.URL{foreign.ID().URL()} }, "may not sign for trust domain example.org"},
+		"of a workload":           {func(c *x509.Certificate) { c.URIs = []*url.URL{billing.URL()} }, "may not sign"},
+		"of no SPIFFE ID":         {func(c *x509.Certificate) { c.URIs = []*url.URL{{Scheme: "spiffe", Host: "UPPER"}} }, "may not sign"},
+		"for servers alone":       {func(c *x509.Certificate) { c.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth} }, "leave clientAuth out"},
+		"no authority": {func(c *x509.Certificate) {
+			c.IsCA, c.KeyUsage, c.URIs = false, x509.KeyUsageDigitalSignature, []*url.URL{billing.URL()}
+		}, "cannot sign this kind of certificate"},
+		"expired": {func(c *x509.Certificate) { c.NotAfter = time.Now().Add(-time.Second) }, "expired"},
+	}
+	for name, c := range cases {
+		t.Run(name, func(t *testing.T) {
+			w.agent.wantHandshakeRefusal(t, w.agent.dial(t, w.own.intermediate(t, c.change).below(t)), identity.ErrUntrusted, c.text)
+		})
+	}
+	for name, change := range map[string]func(*x509.Certificate){
+		"of the trust domain": nil,
+		"without SPIFFE ID":   func(c *x509.Certificate) { c.URIs = nil },
+		"with other URIs":     func(c *x509.Certificate) { c.URIs = []*url.URL{{Scheme: "https", Host: "ca.example.org"}} },
+		"for clients too":     func(c *x509.Certificate) { c.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth} },
+		"for any usage":       func(c *x509.Certificate) { c.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageAny} },
+	} {
+		t.Run(name, func(t *testing.T) {
+			wantCaller(t, w.agent.dial(t, w.own.intermediate(t, change).below(t)), orders, identity.ProofX509SVID)
+		})
+	}
 }
 
 // With its proof the connection ends, so that a client with a newer SVID is back
