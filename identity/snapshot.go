@@ -9,18 +9,33 @@ import (
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 )
 
-// snapshot is everything a Source knows at one moment. It is immutable.
+// snapshot is what a Source knows of X.509 at one moment. It is immutable.
 type snapshot struct {
+	hearing
 	svid *x509svid.SVID // nil: none
 	// own is the trust domain of the last SVID; it outlives svid.
-	own   spiffeid.TrustDomain
-	trust *trust
+	own    spiffeid.TrustDomain
+	trust  *trust
+	denied bool
+}
+
+// hearing is how one stream of the Workload API goes.
+type hearing struct {
 	// bundlesEnd is zero while the Workload API is heard.
 	bundlesEnd time.Time
 	connected  bool
-	denied     bool
 	updated    time.Time // of the last update; zero: never
 	lastErr    error
+}
+
+// lost is h when its stream has ended. The bundles' time runs from the first
+// loss.
+func (h hearing) lost(err error, now time.Time, maxAge time.Duration) hearing {
+	h.connected, h.lastErr = false, err
+	if h.bundlesEnd.IsZero() && !h.updated.IsZero() {
+		h.bundlesEnd = now.Add(maxAge)
+	}
+	return h
 }
 
 // trust is the bundles of one update. Its address is the basis of verdicts.
@@ -39,14 +54,14 @@ func (t *trust) GetX509BundleForTrustDomain(domain spiffeid.TrustDomain) (*x509b
 
 // bundlesUsable fails when an outage of the Workload API has lasted longer than
 // bundles may.
-func (s *snapshot) bundlesUsable(now time.Time) error {
-	if s.bundlesEnd.IsZero() || (now.Before(s.bundlesEnd) && now.Round(0).Before(s.bundlesEnd.Round(0))) {
+func (h hearing) bundlesUsable(now time.Time) error {
+	if h.bundlesEnd.IsZero() || (now.Before(h.bundlesEnd) && now.Round(0).Before(h.bundlesEnd.Round(0))) {
 		// Both clocks must say so: the monotonic one stands still while the host
 		// is suspended, the wall clock can be set back.
 		return nil
 	}
 	return fmt.Errorf("%w: the Workload API has not been heard for longer than bundles may be trusted (until %s)",
-		ErrUntrusted, s.bundlesEnd.UTC().Format(time.RFC3339))
+		ErrUntrusted, h.bundlesEnd.UTC().Format(time.RFC3339))
 }
 
 // svidAt returns the SVID if it can be used at now.
@@ -64,9 +79,9 @@ func (s *snapshot) svidAt(now time.Time) (*x509svid.SVID, error) {
 	}
 }
 
-func (s *snapshot) because() string {
-	if s.lastErr == nil {
+func (h hearing) because() string {
+	if h.lastErr == nil {
 		return ""
 	}
-	return " (" + s.lastErr.Error() + ")"
+	return " (" + h.lastErr.Error() + ")"
 }

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -32,6 +33,8 @@ type SourceConfig struct {
 	// TrustDomain chooses among several SVIDs: the first that is of it is the
 	// agent's own, else the first of all. Zero: the first of all.
 	TrustDomain spiffeid.TrustDomain
+	// JWTBundles follows the bundles that JWT-SVIDs are verified with, too.
+	JWTBundles bool
 	// BundleMaxAge is how long the bundles are trusted from the moment that the
 	// Workload API was lost.
 	BundleMaxAge time.Duration
@@ -78,10 +81,23 @@ type State struct {
 	TrustDomains []spiffeid.TrustDomain
 	// LastError is why the last attempt failed; nil when the last succeeded.
 	LastError error
+	// JWT is nil where the JWT bundles are not followed.
+	JWT *JWTState
+}
+
+// JWTState is what a Source knows of JWT bundles at one moment.
+type JWTState struct {
+	// Status is SourceStarting, SourceReady, SourceStale or SourceExpired. A
+	// Workload API that has no JWT-SVIDs to give leaves it at SourceStarting.
+	Status SourceStatus
+	// Updated, BundlesEnd, TrustDomains and LastError as in State.
+	Updated, BundlesEnd time.Time
+	TrustDomains        []spiffeid.TrustDomain
+	LastError           error
 }
 
 // Source follows the SPIFFE Workload API: the agent's own X.509-SVID and the
-// bundles that callers are verified with. It outlives every outage of the
+// bundles that callers' SVIDs are verified with. It outlives every outage of the
 // Workload API and every answer that it gives, serves what it last heard within
 // that one's own bounds, and never hands out an SVID that has expired.
 //
@@ -91,8 +107,9 @@ type Source struct {
 	cfg     SourceConfig
 	target  string
 	running atomic.Bool
-	// current is replaced by Run's goroutine only.
+	// current and jwt are each replaced by one goroutine of Run only.
 	current atomic.Pointer[snapshot]
+	jwt     atomic.Pointer[jwtSnapshot]
 
 	mu      sync.Mutex
 	changed chan struct{} // mu guards changed; closed and replaced at each change
@@ -123,6 +140,7 @@ func NewSource(cfg SourceConfig) (*Source, error) {
 	}
 	s := &Source{cfg: cfg, target: target, changed: make(chan struct{})}
 	s.current.Store(&snapshot{trust: &trust{}})
+	s.jwt.Store(&jwtSnapshot{trust: &jwtTrust{}})
 	return s, nil
 }
 
@@ -152,10 +170,10 @@ func (s *Source) State() State {
 	if snap.svid != nil {
 		state.ID, state.Expires = snap.svid.ID, snap.svid.Certificates[0].NotAfter
 	}
-	for domain := range snap.trust.bundles {
-		state.TrustDomains = append(state.TrustDomains, domain)
+	state.TrustDomains = slices.SortedFunc(maps.Keys(snap.trust.bundles), spiffeid.TrustDomain.Compare)
+	if s.cfg.JWTBundles {
+		state.JWT = s.jwt.Load().state(now)
 	}
-	slices.SortFunc(state.TrustDomains, spiffeid.TrustDomain.Compare)
 	return state
 }
 
@@ -203,6 +221,11 @@ func (s *Source) WaitReady(ctx context.Context) error {
 // publish makes next the current snapshot.
 func (s *Source) publish(next *snapshot) {
 	s.current.Store(next)
+	s.tell()
+}
+
+// tell wakes who waits for a change.
+func (s *Source) tell() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	close(s.changed)

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"sync"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
@@ -34,19 +35,47 @@ func (s *Source) Run(ctx context.Context) error {
 		return errors.New("identity: the source is running already")
 	}
 	defer s.running.Store(false)
+	var streams sync.WaitGroup
+	streams.Go(func() { s.follow(ctx, s.x509Stream()) })
+	if s.cfg.JWTBundles {
+		streams.Go(func() { s.follow(ctx, s.jwtStream()) })
+	}
+	streams.Wait()
+	return nil
+}
+
+// stream is one of the Workload API's streams of updates.
+type stream struct {
+	// open begins it; receive waits for an update and makes it current.
+	open func(ctx context.Context, api workload.SpiffeWorkloadAPIClient) (receive func() error, err error)
+	// overdue is when to ask anew although the stream stands, counted from the
+	// last update, and why.
+	overdue func() (time.Duration, error)
+	// lost is told why the stream ended.
+	lost func(error)
+}
+
+// errAskAnew ends a stream that stands, which is no loss.
+var errAskAnew = errors.New("the Workload API is asked anew")
+
+// follow keeps a stream open until ctx ends.
+func (s *Source) follow(ctx context.Context, of stream) {
 	delay := s.cfg.BackoffMin
 	for {
-		heard, err := s.watch(ctx)
+		heard, err := s.watch(ctx, of)
 		if ctx.Err() != nil {
-			s.lost(errors.New("the agent no longer follows the Workload API"))
-			return nil
+			of.lost(errors.New("the agent no longer follows the Workload API"))
+			return
 		}
-		s.lost(err)
 		if heard {
 			delay = s.cfg.BackoffMin
 		}
+		if heard && errors.Is(err, errAskAnew) {
+			continue
+		}
+		of.lost(err)
 		if !sleep(ctx, jitter(delay)) {
-			return nil
+			return
 		}
 		delay = min(2*delay, s.cfg.BackoffMax)
 	}
@@ -72,7 +101,7 @@ func jitter(d time.Duration) time.Duration {
 
 // watch follows one stream until it ends, which it always does with an error.
 // heard says whether it brought an update.
-func (s *Source) watch(ctx context.Context) (heard bool, err error) {
+func (s *Source) watch(ctx context.Context, of stream) (heard bool, err error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	// Its own connection each time: no backoff of gRPC's stands in between.
@@ -87,21 +116,15 @@ func (s *Source) watch(ctx context.Context) (heard bool, err error) {
 		cancel(fmt.Errorf("the Workload API did not answer within %v", s.cfg.AnswerTimeout))
 	})
 	defer func() { watchdog.Stop() }()
-	stream, err := workload.NewSpiffeWorkloadAPIClient(conn).FetchX509SVID(
-		metadata.AppendToOutgoingContext(ctx, "workload.spiffe.io", "true"), &workload.X509SVIDRequest{})
+	receive, err := of.open(metadata.AppendToOutgoingContext(ctx, "workload.spiffe.io", "true"), workload.NewSpiffeWorkloadAPIClient(conn))
 	for err == nil {
-		var update *workload.X509SVIDResponse
-		if update, err = stream.Recv(); err != nil {
-			break
-		}
-		watchdog.Stop()
-		if err = s.apply(update); err != nil {
+		if err = receive(); err != nil {
 			break
 		}
 		heard = true
-		watchdog = time.AfterFunc(s.renewalDue(), func() {
-			cancel(errors.New("the Workload API did not renew the SVID in time"))
-		})
+		watchdog.Stop()
+		overdue, why := of.overdue()
+		watchdog = time.AfterFunc(overdue, func() { cancel(why) })
 	}
 	if cause := context.Cause(ctx); cause != nil {
 		return heard, cause
@@ -110,6 +133,26 @@ func (s *Source) watch(ctx context.Context) (heard bool, err error) {
 		err = errors.New("the Workload API ended the stream")
 	}
 	return heard, err
+}
+
+// x509Stream is that of the agent's own SVID and the X.509 bundles.
+func (s *Source) x509Stream() stream {
+	return stream{
+		open: func(ctx context.Context, api workload.SpiffeWorkloadAPIClient) (func() error, error) {
+			from, err := api.FetchX509SVID(ctx, &workload.X509SVIDRequest{})
+			return func() error {
+				update, err := from.Recv()
+				if err != nil {
+					return err
+				}
+				return s.apply(update)
+			}, err
+		},
+		overdue: func() (time.Duration, error) {
+			return s.renewalDue(), errors.New("the Workload API did not renew the SVID in time")
+		},
+		lost: s.lost,
+	}
 }
 
 // renewalDue is when to ask anew although the stream stands: a tenth of the
@@ -124,15 +167,11 @@ func (s *Source) renewalDue() time.Duration {
 	return max(due.Sub(s.cfg.Now()), s.cfg.BackoffMax)
 }
 
-// lost records that the stream ended. The bundles' time runs from the first
-// loss; PermissionDenied withdraws the SVID at once (Workload API, section 6.1:
+// lost records that the stream ended. PermissionDenied withdraws the SVID at once (Workload API, section 6.1:
 // the client should cease using it).
 func (s *Source) lost(err error) {
 	next := *s.current.Load()
-	next.connected, next.lastErr = false, err
-	if next.bundlesEnd.IsZero() && !next.updated.IsZero() {
-		next.bundlesEnd = s.cfg.Now().Add(s.cfg.BundleMaxAge)
-	}
+	next.hearing = next.hearing.lost(err, s.cfg.Now(), s.cfg.BundleMaxAge)
 	if status.Code(err) == codes.PermissionDenied {
 		next.svid, next.denied = nil, true
 	}
@@ -147,8 +186,8 @@ func (s *Source) apply(update *workload.X509SVIDResponse) error {
 		return fmt.Errorf("the Workload API sent an update that cannot be used: %w", err)
 	}
 	next := &snapshot{
-		svid: svid, own: s.current.Load().own, trust: trusted,
-		connected: true, denied: svid == nil, updated: s.cfg.Now(),
+		hearing: hearing{connected: true, updated: s.cfg.Now()},
+		svid:    svid, own: s.current.Load().own, trust: trusted, denied: svid == nil,
 	}
 	if svid != nil {
 		next.own = svid.ID.TrustDomain()
