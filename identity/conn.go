@@ -21,7 +21,9 @@ type Conn struct {
 	// TLS is nil on a plaintext connection. It is not to be changed.
 	TLS *tls.ConnectionState
 
-	verifier Verifier
+	// credentials made the connection.
+	credentials *Credentials
+	verifier    Verifier
 	// verdict is what verifier last found out.
 	verdict atomic.Pointer[verdict]
 	// pidfd of the process that connected; nil where the kernel has none.

@@ -7,10 +7,12 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"slices"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/metadata"
 )
 
 // DefaultHandshakeTimeout is how long a client may take to prove itself where
@@ -32,8 +34,14 @@ type Config struct {
 	// FederatedTrustDomains are accepted beside it. The bundles of other trust
 	// domains are not used, although the Workload API may deliver them.
 	FederatedTrustDomains []spiffeid.TrustDomain
+	// Audience that a JWT-SVID must be for, each of these; empty means the SPIFFE
+	// ID of the agent's own X.509-SVID.
+	Audience []string
 	// StaticPeers: the first that matches decides.
 	StaticPeers []StaticPeer
+	// Proofs that are accepted; empty means every one. A caller who offers another
+	// is refused, and never taken for somebody by a weaker one.
+	Proofs []Proof
 	// HandshakeTimeout bounds the time from accept to the end of the handshake;
 	// 0 means DefaultHandshakeTimeout.
 	HandshakeTimeout time.Duration
@@ -56,14 +64,18 @@ type Refusal struct {
 
 // Credentials are gRPC server credentials that recognise callers by the first
 // byte of their connection: TLS clients by X.509-SVID, all others as static
-// peers. The AuthInfo of a connection is *Conn. Safe for concurrent use.
+// peers, or request by request by a JWT-SVID. The AuthInfo of a connection is
+// *Conn. Safe for concurrent use.
 //
 // The listener must be one of a Unix socket. A wrapper around its connections
 // must have a method NetConn() net.Conn.
 type Credentials struct {
-	static  staticVerifier
-	x509    x509Verifier
-	tls     *tls.Config
+	static staticVerifier
+	x509   x509Verifier
+	jwt    jwtVerifier
+	tls    *tls.Config
+	// accepts tells which proofs are; nil: every one.
+	accepts []Proof
 	timeout time.Duration
 	refused func(Refusal)
 }
@@ -76,13 +88,12 @@ func NewCredentials(cfg Config) (*Credentials, error) {
 	if cfg.HandshakeTimeout <= 0 {
 		cfg.HandshakeTimeout = DefaultHandshakeTimeout
 	}
-	c := &Credentials{timeout: cfg.HandshakeTimeout, refused: cfg.OnRefused}
-	c.x509 = x509Verifier{
-		source: cfg.Source, own: cfg.TrustDomain, now: cfg.Now,
-		federated: append([]spiffeid.TrustDomain(nil), cfg.FederatedTrustDomains...),
-	}
+	c := &Credentials{timeout: cfg.HandshakeTimeout, refused: cfg.OnRefused, accepts: slices.Clone(cfg.Proofs)}
+	served := servedDomains{own: cfg.TrustDomain, federated: slices.Clone(cfg.FederatedTrustDomains)}
+	c.x509 = x509Verifier{source: cfg.Source, served: served, now: cfg.Now}
+	c.jwt.source, c.jwt.served, c.jwt.now, c.jwt.audience = cfg.Source, served, cfg.Now, slices.Clone(cfg.Audience)
 	c.static.own = cfg.TrustDomain
-	if err := c.static.set(cfg.StaticPeers); err != nil {
+	if err := errors.Join(c.static.set(cfg.StaticPeers), checkAudience(cfg.Audience), checkProofs(cfg.Proofs)); err != nil {
 		return nil, fmt.Errorf("identity: %w", err)
 	}
 	c.tls = &tls.Config{
@@ -90,13 +101,73 @@ func NewCredentials(cfg Config) (*Credentials, error) {
 		NextProtos: []string{"h2"},
 		// Any certificate is asked for; VerifyConnection judges it.
 		ClientAuth:     tls.RequireAnyClientCert,
-		GetCertificate: c.x509.certificate,
+		GetCertificate: c.certificate,
 		// A resumed session would not be verified against today's bundles.
 		SessionTicketsDisabled: true,
 		Time:                   cfg.Now,
 	}
 	return c, nil
 }
+
+// checkAudience refuses what would let tokens for others in.
+func checkAudience(audience []string) error {
+	if slices.Contains(audience, "") {
+		return errors.New("an audience is empty; write the one that tokens for this agent are to name, or none for its SPIFFE ID")
+	}
+	return nil
+}
+
+func checkProofs(proofs []Proof) error {
+	for _, p := range proofs {
+		if !slices.Contains([]Proof{ProofX509SVID, ProofJWTSVID, ProofStaticPeer}, p) {
+			return fmt.Errorf("%q is no proof that can be accepted here; choose among %s, %s and %s", p, ProofX509SVID, ProofJWTSVID, ProofStaticPeer)
+		}
+	}
+	return nil
+}
+
+// accepted fails for a proof that is not accepted here.
+func (c *Credentials) accepted(p Proof) error {
+	if len(c.accepts) == 0 || slices.Contains(c.accepts, p) {
+		return nil
+	}
+	return fmt.Errorf("%w: %s is not accepted on this listener, which takes %v", ErrUnidentified, p, c.accepts)
+}
+
+// certificate is what TLS clients are answered with, where they are answered.
+func (c *Credentials) certificate(hello *tls.ClientHelloInfo) (*tls.Certificate, error) {
+	if err := c.accepted(ProofX509SVID); err != nil {
+		return nil, err
+	}
+	return c.x509.certificate(hello)
+}
+
+// identify says who makes a request. Every proof that is offered must hold; the
+// strongest says how the caller was proven, and they must agree on who it is.
+func (c *Credentials) identify(ctx context.Context, conn *Conn) (Caller, error) {
+	values := metadata.ValueFromIncomingContext(ctx, authorization)
+	if values == nil {
+		return conn.verifier.Verify(ctx, conn)
+	}
+	if err := c.accepted(ProofJWTSVID); err != nil {
+		return Caller{}, err
+	}
+	named, err := c.jwt.verify(values, conn.Peer)
+	if err != nil || conn.TLS == nil {
+		return named, err
+	}
+	caller, err := conn.verifier.Verify(ctx, conn)
+	if err == nil && caller.ID != named.ID {
+		return Caller{}, fmt.Errorf("%w: the connection is that of %s and the JWT-SVID that of %s; prove one identity", ErrUnidentified, caller.ID, named.ID)
+	}
+	return caller, err
+}
+
+// refusal is the Verifier of connections that prove nothing which is accepted.
+type refusal struct{ err error }
+
+// Verify implements Verifier.
+func (r refusal) Verify(context.Context, *Conn) (Caller, error) { return Caller{}, r.err }
 
 // SetStaticPeers replaces the static peers, also for connections that are open:
 // a caller whose rule is gone is not identified from its next call on. When it
@@ -112,7 +183,9 @@ func (c *Credentials) SetStaticPeers(peers []StaticPeer) error {
 // deadline is left at the end of the handshake's time, so that what gRPC reads
 // next is bounded by it too; gRPC then clears it.
 func (c *Credentials) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
-	conn := &Conn{CommonAuthInfo: credentials.CommonAuthInfo{SecurityLevel: credentials.PrivacyAndIntegrity}}
+	conn := &Conn{
+		CommonAuthInfo: credentials.CommonAuthInfo{SecurityLevel: credentials.PrivacyAndIntegrity}, credentials: c,
+	}
 	isTLS, err := c.handshake(raw, conn)
 	if err != nil {
 		if conn.pidfd != nil {
@@ -147,6 +220,9 @@ func (c *Credentials) handshake(raw net.Conn, conn *Conn) (isTLS bool, err error
 		return false, fmt.Errorf("the client left before it said anything: %w", err)
 	case first != tlsHandshakeRecord:
 		conn.verifier, conn.transport = &c.static, raw
+		if err := c.accepted(ProofStaticPeer); err != nil {
+			conn.verifier = refusal{err}
+		}
 		return false, nil
 	}
 	return true, c.handshakeTLS(raw, conn)

@@ -2,8 +2,10 @@
 //
 // One Unix socket serves every kind of caller. The first byte of a connection
 // decides how it must prove itself, and nothing decides it again: a TLS client
-// proves an X.509-SVID or is turned away, a plaintext client is a static peer
-// or nobody. A proof that failed is never replaced by a weaker one.
+// proves an X.509-SVID or is turned away; a request on a plaintext connection
+// proves a JWT-SVID where it brings a token, and comes from a static peer or
+// nobody where it brings none. A proof that failed is never replaced by a weaker
+// one, and proofs that are offered together must agree.
 //
 // A proof is not believed for longer than it holds. CallerFromContext checks,
 // at every call, that the SVID has not expired, that its trust domain's bundle
@@ -29,7 +31,7 @@ const (
 	// ProofX509SVID is possession of the private key of an X.509-SVID, shown in
 	// a TLS handshake on this connection.
 	ProofX509SVID Proof = "x509-svid"
-	// ProofJWTSVID is possession of a bearer token.
+	// ProofJWTSVID is possession of a bearer token, sent with the request.
 	ProofJWTSVID Proof = "jwt-svid"
 	// ProofAttestedPeer is what SPIRE attests about the connecting process.
 	ProofAttestedPeer Proof = "attested-peer"
@@ -63,18 +65,19 @@ type Caller struct {
 // answer Unauthenticated.
 var (
 	ErrUnidentified = errors.New("caller is not identified")
-	// ErrExpired means that the caller's X.509-SVID was good and has expired.
-	ErrExpired = fmt.Errorf("%w: its X.509-SVID has expired", ErrUnidentified)
-	// ErrUntrusted means that no current bundle vouches for the caller's
-	// X.509-SVID, or that it breaks a rule of the X.509-SVID standard.
-	ErrUntrusted = fmt.Errorf("%w: its X.509-SVID is not trusted", ErrUnidentified)
-	// ErrNotReady means that callers with X.509-SVIDs cannot be served at the
-	// moment, or at all: the agent has no SVID of its own.
-	ErrNotReady = fmt.Errorf("%w: the agent has no X.509-SVID to answer TLS clients with", ErrUnidentified)
+	// ErrExpired means that the caller's SVID has expired. Of an X.509-SVID, it
+	// was good before; the signature of an expired JWT-SVID is not looked at.
+	ErrExpired = fmt.Errorf("%w: its SVID has expired", ErrUnidentified)
+	// ErrUntrusted means that no current bundle vouches for the caller's SVID, or
+	// that it breaks a rule of its standard or of this agent.
+	ErrUntrusted = fmt.Errorf("%w: its SVID is not trusted", ErrUnidentified)
+	// ErrNotReady means that callers with SVIDs cannot be served at the moment, or
+	// at all: the agent has no X.509-SVID of its own, or no JWT bundles.
+	ErrNotReady = fmt.Errorf("%w: the agent cannot verify SVIDs", ErrUnidentified)
 )
 
-// Verifier is one way of proving who is at the other end of a connection. The
-// handshake gives each connection exactly one.
+// Verifier is one way of proving who is at the other end of a connection,
+// whatever its requests bring. The handshake gives each connection exactly one.
 type Verifier interface {
 	// Verify says who calls on c. It runs at every call, so it is cheap where
 	// nothing has changed since the last, and it never blocks. The error is a
@@ -84,7 +87,7 @@ type Verifier interface {
 
 // CallerFromContext says who calls on the connection that a gRPC request came
 // by, whose server uses Credentials. It checks again at every call and costs
-// well under a microsecond while nothing has changed.
+// well under a microsecond while nothing has changed, about one with a token.
 //
 // The error is a kind of ErrUnidentified; the caller then has nothing but its
 // Peer, for the audit record.
@@ -93,7 +96,7 @@ func CallerFromContext(ctx context.Context) (Caller, error) {
 	if !ok {
 		return Caller{}, fmt.Errorf("%w: the request did not come by a listener of this agent", ErrUnidentified)
 	}
-	caller, err := c.verifier.Verify(ctx, c)
+	caller, err := c.credentials.identify(ctx, c)
 	if err != nil {
 		return Caller{Peer: c.Peer}, err
 	}

@@ -73,7 +73,7 @@ func (s *Source) jwtStream() stream {
 		},
 		lost: func(err error) {
 			next := *s.jwt.Load()
-			next.hearing = next.hearing.lost(err, s.cfg.Now(), s.cfg.BundleMaxAge)
+			next.hearing = next.ended(err, s.cfg.Now(), s.cfg.BundleMaxAge)
 			s.jwt.Store(&next)
 			s.tell()
 		},

@@ -152,7 +152,8 @@ type workloadAPI struct {
 	mu      sync.Mutex
 	changed chan struct{}              // mu guards the rest
 	update  *workload.X509SVIDResponse // nil: says nothing
-	fail    error                      // sent instead
+	bundles *workload.JWTBundlesResponse
+	fail    error // sent instead
 	streams int
 }
 
@@ -210,6 +211,40 @@ func (w *workloadAPI) FetchX509SVID(_ *workload.X509SVIDRequest, stream grpc.Ser
 			if err := stream.Send(update); err != nil {
 				return err
 			}
+		}
+		select {
+		case <-changed:
+		case <-stream.Context().Done():
+			return stream.Context().Err()
+		}
+	}
+}
+
+func (w *workloadAPI) setJWT(bundles *workload.JWTBundlesResponse) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.bundles = bundles
+	close(w.changed)
+	w.changed = make(chan struct{})
+}
+
+// FetchJWTBundles fails as FetchX509SVID does, and is not there without bundles.
+func (w *workloadAPI) FetchJWTBundles(_ *workload.JWTBundlesRequest, stream grpc.ServerStreamingServer[workload.JWTBundlesResponse]) error {
+	if got := metadata.ValueFromIncomingContext(stream.Context(), "workload.spiffe.io"); len(got) != 1 || got[0] != "true" {
+		return status.Error(codes.InvalidArgument, "header missing")
+	}
+	for {
+		w.mu.Lock()
+		bundles, fail, changed := w.bundles, w.fail, w.changed
+		w.mu.Unlock()
+		switch {
+		case fail != nil:
+			return fail
+		case bundles == nil:
+			return status.Error(codes.Unimplemented, "no JWT-SVIDs here")
+		}
+		if err := stream.Send(bundles); err != nil {
+			return err
 		}
 		select {
 		case <-changed:

@@ -28,9 +28,9 @@ type hearing struct {
 	lastErr    error
 }
 
-// lost is h when its stream has ended. The bundles' time runs from the first
+// ended is h when its stream has ended. The bundles' time runs from the first
 // loss.
-func (h hearing) lost(err error, now time.Time, maxAge time.Duration) hearing {
+func (h hearing) ended(err error, now time.Time, maxAge time.Duration) hearing {
 	h.connected, h.lastErr = false, err
 	if h.bundlesEnd.IsZero() && !h.updated.IsZero() {
 		h.bundlesEnd = now.Add(maxAge)
@@ -70,7 +70,7 @@ func (s *snapshot) svidAt(now time.Time) (*x509svid.SVID, error) {
 	case s.svid != nil && now.Before(s.svid.Certificates[0].NotAfter):
 		return s.svid, nil
 	case s.svid != nil:
-		return nil, fmt.Errorf("%w: that of %s expired at %s and the Workload API has given no other%s",
+		return nil, fmt.Errorf("%w: its own, %s, expired at %s and the Workload API has given no other%s",
 			ErrNotReady, s.svid.ID, s.svid.Certificates[0].NotAfter.UTC().Format(time.RFC3339), s.because())
 	case s.denied:
 		return nil, fmt.Errorf("%w: the Workload API gives this process no identity; register the agent as a workload%s", ErrNotReady, s.because())

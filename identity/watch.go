@@ -171,7 +171,7 @@ func (s *Source) renewalDue() time.Duration {
 // the client should cease using it).
 func (s *Source) lost(err error) {
 	next := *s.current.Load()
-	next.hearing = next.hearing.lost(err, s.cfg.Now(), s.cfg.BundleMaxAge)
+	next.hearing = next.ended(err, s.cfg.Now(), s.cfg.BundleMaxAge)
 	if status.Code(err) == codes.PermissionDenied {
 		next.svid, next.denied = nil, true
 	}

@@ -15,10 +15,9 @@ import (
 
 // x509Verifier takes TLS clients for whom their X.509-SVID names.
 type x509Verifier struct {
-	source    *Source // nil: no Workload API
-	own       spiffeid.TrustDomain
-	federated []spiffeid.TrustDomain
-	now       func() time.Time
+	source *Source // nil: no Workload API
+	served servedDomains
+	now    func() time.Time
 }
 
 // certificate returns the agent's own X.509-SVID for a handshake.
@@ -30,8 +29,8 @@ func (v *x509Verifier) certificate(*tls.ClientHelloInfo) (*tls.Certificate, erro
 	if err != nil {
 		return nil, err
 	}
-	if !v.own.IsZero() && !svid.ID.MemberOf(v.own) {
-		return nil, fmt.Errorf("%w: the Workload API gave it %s, which is not of its configured trust domain %s", ErrNotReady, svid.ID, v.own.Name())
+	if own := v.served.own; !own.IsZero() && !svid.ID.MemberOf(own) {
+		return nil, fmt.Errorf("%w: the Workload API gave it %s, which is not of its configured trust domain %s", ErrNotReady, svid.ID, own.Name())
 	}
 	cert := &tls.Certificate{PrivateKey: svid.PrivateKey, Leaf: svid.Certificates[0]}
 	for _, c := range svid.Certificates {
@@ -102,7 +101,7 @@ func (v *x509Verifier) verify(certs []*x509.Certificate, snap *snapshot, now tim
 	if err != nil {
 		return spiffeid.ID{}, time.Time{}, err
 	}
-	if err := v.acceptable(id, snap.own); err != nil {
+	if err := v.served.check(id, snap.own); err != nil {
 		return spiffeid.ID{}, time.Time{}, err
 	}
 	if err := checkLeaf(id, certs[0]); err != nil {
@@ -157,21 +156,6 @@ func checkIntermediate(id spiffeid.ID, signer *x509.Certificate) error {
 		return fmt.Errorf("%s is signed by an intermediate whose extended key usages leave clientAuth out", id)
 	}
 	return nil
-}
-
-// acceptable refuses foreign trust domains. go-spiffe takes the bundle of
-// whatever trust domain the certificate names, so each federated one would do.
-func (v *x509Verifier) acceptable(id spiffeid.ID, svidDomain spiffeid.TrustDomain) error {
-	own := v.own
-	if own.IsZero() {
-		own = svidDomain
-	}
-	domain := id.TrustDomain()
-	if (!own.IsZero() && domain == own) || slices.Contains(v.federated, domain) {
-		return nil
-	}
-	return fmt.Errorf("%s is of trust domain %q, whose workloads this agent does not serve; it serves %q, and others only where they are configured as federated",
-		id, domain.Name(), own.Name())
 }
 
 // checkLeaf holds what the X.509-SVID standard demands of a validator and
