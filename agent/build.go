@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"go.uber.org/zap"
@@ -30,6 +31,7 @@ func (a *Agent) buildIdentity(cfg *Config) error {
 	if cfg.Identity.WorkloadAPI != "" {
 		source, err := identity.NewSource(identity.SourceConfig{
 			Address: cfg.Identity.WorkloadAPI, TrustDomain: cfg.TrustDomain, BundleMaxAge: cfg.Identity.BundleMaxAge,
+			JWTBundles: cfg.accepts(identity.ProofJWTSVID),
 		})
 		if err != nil {
 			return fmt.Errorf("identity: %w", err)
@@ -38,6 +40,7 @@ func (a *Agent) buildIdentity(cfg *Config) error {
 	}
 	creds, err := identity.NewCredentials(identity.Config{
 		Source: a.source, StaticPeers: staticPeers(cfg),
+		Audience: cfg.Identity.JWTAudience, Proofs: cfg.Listen.Native.Proofs,
 		TrustDomain: cfg.TrustDomain, FederatedTrustDomains: cfg.Identity.FederatedTrustDomains,
 		OnRefused: a.refusedConnection,
 	})
@@ -46,6 +49,11 @@ func (a *Agent) buildIdentity(cfg *Config) error {
 	}
 	a.creds = creds
 	return nil
+}
+
+// accepts says whether callers may prove themselves so.
+func (c *Config) accepts(p identity.Proof) bool {
+	return len(c.Listen.Native.Proofs) == 0 || slices.Contains(c.Listen.Native.Proofs, p)
 }
 
 // refusedConnection puts a failed handshake on the record.

@@ -7,6 +7,7 @@ import (
 
 	"github.com/kms-agent/kms-agent/agent/kms"
 	"github.com/kms-agent/kms-agent/agent/policy"
+	"github.com/kms-agent/kms-agent/identity"
 )
 
 // Config is one configuration file, decoded, with defaults in place and every
@@ -65,6 +66,8 @@ type NativeConfig struct {
 	Mode Mode `yaml:"mode"`
 	// Group owns the socket file; nil leaves the agent's own group.
 	Group *GID `yaml:"group"`
+	// Proofs that callers may prove themselves by here; nil is every one.
+	Proofs []identity.Proof `yaml:"proofs"`
 }
 
 // AdminConfig describes the administrators' socket. Its mode is always 0600.
@@ -108,6 +111,9 @@ type IdentityConfig struct {
 	BundleMaxAge time.Duration `yaml:"bundle_max_age"`
 	// FederatedTrustDomains are accepted beside the agent's own.
 	FederatedTrustDomains []spiffeid.TrustDomain `yaml:"federated_trust_domains"`
+	// JWTAudience lists the audiences, one of which a JWT-SVID must be for; empty:
+	// the SPIFFE ID of the agent's own SVID.
+	JWTAudience []string `yaml:"jwt_audience"`
 	// StaticPeers give SPIFFE IDs to processes by what the kernel says of them.
 	StaticPeers []StaticPeerConfig `yaml:"static_peers"`
 }

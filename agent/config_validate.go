@@ -10,9 +10,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/spiffe/go-spiffe/v2/spiffeid"
-	"github.com/spiffe/go-spiffe/v2/workloadapi"
-
 	"github.com/kms-agent/kms-agent/agent/kms"
 	"github.com/kms-agent/kms-agent/agent/policy"
 	"github.com/kms-agent/kms-agent/plugins/local"
@@ -136,44 +133,6 @@ func adminWords() []string {
 		words = append(words, string(operation))
 	}
 	return append(words, slices.Sorted(maps.Keys(kms.AdminRoles()))...)
-}
-
-func (l *loader) validateIdentity() {
-	c := l.cfg.Identity
-	if c.WorkloadAPI == "" && len(c.StaticPeers) == 0 {
-		l.report("identity", "nobody could call this agent; write workload_api (unix:///path of the SPIFFE Workload API), static_peers or both")
-	}
-	if c.WorkloadAPI != "" {
-		if err := workloadapi.ValidateAddress(c.WorkloadAPI); err != nil {
-			l.report("identity.workload_api", "%s is no address of a Workload API; write it as unix:///run/spire/agent/sockets/api.sock", quote(c.WorkloadAPI))
-		}
-	}
-	l.positive("identity.bundle_max_age", c.BundleMaxAge)
-	seen := map[spiffeid.TrustDomain]bool{l.cfg.TrustDomain: true}
-	for i, domain := range c.FederatedTrustDomains {
-		if seen[domain] && !domain.IsZero() {
-			l.report(fmt.Sprintf("identity.federated_trust_domains[%d]", i), "%s is there already; it is the agent's own or written twice", quote(domain.Name()))
-		}
-		seen[domain] = true
-	}
-	for i, peer := range c.StaticPeers {
-		l.validateStaticPeer(fmt.Sprintf("identity.static_peers[%d]", i), peer)
-	}
-}
-
-func (l *loader) validateStaticPeer(at string, peer StaticPeerConfig) {
-	if peer.UID == nil && peer.GID == nil {
-		l.report(at, "matches every process of the host; write uid, gid or both")
-	}
-	switch {
-	case peer.ID.IsZero():
-		l.report(at+".id", "is missing; write a SPIFFE ID, such as spiffe://example.org/ns/shop/sa/orders")
-	case peer.ID.TrustDomain() != l.cfg.TrustDomain && !l.cfg.TrustDomain.IsZero():
-		l.report(at+".id", "is of trust domain %s; a static peer belongs to the agent's own, %s",
-			quote(peer.ID.TrustDomain().Name()), quote(l.cfg.TrustDomain.Name()))
-	case peer.ID.Path() == "":
-		l.report(at+".id", "names a trust domain, not a workload; add a path, such as /ns/shop/sa/orders")
-	}
 }
 
 func (l *loader) validateAudit() {

@@ -96,7 +96,7 @@ func (a *Agent) settled(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
 	if a.source != nil {
-		if err := a.source.WaitReady(ctx); err != nil {
+		if err := errors.Join(a.source.WaitReady(ctx), a.source.WaitJWTBundles(ctx)); err != nil {
 			return err
 		}
 	}
@@ -231,7 +231,7 @@ policy:
     callers: ["spiffe://TRUST_DOMAIN/workload/orders"]
     keys: ["orders"]
     operations: [user]
-    proof: [x509-svid]
+    proof: [x509-svid, jwt-svid]
 audit:
   file: audit.log
   initial_key: audit-initial.key

@@ -58,6 +58,7 @@ func needsRestart(old, next *Config) string {
 		{"admin.socket", old.Admin.Socket, next.Admin.Socket},
 		{"identity.workload_api", old.Identity.WorkloadAPI, next.Identity.WorkloadAPI},
 		{"identity.bundle_max_age", old.Identity.BundleMaxAge, next.Identity.BundleMaxAge},
+		{"identity.jwt_audience", old.Identity.JWTAudience, next.Identity.JWTAudience},
 		{"identity.federated_trust_domains", old.Identity.FederatedTrustDomains, next.Identity.FederatedTrustDomains},
 		{"audit", old.Audit, next.Audit},
 		{"cache", old.Cache, next.Cache},

@@ -124,7 +124,7 @@ func (r *rig) runIssuer() {
 	for _, name := range []string{"agent", "orders", "stranger"} {
 		sockets[filepath.Join(r.dir, "api", name+".sock")] = spiffeid.RequireFromPath(td, "/"+name)
 	}
-	ca, err := issuer.New(issuer.Config{TrustDomain: td, Sockets: sockets})
+	ca, err := issuer.New(issuer.Config{TrustDomain: td, Sockets: sockets, JWTTTL: 3 * time.Second})
 	if err != nil {
 		r.t.Fatal(err)
 	}

@@ -82,6 +82,10 @@ func judge(r *adminv1.StatusResponse) {
 	case "starting", "stale", "expired", "denied":
 		r.Problems = append(r.Problems, "identity is "+r.Identity.State+": "+r.Identity.LastError)
 	}
+	switch r.Identity.JwtBundles {
+	case "stale", "expired": // never heard is no problem: not every Workload API has them
+		r.Problems = append(r.Problems, "JWT bundles are "+r.Identity.JwtBundles+": "+r.Identity.JwtBundlesError)
+	}
 	if r.Audit.LastError != "" {
 		r.Problems = append(r.Problems, "audit: "+r.Audit.LastError)
 	}
@@ -125,7 +129,7 @@ func keyStatus(h kms.KeyHealth) *adminv1.KeyStatus {
 }
 
 func (a *Agent) identityStatus(cfg *Config) *adminv1.Identity {
-	id := &adminv1.Identity{TrustDomain: cfg.TrustDomain.Name(), State: "none"}
+	id := &adminv1.Identity{TrustDomain: cfg.TrustDomain.Name(), State: "none", JwtBundles: "none"}
 	if a.source == nil {
 		return id
 	}
@@ -136,6 +140,12 @@ func (a *Agent) identityStatus(cfg *Config) *adminv1.Identity {
 	}
 	if !s.ID.IsZero() {
 		id.SpiffeId = s.ID.String()
+	}
+	if s.JWT != nil {
+		id.JwtBundles = string(s.JWT.Status)
+		if s.JWT.LastError != nil {
+			id.JwtBundlesError = s.JWT.LastError.Error()
+		}
 	}
 	id.Expires, id.Updated = timestamp(s.Expires), timestamp(s.Updated)
 	return id

@@ -36,7 +36,7 @@ import (
 	kmsagentv1 "github.com/kms-agent/kms-agent/api/kmsagent/v1"
 )
 
-// DefaultWait bounds the wait for an X.509-SVID where Options does not say.
+// DefaultWait bounds the wait for the first SVID where Options does not say.
 const DefaultWait = 10 * time.Second
 
 // maxMessage is the largest answer that is taken: a message of the largest
@@ -60,7 +60,13 @@ type Options struct {
 	// the caller's own trust domain, spiffeid.MatchID exactly one. Without an
 	// X.509-SVID it must be nil: nothing could be matched.
 	AgentID spiffeid.Matcher
-	// Wait bounds the wait for the X.509-SVID within Dial; 0 means DefaultWait.
+	// JWTAudience makes the process prove itself by JWT-SVIDs for this audience,
+	// which WorkloadAPI gives, instead of an X.509-SVID: the agent's SPIFFE ID, or
+	// what the agent is configured to take (identity.jwt_audience). The connection
+	// is plaintext, and the agent not proven: whoever listens at Socket gets
+	// tokens that it can use itself until they end.
+	JWTAudience string
+	// Wait bounds the wait for the first SVID within Dial; 0 means DefaultWait.
 	Wait time.Duration
 }
 
@@ -72,6 +78,8 @@ type Client struct {
 	// source and api are the client's own; nil when they are not, or none.
 	source *workloadapi.X509Source
 	api    *workloadapi.Client
+	// tokens are nil unless the process proves itself by them.
+	tokens *tokens
 }
 
 // Dial prepares a client. It waits for an X.509-SVID, where one is wanted, but
@@ -98,8 +106,12 @@ func dial(ctx context.Context, o Options) (_ *Client, err error) {
 	if err != nil {
 		return nil, err
 	}
+	var bearer []grpc.DialOption
+	if c.tokens != nil {
+		bearer = append(bearer, grpc.WithPerRPCCredentials(c.tokens))
+	}
 	// Not unix://: a path is no URL, and may hold what a URL cannot.
-	c.conn, err = grpc.NewClient("passthrough:///localhost",
+	c.conn, err = grpc.NewClient("passthrough:///localhost", append(bearer,
 		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {
 			return new(net.Dialer).DialContext(ctx, "unix", o.Socket)
 		}),
@@ -111,7 +123,7 @@ func dial(ctx context.Context, o Options) (_ *Client, err error) {
 			MinConnectTimeout: 5 * time.Second,
 		}),
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxMessage), grpc.MaxCallSendMsgSize(maxMessage)),
-	)
+	)...)
 	if err != nil {
 		return nil, err
 	}
@@ -125,14 +137,19 @@ func (o Options) check() error {
 		return fmt.Errorf("%q is no absolute path of a socket", o.Socket)
 	case o.WorkloadAPI != "" && o.Source != nil:
 		return errors.New("give a Workload API address or a source, not both")
-	case o.WorkloadAPI == "" && o.Source == nil && o.AgentID != nil:
-		return errors.New("the agent's SPIFFE ID cannot be checked on a plaintext connection; give a Workload API address")
+	case o.JWTAudience != "" && (o.WorkloadAPI == "" || o.Source != nil):
+		return errors.New("JWT-SVIDs come from the Workload API; give its address, and no source")
+	case (o.WorkloadAPI == "" && o.Source == nil || o.JWTAudience != "") && o.AgentID != nil:
+		return errors.New("the agent's SPIFFE ID cannot be checked on a plaintext connection; use an X.509-SVID")
 	}
 	return nil
 }
 
 func (c *Client) credentials(ctx context.Context, o Options) (credentials.TransportCredentials, error) {
 	source := o.Source
+	if o.JWTAudience != "" {
+		return insecure.NewCredentials(), c.fetchToken(ctx, o)
+	}
 	if o.WorkloadAPI != "" {
 		if err := c.fetch(ctx, o); err != nil {
 			return nil, err

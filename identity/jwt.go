@@ -44,10 +44,7 @@ func (v *jwtVerifier) verify(values []string, peer Peer) (Caller, error) {
 	if audience == "" {
 		return Caller{}, fmt.Errorf("%w: JWT-SVIDs are taken for its SPIFFE ID as audience, which it does not know%s; register it, or configure an audience", ErrNotReady, own.because())
 	}
-	if snap.updated.IsZero() {
-		return Caller{}, fmt.Errorf("%w: the Workload API has given no JWT bundles%s", ErrNotReady, snap.because())
-	}
-	if err := snap.bundlesUsable(now); err != nil {
+	if err := snap.usable(now); err != nil {
 		return Caller{}, err
 	}
 	known := v.knownBy(snap.trust, audience, own.own)

@@ -39,6 +39,14 @@ func (t *jwtTrust) equal(other *jwtTrust) bool {
 	return maps.EqualFunc(t.bundles, other.bundles, (*jwtbundle.Bundle).Equal)
 }
 
+// usable fails when there are no bundles, or none that may still be trusted.
+func (s *jwtSnapshot) usable(now time.Time) error {
+	if s.updated.IsZero() {
+		return fmt.Errorf("%w: the Workload API has given no JWT bundles%s", ErrNotReady, s.because())
+	}
+	return s.bundlesUsable(now)
+}
+
 func (s *jwtSnapshot) state(now time.Time) *JWTState {
 	state := &JWTState{
 		Status: SourceReady, Updated: s.updated, BundlesEnd: s.bundlesEnd, LastError: s.lastErr,

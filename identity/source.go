@@ -204,9 +204,24 @@ func (s *Source) Updated() <-chan struct{} {
 // WaitReady returns when the Source has an SVID that is valid now. When ctx ends
 // before that, the error says what stood in the way.
 func (s *Source) WaitReady(ctx context.Context) error {
+	return s.wait(ctx, func() error {
+		_, err := s.GetX509SVID()
+		return err
+	})
+}
+
+// WaitJWTBundles returns when the Source has JWT bundles that may be trusted now,
+// which it follows by configuration only. When ctx ends before that, the error
+// says what stood in the way.
+func (s *Source) WaitJWTBundles(ctx context.Context) error {
+	return s.wait(ctx, func() error { return s.jwt.Load().usable(s.cfg.Now()) })
+}
+
+// wait returns when ok has no error any more.
+func (s *Source) wait(ctx context.Context, ok func() error) error {
 	for {
 		updated := s.Updated()
-		_, err := s.GetX509SVID()
+		err := ok()
 		if err == nil {
 			return nil
 		}

@@ -185,6 +185,12 @@ func statusTable(t *table, r *adminv1.StatusResponse) {
 	if id.GetLastError() != "" {
 		t.row("", "last error: "+id.GetLastError())
 	}
+	if jwt := id.GetJwtBundles(); jwt != "" && jwt != "none" {
+		t.row("", "JWT bundles "+jwt)
+	}
+	if id.GetJwtBundlesError() != "" {
+		t.row("", "last error: "+id.GetJwtBundlesError())
+	}
 	for _, listener := range r.GetListeners() {
 		t.row("listens", listener)
 	}

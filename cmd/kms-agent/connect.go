@@ -21,23 +21,25 @@ const (
 // How a command proves to the agent who it is.
 const (
 	identityX509 = "x509"
+	identityJWT  = "jwt"
 	identityPeer = "peer"
 )
 
 // connection is what a command needs to reach an agent.
 type connection struct {
-	socket, workloadAPI, identity, agentID string
-	timeout                                time.Duration
+	socket, workloadAPI, identity, agentID, audience string
+	timeout                                          time.Duration
 }
 
 func (a *app) connectionFlags(c *cobra.Command, f *connection) {
 	flags := c.Flags()
 	flags.StringVar(&f.socket, "socket", "", "the agent's socket (environment KMS_AGENT_SOCKET, else "+defaultSocket+")")
 	flags.StringVar(&f.workloadAPI, "workload-api", "", "address of the SPIFFE Workload API (environment SPIFFE_ENDPOINT_SOCKET)")
-	flags.StringVar(&f.identity, "identity", "", "how to prove who you are: x509 (an X.509-SVID of the Workload API; the default where its address is known) or peer (what the kernel says of this process)")
+	flags.StringVar(&f.identity, "identity", "", "how to prove who you are: x509 (an X.509-SVID of the Workload API; the default where its address is known), jwt (a JWT-SVID of it, for --audience) or peer (what the kernel says of this process)")
 	flags.StringVar(&f.agentID, "agent-id", "", "SPIFFE ID that the agent must have; without it, any of your own trust domain")
+	flags.StringVar(&f.audience, "audience", "", "with --identity jwt: whom the token is for, the agent's SPIFFE ID unless it is configured otherwise")
 	flags.DurationVar(&f.timeout, "timeout", defaultTimeout, "how long to wait for an answer; of a stream, for the connection")
-	_ = c.RegisterFlagCompletionFunc("identity", cobra.FixedCompletions([]string{identityX509, identityPeer}, cobra.ShellCompDirectiveNoFileComp))
+	_ = c.RegisterFlagCompletionFunc("identity", cobra.FixedCompletions([]string{identityX509, identityJWT, identityPeer}, cobra.ShellCompDirectiveNoFileComp))
 }
 
 // options turns flags and environment into what the client needs.
@@ -53,20 +55,23 @@ func (a *app) options(f *connection) (client.Options, error) {
 	o := client.Options{Socket: absolute, Wait: f.timeout}
 	api := firstOf(f.workloadAPI, a.env("SPIFFE_ENDPOINT_SOCKET"))
 	switch {
-	case f.identity != "" && f.identity != identityX509 && f.identity != identityPeer:
-		return o, usagef("--identity must be x509 or peer, not %q", f.identity)
-	case f.identity == identityX509 && api == "":
-		return o, usagef("--identity x509 needs a Workload API: name it with --workload-api or SPIFFE_ENDPOINT_SOCKET")
+	case f.identity != "" && f.identity != identityX509 && f.identity != identityJWT && f.identity != identityPeer:
+		return o, usagef("--identity must be x509, jwt or peer, not %q", f.identity)
+	case (f.identity == identityX509 || f.identity == identityJWT) && api == "":
+		return o, usagef("--identity %s needs a Workload API: name it with --workload-api or SPIFFE_ENDPOINT_SOCKET", f.identity)
+	case (f.identity == identityJWT) != (f.audience != ""):
+		return o, usagef("--identity jwt and --audience belong together; the audience is the agent's SPIFFE ID unless it is configured otherwise")
 	case f.identity == identityPeer && f.workloadAPI != "":
 		return o, usagef("--identity peer uses no Workload API; leave --workload-api out")
 	case f.identity != identityPeer:
 		o.WorkloadAPI = api
 	}
+	o.JWTAudience = f.audience
 	if f.agentID == "" {
 		return o, nil
 	}
 	id, err := spiffeid.FromString(f.agentID)
-	if err != nil || o.WorkloadAPI == "" {
+	if err != nil || o.WorkloadAPI == "" || o.JWTAudience != "" {
 		return o, usagef("--agent-id must be a SPIFFE ID, and can be checked with --identity x509 only")
 	}
 	o.AgentID = spiffeid.MatchID(id)

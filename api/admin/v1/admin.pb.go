@@ -751,13 +751,17 @@ type Identity struct {
 	state       protoimpl.MessageState `protogen:"open.v1"`
 	TrustDomain string                 `protobuf:"bytes,1,opt,name=trust_domain,json=trustDomain,proto3" json:"trust_domain,omitempty"`
 	// "none", "starting", "ready", "stale" or "expired".
-	State         string                 `protobuf:"bytes,2,opt,name=state,proto3" json:"state,omitempty"`
-	SpiffeId      string                 `protobuf:"bytes,3,opt,name=spiffe_id,json=spiffeId,proto3" json:"spiffe_id,omitempty"`
-	Expires       *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=expires,proto3" json:"expires,omitempty"`
-	Updated       *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=updated,proto3" json:"updated,omitempty"`
-	LastError     string                 `protobuf:"bytes,6,opt,name=last_error,json=lastError,proto3" json:"last_error,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	State     string                 `protobuf:"bytes,2,opt,name=state,proto3" json:"state,omitempty"`
+	SpiffeId  string                 `protobuf:"bytes,3,opt,name=spiffe_id,json=spiffeId,proto3" json:"spiffe_id,omitempty"`
+	Expires   *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=expires,proto3" json:"expires,omitempty"`
+	Updated   *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=updated,proto3" json:"updated,omitempty"`
+	LastError string                 `protobuf:"bytes,6,opt,name=last_error,json=lastError,proto3" json:"last_error,omitempty"`
+	// "none" where JWT-SVIDs are not accepted, "starting", "ready", "stale" or
+	// "expired".
+	JwtBundles      string `protobuf:"bytes,7,opt,name=jwt_bundles,json=jwtBundles,proto3" json:"jwt_bundles,omitempty"`
+	JwtBundlesError string `protobuf:"bytes,8,opt,name=jwt_bundles_error,json=jwtBundlesError,proto3" json:"jwt_bundles_error,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
 }
 
 func (x *Identity) Reset() {
@@ -828,6 +832,20 @@ func (x *Identity) GetUpdated() *timestamppb.Timestamp {
 func (x *Identity) GetLastError() string {
 	if x != nil {
 		return x.LastError
+	}
+	return ""
+}
+
+func (x *Identity) GetJwtBundles() string {
+	if x != nil {
+		return x.JwtBundles
+	}
+	return ""
+}
+
+func (x *Identity) GetJwtBundlesError() string {
+	if x != nil {
+		return x.JwtBundlesError
 	}
 	return ""
 }
@@ -1287,7 +1305,7 @@ const file_admin_v1_admin_proto_rawDesc = "" +
 	"\n" +
 	"generation\x18\x03 \x01(\x04R\n" +
 	"generation\x12\x1a\n" +
-	"\brejected\x18\x04 \x01(\tR\brejected\"\xeb\x01\n" +
+	"\brejected\x18\x04 \x01(\tR\brejected\"\xb8\x02\n" +
 	"\bIdentity\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x14\n" +
 	"\x05state\x18\x02 \x01(\tR\x05state\x12\x1b\n" +
@@ -1295,7 +1313,10 @@ const file_admin_v1_admin_proto_rawDesc = "" +
 	"\aexpires\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\aexpires\x124\n" +
 	"\aupdated\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\aupdated\x12\x1d\n" +
 	"\n" +
-	"last_error\x18\x06 \x01(\tR\tlastError\"\xdb\x02\n" +
+	"last_error\x18\x06 \x01(\tR\tlastError\x12\x1f\n" +
+	"\vjwt_bundles\x18\a \x01(\tR\n" +
+	"jwtBundles\x12*\n" +
+	"\x11jwt_bundles_error\x18\b \x01(\tR\x0fjwtBundlesError\"\xdb\x02\n" +
 	"\rBackendStatus\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
 	"\x06plugin\x18\x02 \x01(\tR\x06plugin\x12\x14\n" +
