@@ -15,6 +15,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/kms-agent/kms-agent/plugins/host"
+	"github.com/kms-agent/kms-agent/plugins/local"
 )
 
 const (
@@ -68,6 +69,13 @@ func (a *Agent) hostConfig(cfg BackendConfig) (host.Config, error) {
 		StartTimeout: cfg.StartTimeout, CallTimeout: cfg.CallTimeout, MaxConcurrent: cfg.MaxConcurrent,
 		BackoffMin: backoffMin, BackoffMax: backoffMax, FIPS140: fips140.Enabled(),
 		OnCall: a.upstreamCall(cfg.Name), StatsHandler: a.tracing.pluginHandler(), Logger: a.logger.Named("plugin"),
+	}
+	hc.Confine, hc.Access = host.Confinement(cfg.Confine), cfg.Access.access()
+	if dir, ok := os.LookupEnv("CREDENTIALS_DIRECTORY"); ok {
+		hc.Access.Read = append(hc.Access.Read, dir)
+	}
+	if cfg.Plugin == pluginLocal {
+		hc.Access.Read = append(hc.Access.Read, local.Paths(json.RawMessage(cfg.Settings))...)
 	}
 	if cfg.Plugin != "" {
 		hc.Self, hc.Command, hc.Args = true, "", []string{"plugin", "serve", cfg.Plugin}

@@ -143,6 +143,10 @@ type BackendConfig struct {
 	CallTimeout   time.Duration `yaml:"call_timeout"`
 	StartTimeout  time.Duration `yaml:"start_timeout"`
 	MaxConcurrent int           `yaml:"max_concurrent"`
+	// Confine is best-effort (the default), required or off.
+	Confine Confinement `yaml:"confine"`
+	// Access names what a confined plugin reaches.
+	Access AccessConfig `yaml:"access"`
 	// Settings are the plugin's own, a JSON object.
 	Settings Settings `yaml:"settings"`
 }

@@ -28,6 +28,7 @@ func (l *loader) validateBackends() {
 		l.positive(at+".start_timeout", b.StartTimeout)
 		between(l, at+".max_concurrent", b.MaxConcurrent, 1, maxBackendCalls)
 		l.validateEnvironment(at, b)
+		l.validateAccess(at+".access", b.Access)
 		l.validateProgram(at, b)
 		l.refuseInlineSecrets(at+".settings", b.Settings)
 	}

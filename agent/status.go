@@ -111,7 +111,7 @@ func (b *backend) status() *adminv1.BackendStatus {
 	return &adminv1.BackendStatus{
 		Name: b.cfg.Name, Plugin: plugin, State: string(s.State), Pid: int32(s.PID), Since: timestamppb.New(s.Since),
 		Restarts: s.Restarts, Calls: s.Calls, Failures: s.Failures, LastError: s.LastError,
-		PluginVersion: s.Plugin.Version, Fips140: s.Plugin.FIPS140, Sha256: s.SHA256,
+		PluginVersion: s.Plugin.Version, Fips140: s.Plugin.FIPS140, Sha256: s.SHA256, Confined: s.Confined,
 	}
 }
 

@@ -145,9 +145,9 @@ func paint(cell string, colours, header bool) string {
 	case !colours:
 	case header:
 		code = "1"
-	case cell == "serving" || cell == "up" || cell == "ready" || cell == "enabled":
+	case cell == "serving" || cell == "up" || cell == "ready" || cell == "enabled" || cell == "ok":
 		code = "32"
-	case cell == "degraded" || cell == "starting" || cell == "stale" || cell == "disabled":
+	case cell == "degraded" || cell == "starting" || cell == "stale" || cell == "disabled" || cell == "lacking":
 		code = "33"
 	case cell == "not-serving" || cell == "down" || cell == "expired" || cell == "destroyed":
 		code = "31"

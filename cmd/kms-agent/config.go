@@ -47,17 +47,29 @@ type checkFault struct {
 }
 
 func newCheck(a *app) *cobra.Command {
+	ofHost := false
 	c := &cobra.Command{
 		Use:   "check [FILE]",
 		Short: "Report everything that is wrong with a configuration",
 		Long: `Reads a configuration, and the policy files that it names, and reports every
 fault at once with file, line, column and path. It touches neither the network
 nor a running agent. FILE is ` + defaultConfigPath + ` unless given; - is standard
-input, and then relative paths are relative to the working directory.`,
-		Example: "  kms-agent check\n  kms-agent config default | kms-agent check -",
+input, and then relative paths are relative to the working directory.
+
+With --host it tells instead what this host lacks of what the agent uses (kinds of
+memory, process handles, confinement), what that means and what gives it. Run it
+as the agent's user, in its unit.`,
+		Example: "  kms-agent check\n  kms-agent check --host\n  kms-agent config default | kms-agent check -",
 		Args:    cobra.ArbitraryArgs,
 		RunE: func(c *cobra.Command, args []string) error {
 			path := defaultConfigPath
+			if ofHost && len(args) > 0 {
+				return usagef("--host is about this host and takes no file")
+			}
+			if ofHost {
+				findings := agent.CheckHost()
+				return a.print(findings, func(t *table) { hostTable(t, findings) })
+			}
 			if len(args) > 1 {
 				return usagef("unexpected argument %q; check takes one file", args[1])
 			}
@@ -68,8 +80,22 @@ input, and then relative paths are relative to the working directory.`,
 			return a.reportCheck(path, cfg, err)
 		},
 	}
+	c.Flags().BoolVar(&ofHost, "host", false, "tell what this host lacks")
 	a.outputFlag(c)
 	return c
+}
+
+func hostTable(t *table, findings []agent.HostFinding) {
+	t.header("HOST", "STATE", "FOUND")
+	for _, f := range findings {
+		if f.OK {
+			t.row(f.Name, "ok", f.Found)
+			continue
+		}
+		t.row(f.Name, "lacking", f.Found)
+		t.row("", "", "means: "+f.Means)
+		t.row("", "", "cure:  "+f.Cure)
+	}
 }
 
 // loadConfig loads a file, or standard input where path is "-".

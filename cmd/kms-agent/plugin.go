@@ -46,6 +46,7 @@ type pluginState struct {
 	State     string `json:"state"`
 	PID       int32  `json:"pid"`
 	Restarts  uint64 `json:"restarts"`
+	Confined  bool   `json:"confined"`
 	FIPS140   string `json:"fips140"`
 	SHA256    string `json:"sha256"`
 	LastError string `json:"last_error"`
@@ -105,16 +106,23 @@ func pluginsOf(r *adminv1.StatusResponse) *pluginList {
 	for _, b := range r.GetBackends() {
 		list.Backends = append(list.Backends, pluginState{
 			Name: b.GetName(), Plugin: b.GetPlugin(), Version: b.GetPluginVersion(), State: b.GetState(), PID: b.GetPid(),
-			Restarts: b.GetRestarts(), FIPS140: b.GetFips140(), SHA256: b.GetSha256(), LastError: b.GetLastError(),
+			Restarts: b.GetRestarts(), Confined: b.GetConfined(), FIPS140: b.GetFips140(), SHA256: b.GetSha256(), LastError: b.GetLastError(),
 		})
 	}
 	return list
 }
 
 func (l *pluginList) table(t *table) {
-	t.header("BACKEND", "PLUGIN", "VERSION", "STATE", "PID", "RESTARTS", "FIPS140", "LAST ERROR")
+	t.header("BACKEND", "PLUGIN", "VERSION", "STATE", "PID", "RESTARTS", "CONFINED", "FIPS140", "LAST ERROR")
 	for _, b := range l.Backends {
 		t.row(b.Name, b.Plugin, orDash(b.Version), orDash(b.State), fmt.Sprint(b.PID), fmt.Sprint(b.Restarts),
-			orDash(b.FIPS140), orDash(b.LastError))
+			yesNo(b.Confined), orDash(b.FIPS140), orDash(b.LastError))
 	}
+}
+
+func yesNo(yes bool) string {
+	if yes {
+		return "yes"
+	}
+	return "no"
 }

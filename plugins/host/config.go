@@ -71,6 +71,9 @@ type Config struct {
 	PingInterval time.Duration
 	// MaxConcurrent is how many calls the plugin gets at a time; others queue.
 	MaxConcurrent int
+	// Confine says whether the plugin is kept to Access.
+	Confine Confinement
+	Access  Access
 	// FIPS140 refuses a plugin that runs without a FIPS 140-3 module, by its own
 	// word.
 	FIPS140 bool
@@ -131,6 +134,11 @@ func (cfg Config) checkRest() error {
 	}
 	if cfg.StartTimeout < 0 || cfg.CallTimeout < 0 || cfg.PingInterval < 0 || cfg.MaxConcurrent < 0 {
 		errs = append(errs, errors.New("timeouts, intervals and the number of calls at a time must be positive"))
+	}
+	switch cfg.Confine {
+	case ConfineWhereKnown, ConfineAlways, ConfineNever:
+	default:
+		errs = append(errs, fmt.Errorf("the confinement %q is not known", cfg.Confine))
 	}
 	if cfg.BackoffMin < 0 || cfg.BackoffMax < cfg.BackoffMin {
 		errs = append(errs, fmt.Errorf("the backoff of %s to %s is no range", cfg.BackoffMin, cfg.BackoffMax))

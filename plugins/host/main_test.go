@@ -5,10 +5,12 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -145,6 +147,24 @@ func (p *puppet) obey(ctx context.Context, order string) (string, error) {
 	case "die":
 		go panic("outside of a request")
 		select {}
+	case "read":
+		f, err := os.Open(argument)
+		if err == nil {
+			_ = f.Close()
+		}
+		return "read", refusal(err)
+	case "write":
+		return "written", refusal(os.WriteFile(argument, []byte("x"), 0o600))
+	case "dial":
+		network, address, _ := strings.Cut(argument, " ")
+		conn, err := (&net.Dialer{}).DialContext(ctx, network, address)
+		if err == nil {
+			_ = conn.Close()
+		}
+		return "connected", refusal(err)
+	case "signal":
+		pid, _ := strconv.Atoi(argument)
+		return "sent", refusal(unix.Kill(pid, 0))
 	case "unless": // a file is there
 		if _, err := os.Stat(argument); err == nil {
 			return "", plugins.Errorf(plugins.Denied, "%s is there", filepath.Base(argument))
@@ -172,6 +192,14 @@ func (p *puppet) obey(ctx context.Context, order string) (string, error) {
 		return fmt.Sprint(cmd.Process.Pid), nil
 	}
 	return "ok", nil
+}
+
+// refusal is an error that does not speak against the process.
+func refusal(err error) error {
+	if err == nil {
+		return nil
+	}
+	return plugins.Errorf(plugins.Denied, "%v", err)
 }
 
 const secretText = "secret argument of a panic"

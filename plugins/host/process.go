@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"slices"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -16,6 +17,7 @@ import (
 	pluginrunner "github.com/hashicorp/go-plugin/runner"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 
 	"github.com/kms-agent/kms-agent/plugins"
@@ -44,10 +46,11 @@ type process struct {
 	runner *runner
 	relays []*relay // that go-plugin writes to
 	dir    *socketDir
+	// confined: the plugin reaches only what its configuration names.
+	confined bool
 }
 
-// launch starts a plugin and opens it. It forks on its caller's thread, which
-// must outlive the process: the kernel kills a plugin with that thread.
+// launch starts a plugin and opens it.
 func launch(ctx context.Context, cfg Config, program *program) (*process, error) {
 	ctx, cancel := context.WithTimeout(ctx, cfg.StartTimeout)
 	defer cancel()
@@ -76,7 +79,13 @@ func (p *process) start(ctx context.Context, cfg Config, program *program) error
 	if err != nil {
 		return err
 	}
-	p.runner = newRunner(command(cfg, path), dir.path, cfg.Logger)
+	rules, err := newRuleset(cfg, path, dir.path)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = rules.close() }()
+	p.confined = rules != nil
+	p.runner = newRunner(command(cfg, path), dir.path, rules, cfg.Logger)
 	p.client = plugin.NewClient(p.clientConfig(cfg))
 	defer context.AfterFunc(ctx, p.runner.kill)()
 	return p.connect()
@@ -142,6 +151,9 @@ func (p *process) withEnd(fault error) error {
 
 func (p *process) open(ctx context.Context, cfg Config) error {
 	info, err := p.remote.Open(ctx, cfg.Settings)
+	if err != nil && p.confined && strings.Contains(err.Error(), unix.EACCES.Error()) {
+		return fmt.Errorf("open the backend: %w (the plugin reaches only what access names in the configuration of its backend)", err)
+	}
 	if err != nil {
 		return fmt.Errorf("open the backend: %w", err)
 	}

@@ -61,5 +61,8 @@ func (s *Supervisor) replaced(ctx context.Context, p *process, asked *request) *
 func (s *Supervisor) started(p *process) {
 	s.cfg.Logger.Info("plugin started", zap.Int("pid", p.runner.processID()), zap.String("plugin", p.info.Name),
 		zap.String("version", p.info.Version), zap.String("fips140", p.info.FIPS140))
+	if !p.confined && s.cfg.Confine == ConfineWhereKnown {
+		s.cfg.Logger.Warn("plugin is not confined: the kernel has no Landlock")
+	}
 	s.install(p)
 }

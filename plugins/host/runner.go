@@ -32,6 +32,7 @@ const (
 // to any address that the process names.
 type runner struct {
 	cmd       *exec.Cmd
+	rules     *ruleset // open until the process was started; nil: not confined
 	socketDir string
 	rest      *relay // what follows the handshake on standard output
 	stderr    *relay
@@ -45,9 +46,9 @@ type runner struct {
 	err    error // how it ended
 }
 
-func newRunner(cmd *exec.Cmd, socketDir string, logger *zap.Logger) *runner {
+func newRunner(cmd *exec.Cmd, socketDir string, rules *ruleset, logger *zap.Logger) *runner {
 	r := &runner{
-		cmd: cmd, socketDir: socketDir, ended: make(chan struct{}),
+		cmd: cmd, rules: rules, socketDir: socketDir, ended: make(chan struct{}),
 		rest: newRelay(logger, "stdout", zapcore.ErrorLevel), stderr: newRelay(logger, "stderr", zapcore.ErrorLevel),
 	}
 	r.stdout, r.closeOut = io.Pipe()
@@ -85,14 +86,14 @@ func (h *handshakeWriter) Write(p []byte) (int, error) {
 	return len(p), err
 }
 
-// Start implements go-plugin's runner. It forks on the thread of its caller.
+// Start implements go-plugin's runner.
 func (r *runner) Start(context.Context) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.reaped {
 		return errors.New("stopped before it was started")
 	}
-	if err := r.cmd.Start(); err != nil {
+	if err := r.rules.onOwnThread(r.cmd.Start, r.ended); err != nil {
 		return fmt.Errorf("execute the plugin: %w", err)
 	}
 	r.pid = r.cmd.Process.Pid

@@ -37,6 +37,8 @@ type Status struct {
 	LastError string
 	// Plugin is what the last opened process said of itself.
 	Plugin plugins.Info
+	// Confined: the process reaches only what Config.Access names.
+	Confined bool
 	// SHA256 is the configured digest of the program; empty with Self.
 	SHA256 string
 }

@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"runtime"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -63,9 +62,9 @@ func (s *Supervisor) Run(ctx context.Context) error {
 	if !s.running.CompareAndSwap(false, true) {
 		return fmt.Errorf("plugin %q: Run was called already", s.cfg.Name)
 	}
-	// The kernel kills a plugin when the thread that started it ends.
-	runtime.LockOSThread()
-	defer runtime.UnlockOSThread()
+	if err := closeOnExec(); err != nil {
+		return fmt.Errorf("plugin %q: %w", s.cfg.Name, err)
+	}
 	defer s.program.close()
 	defer close(s.ended)
 	pause := backoff{min: s.cfg.BackoffMin, max: s.cfg.BackoffMax}
@@ -136,7 +135,7 @@ func (s *Supervisor) install(p *process) {
 	s.current = p
 	s.mu.Unlock()
 	s.change(func(status *Status) {
-		status.PID, status.Plugin = p.runner.processID(), p.info
+		status.PID, status.Plugin, status.Confined = p.runner.processID(), p.info, p.confined
 	})
 	_, fault, _ := p.verdict()
 	s.judged(fault)

@@ -33,6 +33,27 @@ type settings struct {
 	Seal     Seal   `json:"seal"`
 }
 
+// Paths returns what a process with these settings reads: the directory of the
+// keystore, whose file is replaced by each change, and the files of the seal.
+// Settings that are wrong name nothing.
+func Paths(config json.RawMessage) []string {
+	s, err := parseSettings(config)
+	if err != nil {
+		return nil
+	}
+	var paths []string
+	for _, path := range []string{s.Seal.KeyFile, s.Seal.PassphraseFile} {
+		if path != "" {
+			paths = append(paths, path)
+		}
+	}
+	paths = append(paths, filepath.Dir(s.Keystore))
+	if target, err := filepath.EvalSymlinks(s.Keystore); err == nil {
+		paths = append(paths, filepath.Dir(target))
+	}
+	return paths
+}
+
 // New returns a backend that waits for Open.
 func New() *Backend { return &Backend{} }
 

@@ -42,16 +42,21 @@ func TestConformance(t *testing.T) {
 }
 
 func TestConformanceOverTheWire(t *testing.T) {
-	conform(t, func(t *testing.T, settings json.RawMessage) plugins.Backend {
-		return plugintest.OverTheWire(t, "local", settings)
-	})
+	conform(t, overTheWire)
+}
+
+// overTheWire runs the backend in a process that reaches what it says it reads.
+func overTheWire(t *testing.T, settings json.RawMessage) plugins.Backend {
+	cfg := plugintest.Config(t, "local", settings)
+	cfg.Access.Read = local.Paths(settings)
+	return plugintest.Start(t, cfg)
 }
 
 // The cures reach the agent, and so does what an administrator changes.
 func TestOverTheWire(t *testing.T) {
 	seal := keyFile(t)
 	k := newStore(t, seal, "orders")
-	b := plugintest.OverTheWire(t, "local", config(t, k.Path(), seal))
+	b := overTheWire(t, config(t, k.Path(), seal))
 	wrapped, err := b.Wrap(t.Context(), orders1, dataKey, binding)
 	must(t, err)
 	must(t, k.Disable("orders", "1"))

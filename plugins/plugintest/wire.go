@@ -42,10 +42,14 @@ func ServeIfChild(backends map[string]func() plugins.Backend) {
 }
 
 // OverTheWire returns the named backend of ServeIfChild, opened with settings
-// in a process of its own. The process ends with the test.
-func OverTheWire(t testing.TB, name string, settings json.RawMessage) *host.Supervisor {
+// in a process of its own, which is confined as the agent confines it: beyond
+// the system's libraries it reaches the files and directories of write only. The
+// process ends with the test.
+func OverTheWire(t testing.TB, name string, settings json.RawMessage, write ...string) *host.Supervisor {
 	t.Helper()
-	return Start(t, Config(t, name, settings))
+	cfg := Config(t, name, settings)
+	cfg.Access.Write = write
+	return Start(t, cfg)
 }
 
 // Config is how OverTheWire runs a plugin.

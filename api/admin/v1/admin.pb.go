@@ -865,6 +865,8 @@ type BackendStatus struct {
 	PluginVersion string                 `protobuf:"bytes,10,opt,name=plugin_version,json=pluginVersion,proto3" json:"plugin_version,omitempty"`
 	Fips140       string                 `protobuf:"bytes,11,opt,name=fips140,proto3" json:"fips140,omitempty"`
 	Sha256        string                 `protobuf:"bytes,12,opt,name=sha256,proto3" json:"sha256,omitempty"`
+	// The process reaches only what its configuration names.
+	Confined      bool `protobuf:"varint,13,opt,name=confined,proto3" json:"confined,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -981,6 +983,13 @@ func (x *BackendStatus) GetSha256() string {
 		return x.Sha256
 	}
 	return ""
+}
+
+func (x *BackendStatus) GetConfined() bool {
+	if x != nil {
+		return x.Confined
+	}
+	return false
 }
 
 type KeyStatus struct {
@@ -1316,7 +1325,7 @@ const file_admin_v1_admin_proto_rawDesc = "" +
 	"last_error\x18\x06 \x01(\tR\tlastError\x12\x1f\n" +
 	"\vjwt_bundles\x18\a \x01(\tR\n" +
 	"jwtBundles\x12*\n" +
-	"\x11jwt_bundles_error\x18\b \x01(\tR\x0fjwtBundlesError\"\xdb\x02\n" +
+	"\x11jwt_bundles_error\x18\b \x01(\tR\x0fjwtBundlesError\"\xf7\x02\n" +
 	"\rBackendStatus\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
 	"\x06plugin\x18\x02 \x01(\tR\x06plugin\x12\x14\n" +
@@ -1331,7 +1340,8 @@ const file_admin_v1_admin_proto_rawDesc = "" +
 	"\x0eplugin_version\x18\n" +
 	" \x01(\tR\rpluginVersion\x12\x18\n" +
 	"\afips140\x18\v \x01(\tR\afips140\x12\x16\n" +
-	"\x06sha256\x18\f \x01(\tR\x06sha256\"\xaf\x02\n" +
+	"\x06sha256\x18\f \x01(\tR\x06sha256\x12\x1a\n" +
+	"\bconfined\x18\r \x01(\bR\bconfined\"\xaf\x02\n" +
 	"\tKeyStatus\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
 	"\abackend\x18\x02 \x01(\tR\abackend\x12!\n" +
