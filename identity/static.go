@@ -9,9 +9,9 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
-// StaticPeer gives ID to plaintext callers by what the kernel says of them. Nil
-// matches any; where both are given, both must match. A rule with neither is
-// refused.
+// StaticPeer gives ID to plaintext callers by what the kernel says of them. What
+// is nil or empty matches any; all that is given must match. A rule that gives
+// nothing is refused.
 //
 // Inside a user namespace the kernel shows every uid and gid that is not mapped
 // into it as one overflow ID, 65534 as a rule: do not give that one an identity.
@@ -19,12 +19,33 @@ type StaticPeer struct {
 	UID *uint32
 	// GID is compared with the caller's primary group only.
 	GID *uint32
+	// Group matches a member: by primary or supplementary group, as of connect(2).
+	Group *uint32
+	// Unit is the service or scope of the system's service manager in whose
+	// cgroup the process that connected is when it is first asked for, such as
+	// "orders.service". Units of users' own managers are not told apart: a process
+	// below one belongs to "user@UID.service". It needs Linux 6.5, cgroup v2 and
+	// the host's cgroup namespace.
+	Unit string
 	// ID has a path and belongs to the agent's own trust domain.
 	ID spiffeid.ID
 }
 
-func (s StaticPeer) matches(p Peer) bool {
-	return (s.UID == nil || *s.UID == p.UID) && (s.GID == nil || *s.GID == p.GID)
+// matches fails when the kernel does not say what the rule asks.
+func (s StaticPeer) matches(p *process) (bool, error) {
+	if (s.UID != nil && *s.UID != p.peer.UID) || (s.GID != nil && *s.GID != p.peer.GID) {
+		return false, nil
+	}
+	if s.Group != nil {
+		if member, err := p.memberOf(*s.Group); err != nil || !member {
+			return false, err
+		}
+	}
+	if s.Unit != "" {
+		unit, err := p.systemUnit()
+		return err == nil && unit == s.Unit, err
+	}
+	return true, nil
 }
 
 // staticVerifier takes plaintext callers for what a table says of them.
@@ -52,8 +73,10 @@ func (v *staticVerifier) set(rules []StaticPeer) error {
 
 func (v *staticVerifier) check(r StaticPeer) error {
 	switch {
-	case r.UID == nil && r.GID == nil:
-		return errors.New("matches every process of the host; give it a uid, a gid or both")
+	case r.UID == nil && r.GID == nil && r.Group == nil && r.Unit == "":
+		return errors.New("matches every process of the host; give it a uid, a gid, a group or a unit")
+	case r.Unit != "" && CheckUnit(r.Unit) != nil:
+		return CheckUnit(r.Unit)
 	case r.ID.IsZero():
 		return errors.New("has no SPIFFE ID")
 	case r.ID.Path() == "":
@@ -71,17 +94,23 @@ func (v *staticVerifier) Verify(_ context.Context, c *Conn) (Caller, error) {
 		return d.caller, d.err
 	}
 	d := &verdict{basis: table}
-	d.caller, d.err = table.find(c.Peer)
+	d.caller, d.err = table.find(&process{peer: c.Peer, pidfd: c.pidfd, transport: c.transport})
 	c.verdict.Store(d)
 	return d.caller, d.err
 }
 
-func (t *staticTable) find(p Peer) (Caller, error) {
-	for _, r := range t.rules {
-		if r.matches(p) {
-			return Caller{ID: r.ID, Proof: ProofStaticPeer, Peer: p}, nil
+// find returns the caller of the first rule that matches. A rule that cannot be
+// judged ends the search: a later one could give more than it would have.
+func (t *staticTable) find(p *process) (Caller, error) {
+	for i, r := range t.rules {
+		ok, err := r.matches(p)
+		if err != nil {
+			return Caller{}, fmt.Errorf("%w: static peer %d (%s) cannot be judged: %w", ErrUnidentified, i+1, r.ID, err)
+		}
+		if ok {
+			return Caller{ID: r.ID, Proof: ProofStaticPeer, Peer: p.peer}, nil
 		}
 	}
-	return Caller{}, fmt.Errorf("%w: no static peer is configured for uid %d, gid %d; connect with an X.509-SVID over TLS or have one configured",
-		ErrUnidentified, p.UID, p.GID)
+	return Caller{}, fmt.Errorf("%w: no static peer is configured for uid %d, gid %d%s; connect with an X.509-SVID over TLS, send a JWT-SVID or have one configured",
+		ErrUnidentified, p.peer.UID, p.peer.GID, p.unitText())
 }
