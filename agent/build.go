@@ -71,7 +71,9 @@ func (a *Agent) refusedConnection(r identity.Refusal) {
 func staticPeers(cfg *Config) []identity.StaticPeer {
 	peers := make([]identity.StaticPeer, 0, len(cfg.Identity.StaticPeers))
 	for _, p := range cfg.Identity.StaticPeers {
-		peers = append(peers, identity.StaticPeer{UID: (*uint32)(p.UID), GID: (*uint32)(p.GID), ID: p.ID})
+		peers = append(peers, identity.StaticPeer{
+			UID: (*uint32)(p.UID), GID: (*uint32)(p.GID), Group: (*uint32)(p.Group), Unit: p.Unit, ID: p.ID,
+		})
 	}
 	return peers
 }

@@ -118,12 +118,16 @@ type IdentityConfig struct {
 	StaticPeers []StaticPeerConfig `yaml:"static_peers"`
 }
 
-// StaticPeerConfig gives ID to the processes that match UID and GID; nil
-// matches any, and one of them is not nil.
+// StaticPeerConfig gives ID to the processes that match all that is given; at
+// least one of the others is.
 type StaticPeerConfig struct {
-	UID *UID        `yaml:"uid"`
-	GID *GID        `yaml:"gid"`
-	ID  spiffeid.ID `yaml:"id"`
+	UID *UID `yaml:"uid"`
+	GID *GID `yaml:"gid"`
+	// Group matches members, GID the primary group only.
+	Group *GID `yaml:"group"`
+	// Unit is a service or scope of systemd's system manager.
+	Unit string      `yaml:"unit"`
+	ID   spiffeid.ID `yaml:"id"`
 }
 
 // BackendConfig describes one plugin process.

@@ -42,8 +42,13 @@ func (l *loader) validateIdentity() {
 }
 
 func (l *loader) validateStaticPeer(at string, peer StaticPeerConfig) {
-	if peer.UID == nil && peer.GID == nil {
-		l.report(at, "matches every process of the host; write uid, gid or both")
+	if peer.UID == nil && peer.GID == nil && peer.Group == nil && peer.Unit == "" {
+		l.report(at, "matches every process of the host; write uid, gid, group or unit")
+	}
+	if peer.Unit != "" {
+		if err := identity.CheckUnit(peer.Unit); err != nil {
+			l.report(at+".unit", "%v", err)
+		}
 	}
 	switch {
 	case peer.ID.IsZero():

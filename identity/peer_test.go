@@ -19,6 +19,7 @@ const (
 var helperProcesses = map[string]func(){
 	"connect": helperConnect,
 	"listen":  helperListen,
+	"units":   helperUnits,
 }
 
 // helper starts this test binary as another process.

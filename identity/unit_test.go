@@ -1,6 +1,7 @@
 package identity_test
 
 import (
+	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -235,6 +236,53 @@ func TestStaticPeerUnitOfAnEndedProcess(t *testing.T) {
 	peer = connected(t, creds, nil)
 	peer.end()
 	wantPeer(t, peer.info, true, "")
+}
+
+// helperUnits is an agent that asks for its own unit, and says how it went.
+func helperUnits() {
+	l, err := net.Listen("unix", os.Getenv(helperPath))
+	if err != nil {
+		panic(err)
+	}
+	client, err := net.Dial("unix", os.Getenv(helperPath))
+	if err != nil {
+		panic(err)
+	}
+	if _, err := client.Write([]byte("P")); err != nil {
+		panic(err)
+	}
+	creds, err := identity.NewCredentials(identity.Config{StaticPeers: []identity.StaticPeer{{Unit: "kmstest.service", ID: orders}}})
+	if err != nil {
+		panic(err)
+	}
+	raw, err := l.Accept()
+	if err != nil {
+		panic(err)
+	}
+	_, info, err := creds.ServerHandshake(raw)
+	if err != nil {
+		panic(err)
+	}
+	_, err = identity.CallerFromContext(contextOf(info))
+	fmt.Print(err)
+}
+
+// Paths of cgroups that do not begin at the host's root tell no units: who may
+// make cgroups below another could give them any name.
+func TestStaticPeerUnitInACgroupNamespace(t *testing.T) {
+	cmd := helper(t, "units", filepath.Join(tempDir(t), "s"))
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWCGROUP}
+	if os.Geteuid() != 0 {
+		cmd.SysProcAttr.Cloneflags |= syscall.CLONE_NEWUSER
+	}
+	said, err := cmd.Output()
+	if errors.Is(err, syscall.EPERM) {
+		t.Log("this host lets nobody but root make namespaces, so that there is none to be tested")
+		return
+	}
+	if err != nil || !strings.Contains(string(said), "in a cgroup namespace of its own") {
+		t.Errorf("the agent says %q, %v", said, err)
+	}
 }
 
 func TestCheckUnit(t *testing.T) {
