@@ -16,6 +16,9 @@ import (
 // chunkSize is how much is read and sent at a time: one frame of a stream.
 const chunkSize = 64 << 10
 
+// maxIdleReads is how often a reader may give neither data nor an error.
+const maxIdleReads = 100
+
 // EncryptStream encrypts what r holds and writes the message to w, for data of
 // any length: at no time is more held than a few chunks, and when w is slow, r
 // is not read. It returns which key was used.
@@ -116,7 +119,11 @@ func writeChunk(w io.Writer, chunk []byte, expected bool) error {
 	if !expected {
 		return errOutOfOrder
 	}
-	if _, err := w.Write(chunk); err != nil {
+	n, err := w.Write(chunk)
+	if err == nil && n < len(chunk) {
+		err = io.ErrShortWrite
+	}
+	if err != nil {
 		return fmt.Errorf("write what the agent answered: %w", err)
 	}
 	return nil
@@ -189,12 +196,18 @@ func (p *pump[Q, A]) send(first *Q, r io.Reader) {
 
 // fill reads until b is full or r fails. Unlike io.ReadFull it returns r's own
 // error, so that an r that was cut short (io.ErrUnexpectedEOF) is not taken for
-// one that ended.
+// one that ended, and does not wait for one that has nothing forever.
 func fill(r io.Reader, b []byte) (n int, err error) {
-	for n < len(b) && err == nil {
+	for idle := 0; n < len(b) && err == nil; idle++ {
 		var m int
 		m, err = r.Read(b[n:])
 		n += m
+		switch {
+		case m > 0:
+			idle = 0
+		case err == nil && idle == maxIdleReads:
+			err = io.ErrNoProgress
+		}
 	}
 	return n, err
 }

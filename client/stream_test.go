@@ -297,3 +297,31 @@ func TestStreamAgentDies(t *testing.T) {
 		t.Fatalf("got %v, want Unavailable", err)
 	}
 }
+
+// idle is a reader that never has anything and never fails.
+type idle struct{}
+
+func (idle) Read([]byte) (int, error) { return 0, nil }
+
+func TestStreamReaderWithoutProgress(t *testing.T) {
+	c := plain(t, &kms{})
+	if _, err := c.EncryptStream(patiently(t), start, idle{}, io.Discard); !errors.Is(err, io.ErrNoProgress) {
+		t.Errorf("got %v, want io.ErrNoProgress", err)
+	}
+}
+
+// short is a writer that takes less than it is given and says nothing.
+type short struct{}
+
+func (short) Write(p []byte) (int, error) { return len(p) / 2, nil }
+
+func TestStreamShortWrite(t *testing.T) {
+	c := plain(t, &kms{})
+	if _, err := c.EncryptStream(patiently(t), start, strings.NewReader("four"), short{}); !errors.Is(err, io.ErrShortWrite) {
+		t.Errorf("encrypt: got %v, want io.ErrShortWrite", err)
+	}
+	_, err := c.DecryptStream(patiently(t), &kmsagentv1.DecryptStreamStart{}, strings.NewReader("four"), short{})
+	if !errors.Is(err, io.ErrShortWrite) {
+		t.Errorf("decrypt: got %v, want io.ErrShortWrite", err)
+	}
+}

@@ -16,12 +16,19 @@ import (
 // tokens puts a JWT-SVID into every request. It is asked for anew when half of
 // its life is over, by the request that comes by then. Safe for concurrent use.
 type tokens struct {
-	api      *workloadapi.Client
-	audience string
-	current  atomic.Pointer[token]
+	// ask gets a new token.
+	ask     func(context.Context) (*token, error)
+	current atomic.Pointer[token]
 	// turn is held by the request that asks.
 	turn chan struct{}
 }
+
+// While the token at hand is valid, a request waits for the next one this long,
+// and after a failure none asks for a while.
+const (
+	renewalWait  = time.Second
+	renewalPause = 5 * time.Second
+)
 
 // token is one JWT-SVID.
 type token struct {
@@ -38,7 +45,9 @@ func (c *Client) fetchToken(ctx context.Context, o Options) error {
 	if err := c.connectAPI(ctx, o); err != nil {
 		return err
 	}
-	t := &tokens{api: c.api, audience: o.JWTAudience, turn: make(chan struct{}, 1)}
+	t := &tokens{turn: make(chan struct{}, 1), ask: func(ctx context.Context) (*token, error) {
+		return askToken(ctx, c.api, o.JWTAudience)
+	}}
 	if err := first(ctx, o.WorkloadAPI, "JWT-SVID", wait, func() error { return t.fetch(ctx) }); err != nil {
 		return err
 	}
@@ -46,17 +55,24 @@ func (c *Client) fetchToken(ctx context.Context, o Options) error {
 	return nil
 }
 
-func (t *tokens) fetch(ctx context.Context) error {
-	svid, err := t.api.FetchJWTSVID(ctx, jwtsvid.Params{Audience: t.audience})
+func askToken(ctx context.Context, api *workloadapi.Client, audience string) (*token, error) {
+	svid, err := api.FetchJWTSVID(ctx, jwtsvid.Params{Audience: audience})
 	if err != nil {
-		return err
+		return nil, err
 	}
 	now := time.Now()
-	t.current.Store(&token{
+	return &token{
 		header:  map[string]string{"authorization": "Bearer " + svid.Marshal()},
 		renewal: now.Add(svid.Expiry.Sub(now) / 2), end: svid.Expiry,
-	})
-	return nil
+	}, nil
+}
+
+func (t *tokens) fetch(ctx context.Context) error {
+	next, err := t.ask(ctx)
+	if err == nil {
+		t.current.Store(next)
+	}
+	return err
 }
 
 // RequireTransportSecurity implements credentials.PerRPCCredentials: a Unix
@@ -84,11 +100,29 @@ func (t *tokens) GetRequestMetadata(ctx context.Context, _ ...string) (map[strin
 		}
 	}
 	defer func() { <-t.turn }()
-	if latest := t.current.Load(); now.Before(latest.renewal) {
+	latest := t.current.Load()
+	if now = time.Now(); now.Before(latest.renewal) {
 		return latest.header, nil
 	}
+	return t.renew(ctx, latest, now)
+}
+
+// renew asks for the next token; have is good for as long as there is none and
+// it has not ended.
+func (t *tokens) renew(ctx context.Context, have *token, now time.Time) (map[string]string, error) {
+	valid := now.Before(have.end)
+	if valid {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, min(renewalWait, have.end.Sub(now)))
+		defer cancel()
+	}
 	err := t.fetch(ctx)
-	if err != nil && !time.Now().Before(have.end) {
+	switch {
+	case err == nil:
+	case time.Now().Before(have.end):
+		pause := min(renewalPause, time.Until(have.end))
+		t.current.Store(&token{header: have.header, renewal: time.Now().Add(pause), end: have.end})
+	default:
 		return nil, status.Error(codes.Unavailable, fmt.Sprintf("the JWT-SVID has expired and the Workload API gave no other: %v", err))
 	}
 	return t.current.Load().header, nil
