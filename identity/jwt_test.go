@@ -17,6 +17,7 @@ import (
 	"fmt"
 	"maps"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -623,6 +624,59 @@ func TestProofs(t *testing.T) {
 			t.Errorf("proof %q was taken", p)
 		}
 	}
+}
+
+// The Workload API is asked anew now and then, since a stream that stands is no
+// proof that somebody still tells of changes. That is no loss.
+func TestJWTBundlesAreAskedForAnew(t *testing.T) {
+	own, api, key := newAuthority(t, domain), newWorkloadAPI(t), newJWTKey(t, "first", jose.ES256)
+	api.set(own.update(t), nil)
+	api.setJWT(&workload.JWTBundlesResponse{Bundles: map[string][]byte{domain.IDString(): bundle(t, key)}})
+	api.start(t)
+	source := startSource(t, identity.SourceConfig{Address: api.address, BundleMaxAge: 20 * time.Millisecond, JWTBundles: true})
+	untilJWT(t, source, identity.SourceReady)
+	until(t, source, "impatient", func(s identity.State) bool {
+		if s.JWT.Status != identity.SourceReady {
+			t.Fatalf("the JWT bundles are %+v", s.JWT)
+		}
+		return api.openedJWT() > 3
+	})
+}
+
+// While requests and rotations race, no token outlives its key.
+func TestJWTRace(t *testing.T) {
+	w := newJWTWorld(t, nil)
+	second := newJWTKey(t, "second", jose.ES256)
+	tokens := []string{w.key.token(t, nil), second.token(t, nil)}
+	bundles := []map[string][]byte{{domain.IDString(): bundle(t, w.key)}, {domain.IDString(): bundle(t, second)}}
+	contexts := []context.Context{w.tokenContext(t, tokens[0]), w.tokenContext(t, tokens[1])}
+	stop := make(chan struct{})
+	var callers sync.WaitGroup
+	for range 4 {
+		callers.Go(func() {
+			for n := 0; ; n++ {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				if caller, err := identity.CallerFromContext(contexts[n%2]); err == nil && caller.ID != orders {
+					t.Errorf("taken for %+v", caller)
+				}
+			}
+		})
+	}
+	for n := range 40 {
+		w.setBundles(t, bundles[n%2])
+		if _, err := identity.CallerFromContext(contexts[n%2]); err != nil {
+			t.Errorf("the present key's token: %v", err)
+		}
+		if caller, err := identity.CallerFromContext(contexts[1-n%2]); err == nil {
+			t.Errorf("the former key's token makes %+v", caller)
+		}
+	}
+	close(stop)
+	callers.Wait()
 }
 
 // tokenContext is a request with a token on a plaintext connection.

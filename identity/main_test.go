@@ -155,6 +155,7 @@ type workloadAPI struct {
 	bundles *workload.JWTBundlesResponse
 	fail    error // sent instead
 	streams int
+	jwts    int // streams of JWT bundles
 }
 
 // newWorkloadAPI has a path but is not there before start.
@@ -191,6 +192,12 @@ func (w *workloadAPI) opened() int {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return w.streams
+}
+
+func (w *workloadAPI) openedJWT() int {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.jwts
 }
 
 func (w *workloadAPI) FetchX509SVID(_ *workload.X509SVIDRequest, stream grpc.ServerStreamingServer[workload.X509SVIDResponse]) error {
@@ -233,6 +240,9 @@ func (w *workloadAPI) FetchJWTBundles(_ *workload.JWTBundlesRequest, stream grpc
 	if got := metadata.ValueFromIncomingContext(stream.Context(), "workload.spiffe.io"); len(got) != 1 || got[0] != "true" {
 		return status.Error(codes.InvalidArgument, "header missing")
 	}
+	w.mu.Lock()
+	w.jwts++
+	w.mu.Unlock()
 	for {
 		w.mu.Lock()
 		bundles, fail, changed := w.bundles, w.fail, w.changed

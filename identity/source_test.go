@@ -8,6 +8,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/go-jose/go-jose/v4"
 	"github.com/google/go-cmp/cmp"
 	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -67,28 +68,33 @@ func sameDomain(a, b spiffeid.TrustDomain) bool { return a == b }
 
 // Whatever the Workload API answers, the source asks again and recovers.
 func TestSourceSurvivesEveryCode(t *testing.T) {
-	own := newAuthority(t, domain)
+	own, key := newAuthority(t, domain), newJWTKey(t, "first", jose.ES256)
 	for code := codes.OK; code <= codes.Unauthenticated; code++ {
 		t.Run(code.String(), func(t *testing.T) {
 			t.Parallel()
 			api := newWorkloadAPI(t)
 			api.set(own.update(t), nil)
+			api.setJWT(&workload.JWTBundlesResponse{Bundles: map[string][]byte{domain.IDString(): bundle(t, key)}})
 			api.start(t)
-			source := startSource(t, identity.SourceConfig{Address: api.address})
+			source := startSource(t, identity.SourceConfig{Address: api.address, JWTBundles: true})
 			untilStatus(t, source, identity.SourceReady)
+			untilJWT(t, source, identity.SourceReady)
 
 			fail := status.Error(code, "as the test wants")
 			if code == codes.OK {
 				fail = endOfStream{}
 			}
-			before := api.opened()
+			before, beforeJWT := api.opened(), api.openedJWT()
 			api.set(nil, fail)
 			want := identity.SourceStale
 			if code == codes.PermissionDenied {
 				want = identity.SourceDenied
 			}
 			untilStatus(t, source, want)
-			until(t, source, "persistent", func(identity.State) bool { return api.opened() > before+3 })
+			if state := untilJWT(t, source, identity.SourceStale); len(state.TrustDomains) != 1 || state.BundlesEnd.IsZero() {
+				t.Errorf("while the Workload API answers %v, the JWT bundles are %+v", code, state)
+			}
+			until(t, source, "persistent", func(identity.State) bool { return api.opened() > before+3 && api.openedJWT() > beforeJWT+3 })
 			if _, err := source.GetX509SVID(); (err != nil) != (code == codes.PermissionDenied) {
 				t.Errorf("while the Workload API answers %v, the SVID's error is %v", code, err)
 			}
@@ -97,6 +103,7 @@ func TestSourceSurvivesEveryCode(t *testing.T) {
 			}
 			api.set(own.update(t), nil)
 			untilStatus(t, source, identity.SourceReady)
+			untilJWT(t, source, identity.SourceReady)
 		})
 	}
 }

@@ -47,6 +47,7 @@ const (
 	configLoaded     = "kms_agent_config_last_load_time_seconds"
 	configRejected   = "kms_agent_config_rejected"
 	identityState    = "kms_agent_identity_state"
+	identityJWT      = "kms_agent_identity_jwt_bundles_state"
 	identityExpiry   = "kms_agent_identity_svid_expiry_time_seconds"
 	identityUpdated  = "kms_agent_identity_last_update_time_seconds"
 	backendState     = "kms_agent_backend_state"
@@ -96,6 +97,7 @@ func statusMetrics() []Metric {
 		{configLoaded, Gauge, nil, "When the configuration in use was loaded, Unix time."},
 		{configRejected, Gauge, nil, "1 while the newest configuration file is not in use because of its faults."},
 		{identityState, Gauge, []string{"state"}, "1 for the state of the agent's own identity, 0 for the others: none, starting, ready, stale, expired, denied."},
+		{identityJWT, Gauge, []string{"state"}, "1 for the state of the JWT bundles, 0 for the others: none, starting, ready, stale, expired. Some Workload APIs never have any."},
 		{identityExpiry, Gauge, nil, "When the agent's own X.509-SVID expires, Unix time. Absent without one."},
 		{identityUpdated, Gauge, nil, "When the Workload API was last heard, Unix time. Absent before."},
 		{backendState, Gauge, []string{"backend", "state"}, "1 for the state of a backend, 0 for the others: starting, up, degraded, down."},

@@ -51,6 +51,7 @@ func (c *statusCollector) Collect(out chan<- prometheus.Metric) {
 	e.at(configLoaded, r.GetConfiguration().GetLoaded())
 	e.is(configRejected, r.GetConfiguration().GetRejected() != "")
 	e.oneOf(identityState, r.GetIdentity().GetState(), []string{"none", "starting", "ready", "stale", "expired", "denied"})
+	e.oneOf(identityJWT, r.GetIdentity().GetJwtBundles(), []string{"none", "starting", "ready", "stale", "expired"})
 	e.at(identityExpiry, r.GetIdentity().GetExpires())
 	e.at(identityUpdated, r.GetIdentity().GetUpdated())
 	for _, b := range r.GetBackends() {
