@@ -15,6 +15,7 @@ import (
 	"github.com/kms-agent/kms-agent/agent/serve"
 	"github.com/kms-agent/kms-agent/agent/serve/admin"
 	"github.com/kms-agent/kms-agent/agent/serve/native"
+	adminv1 "github.com/kms-agent/kms-agent/api/admin/v1"
 	kmsagentv1 "github.com/kms-agent/kms-agent/api/kmsagent/v1"
 	"github.com/kms-agent/kms-agent/identity"
 )
@@ -90,9 +91,13 @@ const healthEvery = time.Second
 func (a *Agent) tellHealth(ctx context.Context, doors []*door) error {
 	tick := time.NewTicker(healthEvery)
 	defer tick.Stop()
+	var last *adminv1.StatusResponse
 	for {
+		now := a.Status()
+		a.logChange(last, now)
+		last = now
 		state := grpc_health_v1.HealthCheckResponse_SERVING
-		if a.Status().GetState() == stateNotServing {
+		if now.GetState() == stateNotServing {
 			state = grpc_health_v1.HealthCheckResponse_NOT_SERVING
 		}
 		for _, d := range doors {
@@ -104,6 +109,17 @@ func (a *Agent) tellHealth(ctx context.Context, doors []*door) error {
 			return nil
 		case <-tick.C:
 		}
+	}
+}
+
+// logChange says once when the agent's state has changed, and why.
+func (a *Agent) logChange(last, now *adminv1.StatusResponse) {
+	switch {
+	case now.GetState() == last.GetState():
+	case now.GetState() != stateServing:
+		a.logger.Warn("agent has problems", zap.String("state", now.GetState()), zap.Strings("problems", now.GetProblems()))
+	case last != nil:
+		a.logger.Info("agent serves without problems again")
 	}
 }
 

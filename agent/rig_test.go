@@ -37,6 +37,10 @@ func TestMain(m *testing.M) {
 		}
 		return
 	}
+	if path, ok := os.LookupEnv(faultVariable); ok {
+		serveFaulty(path)
+		return
+	}
 	goleak.VerifyTestMain(m)
 }
 
@@ -151,6 +155,12 @@ func (r *rig) write(config string) {
 // start runs the agent until the test ends, and waits until it serves.
 func (r *rig) start() {
 	r.t.Helper()
+	r.startIn("serving")
+}
+
+// startIn is start for an agent that is in another state then.
+func (r *rig) startIn(state string) {
+	r.t.Helper()
 	cfg, err := agent.LoadConfig(r.config)
 	if err != nil {
 		r.t.Fatalf("configuration: %v", err)
@@ -176,7 +186,7 @@ func (r *rig) start() {
 	case <-time.After(20 * time.Second):
 		r.t.Fatal("the agent is not ready after 20 s")
 	}
-	r.await("the agent serves", func(s *adminv1.StatusResponse) bool { return s.GetState() == "serving" })
+	r.await("the agent serves", func(s *adminv1.StatusResponse) bool { return s.GetState() == state })
 }
 
 // stop ends the agent and fails the test when it does not end well.

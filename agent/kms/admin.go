@@ -2,6 +2,7 @@ package kms
 
 import (
 	"context"
+	"errors"
 	"slices"
 
 	"github.com/kms-agent/kms-agent/agent/audit"
@@ -68,9 +69,10 @@ type AdminRequest struct {
 // Administer runs act for a local administrator, whom the configuration must
 // name, and audits it. Nobody is an administrator by default.
 func (s *Service) Administer(ctx context.Context, call Call, req AdminRequest, act func() error) error {
+	known := false
 	_, err := perform(ctx, s, call, policy.Operation(req.Operation), func(ctx context.Context, t *transaction) (struct{}, error) {
 		t.record.Key, t.record.Backend = bounded(req.Key), bounded(req.Backend)
-		if !t.administrator(req.Operation) {
+		if known = t.administrator(req.Operation); !known {
 			return struct{}{}, &Error{
 				Reason:  ReasonAccessDenied,
 				Message: "this user may not do this to the agent; the admin.allow section of its configuration names those who may",
@@ -85,6 +87,11 @@ func (s *Service) Administer(ctx context.Context, call Call, req AdminRequest, a
 		}
 		return struct{}{}, act()
 	})
+	var e *Error
+	if known && errors.As(err, &e) && e.Reason == ReasonAuditUnavailable && e.Cause != nil {
+		// Whoever must mend it cannot ask for the status either.
+		e.Message = "no record, no answer, for administrators neither: " + e.Cause.Error()
+	}
 	return err
 }
 

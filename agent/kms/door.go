@@ -173,7 +173,7 @@ func (t *transaction) write(ctx context.Context) error {
 	if err := t.service.audit.Write(context.WithoutCancel(ctx), &t.record); err != nil {
 		return &Error{
 			Reason: ReasonAuditUnavailable, Key: t.record.Key, Cause: err, RetryAfter: time.Second,
-			Message: "the audit record cannot be written, so there is no answer; `kms-agent status` on the host says why",
+			Message: "the audit record cannot be written, so there is no answer; the agent's log, and kms-agent status on the host, say why",
 		}
 	}
 	return nil
