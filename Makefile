@@ -9,9 +9,10 @@ LDFLAGS  := -s -w
 # Release builds erase secrets from stacks and registers where Go can.
 RELEASE  := CGO_ENABLED=0 GOEXPERIMENT=runtimesecret
 FUZZTIME ?= 30s
+SOAKTIME ?= 10m
 COUNT    ?= 5
 
-.PHONY: build build-fips quickstart test test-fips race lint generate generate-check fmt-check vet tidy-check check fuzz bench interop deps clean help
+.PHONY: build build-fips quickstart test test-fips race lint generate generate-check fmt-check vet tidy-check check fuzz soak bench interop deps clean help
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -39,6 +40,9 @@ test-fips: deps ## run every test on the certified module, with what is not appr
 
 interop: deps ## messages against another implementation, at length
 	INTEROP=full $(GO) test -count=1 -timeout 20m ./test/interop/...
+
+soak: ## mixed load, honest and hostile, for SOAKTIME; fails where the agent grows
+	SOAK=$(SOAKTIME) $(GO) test -count=1 -v -timeout 0 ./test/soak
 
 lint: ## golangci-lint
 	$(TOOL) golangci-lint run ./...

@@ -176,10 +176,14 @@ func (a *Agent) openMetrics(ctx context.Context) (net.Listener, error) {
 
 // serveMetrics serves until ctx ends.
 func (a *Agent) serveMetrics(ctx context.Context, l net.Listener) error {
+	complaints, err := zap.NewStdLogAt(a.logger, zap.WarnLevel)
+	if err != nil {
+		return fmt.Errorf("metrics: %w", err)
+	}
 	server := &http.Server{
 		Handler: a.observed(), ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 5 * time.Second,
 		WriteTimeout: 15 * time.Second, IdleTimeout: time.Minute, MaxHeaderBytes: 16 << 10,
-		ErrorLog: zap.NewStdLog(a.logger.WithOptions(zap.IncreaseLevel(zap.WarnLevel))),
+		ErrorLog: complaints,
 	}
 	stop := context.AfterFunc(ctx, func() { _ = server.Close() })
 	defer stop()

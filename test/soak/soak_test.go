@@ -1,0 +1,135 @@
+package soak
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"os"
+	"os/exec"
+	"slices"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	kmsagentv1 "github.com/kms-agent/kms-agent/api/kmsagent/v1"
+)
+
+// short is how long the load lasts unless SOAK says otherwise.
+const short = 10 * time.Second
+
+// TestSoak holds the agent under mixed load. Nothing fails that should not,
+// nothing opens to something else, and the agent holds no more at the end than
+// it did when it was warm.
+func TestSoak(t *testing.T) {
+	length := short
+	if text := os.Getenv("SOAK"); text != "" {
+		var err error
+		if length, err = time.ParseDuration(text); err != nil {
+			t.Fatalf("SOAK is a duration, such as 10m: %v", err)
+		}
+	}
+	r := newRig(t)
+	conn, err := dial(r.path("kms.sock"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = conn.Close() }()
+	l := &load{rig: r, client: kmsagentv1.NewKMSClient(conn), done: map[string]*atomic.Int64{}, failed: make(chan error, 1)}
+	before := r.rested()
+	ctx, cancel := context.WithTimeout(t.Context(), length)
+	defer cancel()
+	taken := make(chan []sample, 1)
+	go func() { taken <- r.watch(ctx, max(length/100, 200*time.Millisecond)) }()
+	if err := l.run(ctx); err != nil {
+		t.Errorf("under load: %v", err)
+	}
+	cancel()
+	samples := <-taken
+	for _, name := range slices.Sorted(maps.Keys(l.done)) {
+		if t.Logf("%-14s %8d", name, l.done[name].Load()); l.done[name].Load() == 0 {
+			t.Errorf("%s did nothing", name)
+		}
+	}
+	report(t, before, samples, r.rested(), length)
+	_ = conn.Close()
+	r.stop()
+	verify := exec.CommandContext(t.Context(), r.binary, "audit", "verify", "--initial-key", r.path("initial.key"), r.path("audit.log"))
+	if out, err := verify.CombinedOutput(); err != nil {
+		t.Errorf("the audit log: %v\n%s", err, out)
+	}
+}
+
+// watch takes samples until ctx ends.
+func (r *rig) watch(ctx context.Context, every time.Duration) []sample {
+	var all []sample
+	for ctx.Err() == nil {
+		if s, err := r.sample(ctx); err == nil {
+			all = append(all, s)
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(every):
+		}
+	}
+	return all
+}
+
+// rested is what the agent holds once nothing is under way.
+func (r *rig) rested() sample {
+	r.t.Helper()
+	var last sample
+	for range 100 {
+		s, err := r.sample(context.Background())
+		if err == nil && s.goroutines == last.goroutines && s.descriptors == last.descriptors && s.plugin > 0 {
+			return s
+		}
+		last = s
+		time.Sleep(100 * time.Millisecond)
+	}
+	r.t.Errorf("the agent does not come to rest: %+v", last)
+	return last
+}
+
+// report prints what was held and fails where it grows: the last quarter of the
+// time against the second one, and the rest after against the rest before.
+func report(t *testing.T, before sample, samples []sample, after sample, length time.Duration) {
+	t.Helper()
+	quarter := len(samples) / 4
+	if quarter == 0 {
+		t.Fatalf("%d samples are too few", len(samples))
+	}
+	second, last := samples[quarter:2*quarter], samples[len(samples)-quarter:]
+	t.Logf("%v, %d samples", length, len(samples))
+	t.Logf("%-16s %10s %10s %10s %10s", "", "before", "2nd quarter", "last", "after")
+	for _, row := range []struct {
+		name  string
+		of    func(sample) float64
+		slack float64 // more than this, and more than a fifth, is growth
+	}{
+		{"goroutines", func(s sample) float64 { return s.goroutines }, 20},
+		{"descriptors", func(s sample) float64 { return s.descriptors }, 10},
+		{"threads", func(s sample) float64 { return s.threads }, 6},
+		{"heap MB", func(s sample) float64 { return s.heap }, 10},
+		{"resident MB", func(s sample) float64 { return s.resident }, 25},
+		{"plugin MB", func(s sample) float64 { return s.plugin }, 15},
+	} {
+		middle, end := median(second, row.of), median(last, row.of)
+		t.Logf("%-16s %10.1f %10.1f %10.1f %10.1f", row.name, row.of(before), middle, end, row.of(after))
+		if end > middle*1.2 && end > middle+row.slack {
+			t.Errorf("%s grow under load: %.1f, then %.1f", row.name, middle, end)
+		}
+	}
+	if after.goroutines > before.goroutines+4 || after.descriptors > before.descriptors+2 {
+		t.Errorf("left behind: %s", fmt.Sprintf("goroutines %.0f to %.0f, descriptors %.0f to %.0f",
+			before.goroutines, after.goroutines, before.descriptors, after.descriptors))
+	}
+}
+
+func median(samples []sample, of func(sample) float64) float64 {
+	var values []float64
+	for _, s := range samples {
+		values = append(values, of(s))
+	}
+	slices.Sort(values)
+	return values[len(values)/2]
+}
