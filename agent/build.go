@@ -83,7 +83,7 @@ func limits(cfg *Config) serve.Limits {
 		MaxPayload:      int(cfg.Limits.MaxMessage),
 		DefaultDeadline: cfg.Limits.DefaultDeadline, MaxDeadline: cfg.Limits.MaxDeadline,
 		MaxConcurrent: cfg.Limits.MaxConcurrent, MaxConcurrentPerCaller: cfg.Limits.MaxConcurrentPerCaller,
-		MaxConnections: cfg.Limits.MaxConnections,
+		MaxConnections: cfg.Limits.MaxConnections, MaxConnectionsPerUser: cfg.Limits.MaxConnectionsPerUser,
 	}
 }
 

@@ -208,6 +208,8 @@ type LimitsConfig struct {
 	MaxConcurrent          int           `yaml:"max_concurrent"`
 	MaxConcurrentPerCaller int           `yaml:"max_concurrent_per_caller"`
 	MaxConnections         int           `yaml:"max_connections"`
+	// MaxConnectionsPerUser bounds those of one user of the host.
+	MaxConnectionsPerUser int `yaml:"max_connections_per_user"`
 	// DataKeyUse is how long a caller may cache a data key that it was given.
 	DataKeyUse time.Duration `yaml:"data_key_use"`
 }

@@ -195,7 +195,7 @@ func (c *Config) setDefaults() {
 	c.Audit.WriteTimeout = 2 * time.Second
 	c.Limits = LimitsConfig{
 		MaxMessage: 1 << 20, MaxStream: 64 << 30, MaxDeadline: 30 * time.Second, DefaultDeadline: 10 * time.Second,
-		MaxConcurrent: 1024, MaxConcurrentPerCaller: 128, MaxConnections: 4096, DataKeyUse: 5 * time.Minute,
+		MaxConcurrent: 1024, MaxConcurrentPerCaller: 128, MaxConnections: 4096, MaxConnectionsPerUser: 1024, DataKeyUse: 5 * time.Minute,
 	}
 	c.Cache.MaxEntries = 10000
 	c.Log = LogConfig{Level: LogInfo, Format: LogJSON}

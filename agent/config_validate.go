@@ -160,6 +160,7 @@ func (l *loader) validateLimits() {
 		l.report("limits.max_concurrent_per_caller", "is more than max_concurrent (%d)", c.MaxConcurrent)
 	}
 	between(l, "limits.max_connections", c.MaxConnections, 1, maxConcurrentCalls)
+	between(l, "limits.max_connections_per_user", c.MaxConnectionsPerUser, 1, maxConcurrentCalls)
 	l.positive("limits.data_key_use", c.DataKeyUse)
 	between(l, "cache.max_entries", l.cfg.Cache.MaxEntries, 1, maxCacheEntries)
 }

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"go.uber.org/zap"
+	"golang.org/x/time/rate"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/health"
 	"google.golang.org/grpc/health/grpc_health_v1"
@@ -75,12 +76,24 @@ func (a *Agent) newDoor(name string, l net.Listener, creds *identity.Credentials
 	bounds := limits(a.cfg)
 	d := &door{
 		Door:     serve.NewDoor(name, a.service, bounds, identify, a.logger),
-		listener: serve.Bound(l, bounds.MaxConnections),
+		listener: serve.Bound(l, bounds.MaxConnections, bounds.MaxConnectionsPerUser, a.overConnections(name)),
 		health:   health.NewServer(),
 	}
 	d.server = d.Server(creds, a.tracing.serverOptions()...)
 	grpc_health_v1.RegisterHealthServer(d.server, d.health)
 	return d
+}
+
+// overConnections tells of connections that were too many for one user.
+func (a *Agent) overConnections(door string) func(uid uint32) {
+	seldom := rate.Sometimes{First: 1, Interval: 10 * time.Second}
+	return func(uid uint32) {
+		a.metrics.RefusedConnection(door, "limit")
+		seldom.Do(func() {
+			a.logger.Warn("connection refused: its user has too many open", zap.String("door", door), zap.Uint32("uid", uid),
+				zap.String("limit", "limits.max_connections_per_user"))
+		})
+	}
 }
 
 // healthEvery is how often the health service learns of the agent's state.

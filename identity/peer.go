@@ -46,6 +46,19 @@ func kernelPeer(raw syscall.RawConn) (Peer, *os.File, error) {
 	return peer, pidfd, errors.Join(err, failed)
 }
 
+// PeerOf asks the kernel who connected the other end of a Unix socket's
+// connection.
+func PeerOf(c net.Conn) (Peer, error) {
+	raw, err := rawConn(c)
+	if err != nil {
+		return Peer{}, err
+	}
+	var peer Peer
+	var failed error
+	err = raw.Control(func(fd uintptr) { peer, failed = peerCredentials(int(fd)) })
+	return peer, errors.Join(err, failed)
+}
+
 func peerCredentials(fd int) (Peer, error) {
 	domain, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_DOMAIN)
 	if err != nil {

@@ -50,7 +50,7 @@ func allowed() map[string][]string {
 		"cmd/kms-agent": {"agent", "agent/audit", "agent/kms", "agent/policy", "api/*", "client", "plugins", "plugins/local"},
 		"test":          {},
 		"test/bench":    {"api/*"},
-		"test/soak":          {"api/*"},
+		"test/soak":     {"api/*"},
 		"test/interop":  {"envelope"},
 	}
 }

@@ -84,7 +84,7 @@ func eventMetrics() []Metric {
 		{callerUpstream, Counter, []string{"caller", "backend"}, "Calls to a backend that were made for a caller: what a metered key service charges for. The caller agent is the agent itself: confirmations ahead of their age."},
 		{upstreamCalls, Counter, []string{"backend", "call", "class"}, "Calls to a backend with their error class; ok after success. A call that was repeated counts once."},
 		{upstreamSeconds, Histogram, []string{"backend", "call"}, "Time that calls to a backend took, with waiting for their turn and the repeat; successful ones only."},
-		{refusedConnection, Counter, []string{"door", "cause"}, "Connections that were closed before a caller was known: cause is handshake."},
+		{refusedConnection, Counter, []string{"door", "cause"}, "Connections that were closed before a caller was known: cause is handshake, or limit where its user had too many open."},
 	}
 }
 

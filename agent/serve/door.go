@@ -4,9 +4,7 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/hex"
-	"errors"
 	"runtime"
-	"runtime/debug"
 	"strconv"
 	"strings"
 	"sync"
@@ -24,8 +22,8 @@ import (
 	"github.com/kms-agent/kms-agent/identity"
 )
 
-// Door is one gRPC listener's way in: every call is counted, bounded,
-// identified and given a request ID before its handler sees it.
+// Door is one gRPC listener's way in: every call is identified, counted, bounded
+// and given a request ID before its payload is read.
 type Door struct {
 	// Name stands in the audit record: "native", "admin".
 	Name string
@@ -69,16 +67,15 @@ func (d *Door) Server(creds credentials.TransportCredentials, more ...grpc.Serve
 		grpc.NumStreamWorkers(uint32(2*runtime.GOMAXPROCS(0))),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 10 * time.Second, PermitWithoutStream: true}),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 2 * time.Minute, Timeout: 20 * time.Second}),
+		grpc.InTapHandle(d.tap),
 		grpc.UnaryInterceptor(d.unary),
 		grpc.StreamInterceptor(d.stream),
 	)...)
 }
 
-type callKey struct{}
-
 // CallFrom returns who calls, as the door found out. It panics outside a door.
 func CallFrom(ctx context.Context) kms.Call {
-	return *ctx.Value(callKey{}).(*kms.Call)
+	return *entryFrom(ctx).call
 }
 
 // unary is the way in of one request.
@@ -86,17 +83,16 @@ func (d *Door) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, n
 	if isHealth(info.FullMethod) {
 		return next(ctx, req)
 	}
-	call := d.newCall()
-	defer d.recovered(call, info.FullMethod, &err)
-	ctx, leave, err := d.enter(ctx, call, info.FullMethod)
-	if err != nil {
-		return nil, Status(err, call.RequestID)
+	e := entryFrom(ctx)
+	if err := e.handled(ctx); err != nil {
+		return nil, err
 	}
-	defer leave()
+	defer e.leave()
+	defer d.recovered(e.call, info.FullMethod, &err)
 	ctx, cancel := context.WithDeadline(ctx, d.deadline(ctx))
 	defer cancel()
 	answer, err = next(ctx, req)
-	return answer, Status(err, call.RequestID)
+	return answer, Status(err, e.call.RequestID)
 }
 
 // stream is the way in of one stream. It ends when no message passes for
@@ -106,23 +102,22 @@ func (d *Door) stream(srv any, ss grpc.ServerStream, info *grpc.StreamServerInfo
 	if isHealth(info.FullMethod) {
 		return next(srv, ss)
 	}
-	call := d.newCall()
-	ctx, leave, err := d.enter(ss.Context(), call, info.FullMethod)
-	if err != nil {
-		return Status(err, call.RequestID)
+	e := entryFrom(ss.Context())
+	if err := e.handled(ss.Context()); err != nil {
+		return err
 	}
-	ctx, cancel := context.WithCancelCause(ctx)
+	ctx, cancel := context.WithCancelCause(ss.Context())
 	watched := &watchedStream{ServerStream: ss, ctx: ctx, moved: make(chan struct{}, 1)}
 	done := make(chan error, 1)
 	d.streams.Add(1)
 	go func() {
 		defer d.streams.Done()
-		defer leave()
-		done <- d.handle(srv, watched, call, info.FullMethod, next)
+		defer e.leave()
+		done <- d.handle(srv, watched, e.call, info.FullMethod, next)
 	}()
-	err = watched.wait(done, d.Limits.MaxDeadline)
+	err := watched.wait(done, d.Limits.MaxDeadline)
 	cancel(err)
-	return Status(err, call.RequestID)
+	return Status(err, e.call.RequestID)
 }
 
 func (d *Door) handle(srv any, ss grpc.ServerStream, call *kms.Call, method string, next grpc.StreamHandler) (err error) {
@@ -188,29 +183,6 @@ func (d *Door) newCall() *kms.Call {
 	return &kms.Call{Door: d.Name, RequestID: d.prefix + strconv.FormatUint(d.next.Add(1), 10)}
 }
 
-// enter identifies the caller and counts the call. What it refuses is on the
-// record.
-func (d *Door) enter(ctx context.Context, call *kms.Call, method string) (context.Context, func(), error) {
-	operation := operationOf(method)
-	caller, err := d.identify(ctx)
-	call.Caller = caller
-	if err != nil {
-		return ctx, nil, d.Service.Refuse(ctx, *call, operation, &kms.Error{
-			Reason: kms.ReasonUnidentified, Cause: err, Message: "the agent does not know this caller: " + err.Error(),
-		})
-	}
-	call.Recheck = func() error { _, err := d.identify(ctx); return err }
-	id := caller.ID.String()
-	if err := d.gate.Enter(id); err != nil {
-		var refusal *kms.Error
-		if errors.As(err, &refusal) {
-			err = d.Service.Refuse(ctx, *call, operation, refusal)
-		}
-		return ctx, nil, err
-	}
-	return context.WithValue(ctx, callKey{}, call), func() { d.gate.Leave(id) }, nil
-}
-
 // deadline is the caller's own, within the door's bounds.
 func (d *Door) deadline(ctx context.Context) time.Time {
 	now := time.Now()
@@ -222,20 +194,6 @@ func (d *Door) deadline(ctx context.Context) time.Time {
 		return latest
 	}
 	return asked
-}
-
-// recovered turns a panic, which is a bug of ours, into an error of this one
-// request. The panic's value may hold anything and is not logged.
-func (d *Door) recovered(call *kms.Call, method string, err *error) {
-	v := recover()
-	if v == nil {
-		return
-	}
-	d.Logger.Error("request panicked", zap.String("request_id", call.RequestID), zap.String("method", method),
-		zap.ByteString("stack", debug.Stack()))
-	*err = Status(d.Service.Refuse(context.Background(), *call, operationOf(method), &kms.Error{
-		Reason: kms.ReasonInternal, Message: "internal error; the agent's log has it under the request ID", Cause: errors.New("panic"),
-	}), call.RequestID)
 }
 
 // operationOf is the operation behind a method, as policy and audit call it.

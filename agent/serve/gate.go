@@ -17,8 +17,9 @@ type Limits struct {
 	DefaultDeadline, MaxDeadline time.Duration
 	// MaxConcurrent and MaxConcurrentPerCaller count operations under way.
 	MaxConcurrent, MaxConcurrentPerCaller int
-	// MaxConnections counts connections of one door.
-	MaxConnections int
+	// MaxConnections counts connections of one door, MaxConnectionsPerUser those
+	// of one user of the host.
+	MaxConnections, MaxConnectionsPerUser int
 }
 
 // Gate counts operations under way, in total and for each caller.

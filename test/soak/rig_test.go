@@ -174,7 +174,7 @@ func (r *rig) sample(ctx context.Context) (sample, error) {
 	const mb = 1 << 20
 	s := sample{
 		goroutines: values["go_goroutines"], descriptors: values["process_open_fds"], threads: values["go_threads"],
-		heap: values["go_memstats_heap_inuse_bytes"] / mb, resident: values["process_resident_memory_bytes"] / mb,
+		heap: values["go_memstats_heap_alloc_bytes"] / mb, resident: values["process_resident_memory_bytes"] / mb,
 	}
 	status, err := r.status()
 	if err != nil {
@@ -182,7 +182,7 @@ func (r *rig) sample(ctx context.Context) (sample, error) {
 	}
 	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/statm", status.GetBackends()[0].GetPid()))
 	if err != nil {
-		return s, nil // it is being replaced just now
+		return s, nil //nolint:nilerr // it is being replaced just now
 	}
 	pages, err := strconv.Atoi(strings.Fields(string(text))[1])
 	s.plugin = float64(pages*os.Getpagesize()) / mb
