@@ -209,7 +209,7 @@ func (r *rig) stop() {
 // as connects as one of the issuer's workloads, or as a plain peer.
 func (r *rig) as(workload string) *client.Client {
 	r.t.Helper()
-	o := client.Options{Socket: r.path("kms.sock")}
+	o := client.Options{Socket: r.path("kms.sock"), Retry: -1}
 	if workload != "peer" {
 		o.WorkloadAPI = "unix://" + r.path("api/"+workload+".sock")
 	}
@@ -268,7 +268,7 @@ func (r *rig) await(what string, wanted func(*adminv1.StatusResponse) bool) *adm
 func wantReason(t *testing.T, err error, want string) client.Error {
 	t.Helper()
 	var e *client.Error
-	if !errors.As(err, &e) || e.Reason != want {
+	if !errors.As(err, &e) || string(e.Reason) != want {
 		t.Errorf("error = %v (%+v), want reason %s", err, e, want)
 		return client.Error{}
 	}

@@ -1,26 +1,30 @@
 // Package client calls a kms-agent on the same host.
 //
-//	c, err := client.Dial(ctx, client.Options{
-//		Socket:      "/run/kms-agent/kms.sock",
-//		WorkloadAPI: "unix:///run/spire/agent/sockets/api.sock",
-//	})
+//	c, err := client.Dial(ctx, client.FromEnvironment())
 //	...
 //	defer c.Close()
-//	answer, err := c.Encrypt(ctx, &kmsagentv1.EncryptRequest{Key: "orders", Plaintext: data})
+//	sealed, err := c.Encrypt(ctx, &client.EncryptRequest{
+//		Key: "orders", Plaintext: data, Context: map[string]string{"tenant": "acme"},
+//	})
+//	...
+//	opened, err := c.Decrypt(ctx, &client.DecryptRequest{Message: sealed.GetMessage()})
 //
-// Requests and answers are those of the protocol, kmsagent.v1; errors of the
-// agent are *Error. Every call takes its deadline from its context. There is no
-// global state.
+// Client has every operation of the agent, one method each; InProcess encrypts
+// and decrypts in this process, with data keys of the agent, and has the same
+// methods for that. Errors of both are *Error; errors.Is finds the reasons, such
+// as ErrAccessDenied. Every call takes its deadline from its context. There is
+// no global state.
 package client
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
 	"fmt"
 	"net"
-	"path/filepath"
+	"sync/atomic"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
@@ -36,39 +40,9 @@ import (
 	kmsagentv1 "github.com/kms-agent/kms-agent/api/kmsagent/v1"
 )
 
-// DefaultWait bounds the wait for the first SVID where Options does not say.
-const DefaultWait = 10 * time.Second
-
 // maxMessage is the largest answer that is taken: a message of the largest
 // payload that an agent can be configured for, with room for its header.
 const maxMessage = 64 << 20
-
-// Options say where the agent is and how to prove oneself to it.
-type Options struct {
-	// Socket is the absolute path of the agent's native socket.
-	Socket string
-
-	// WorkloadAPI is the address of the SPIFFE Workload API (unix:///path or
-	// tcp://ip:port) that gives this process its X.509-SVID. Empty, and without a
-	// Source: the connection is plaintext, and the agent takes the process for
-	// the static peer that it is configured as, if any; the agent is then not
-	// proven to the client, beyond that it may listen at Socket.
-	WorkloadAPI string
-	// Source is used instead of WorkloadAPI, and stays the caller's to close.
-	Source *workloadapi.X509Source
-	// AgentID decides whether the server is the agent; nil takes every member of
-	// the caller's own trust domain, spiffeid.MatchID exactly one. Without an
-	// X.509-SVID it must be nil: nothing could be matched.
-	AgentID spiffeid.Matcher
-	// JWTAudience makes the process prove itself by JWT-SVIDs for this audience,
-	// which WorkloadAPI gives, instead of an X.509-SVID: the agent's SPIFFE ID, or
-	// what the agent is configured to take (identity.jwt_audience). The connection
-	// is plaintext, and the agent not proven: whoever listens at Socket gets
-	// tokens that it can use itself until they end.
-	JWTAudience string
-	// Wait bounds the wait for the first SVID within Dial; 0 means DefaultWait.
-	Wait time.Duration
-}
 
 // Client is a connection to one agent, made anew as often as it is lost. It is
 // safe for concurrent use.
@@ -76,8 +50,10 @@ type Client struct {
 	conn *grpc.ClientConn
 	rpc  kmsagentv1.KMSClient
 	// source and api are the client's own; nil when they are not, or none.
-	source *workloadapi.X509Source
-	api    *workloadapi.Client
+	source  *workloadapi.X509Source
+	api     *workloadapi.Client
+	retry   time.Duration
+	refused atomic.Bool // the last handshake was
 	// tokens are nil unless the process proves itself by them.
 	tokens *tokens
 }
@@ -96,7 +72,8 @@ func dial(ctx context.Context, o Options) (_ *Client, err error) {
 	if err := o.check(); err != nil {
 		return nil, err
 	}
-	c := &Client{}
+	c := &Client{retry: cmp.Or(o.Retry, DefaultRetry)}
+	socket := o.path()
 	defer func() {
 		if err != nil {
 			_ = c.Close()
@@ -113,9 +90,9 @@ func dial(ctx context.Context, o Options) (_ *Client, err error) {
 	// Not unix://: a path is no URL, and may hold what a URL cannot.
 	c.conn, err = grpc.NewClient("passthrough:///localhost", append(bearer,
 		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {
-			return new(net.Dialer).DialContext(ctx, "unix", o.Socket)
+			return new(net.Dialer).DialContext(ctx, "unix", socket)
 		}),
-		grpc.WithTransportCredentials(creds),
+		grpc.WithTransportCredentials(watched{TransportCredentials: creds, refused: &c.refused}),
 		grpc.WithNoProxy(),
 		// The agent is on this host: it is there again soon or a long wait does not help.
 		grpc.WithConnectParams(grpc.ConnectParams{
@@ -129,20 +106,6 @@ func dial(ctx context.Context, o Options) (_ *Client, err error) {
 	}
 	c.rpc = kmsagentv1.NewKMSClient(c.conn)
 	return c, nil
-}
-
-func (o Options) check() error {
-	switch {
-	case !filepath.IsAbs(o.Socket):
-		return fmt.Errorf("%q is no absolute path of a socket", o.Socket)
-	case o.WorkloadAPI != "" && o.Source != nil:
-		return errors.New("give a Workload API address or a source, not both")
-	case o.JWTAudience != "" && (o.WorkloadAPI == "" || o.Source != nil):
-		return errors.New("JWT-SVIDs come from the Workload API; give its address, and no source")
-	case (o.WorkloadAPI == "" && o.Source == nil || o.JWTAudience != "") && o.AgentID != nil:
-		return errors.New("the agent's SPIFFE ID cannot be checked on a plaintext connection; use an X.509-SVID")
-	}
-	return nil
 }
 
 func (c *Client) credentials(ctx context.Context, o Options) (credentials.TransportCredentials, error) {

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"path/filepath"
@@ -21,9 +22,34 @@ import (
 	"github.com/kms-agent/kms-agent/identity/issuer"
 )
 
+type spiffeID = spiffeid.ID
+
 const patience = 20 * time.Second
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+// TestMain runs the tests, and the examples beside a real agent.
+func TestMain(m *testing.M) {
+	goleak.VerifyTestMain(mainFunc(func() int {
+		a, err := startDevAgent()
+		if err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
+		defer a.remove()
+		// Where a process on a host finds its agent and its identity.
+		for name, value := range map[string]string{"KMS_AGENT_SOCKET": a.socket(), "SPIFFE_ENDPOINT_SOCKET": a.workload("orders")} {
+			if err := os.Setenv(name, value); err != nil {
+				fmt.Fprintln(os.Stderr, err)
+				return 1
+			}
+		}
+		devAgent = a
+		return m.Run()
+	}))
+}
+
+type mainFunc func() int
+
+func (f mainFunc) Run() int { return f() }
 
 var (
 	domain  = spiffeid.RequireTrustDomainFromString("dev.local")
@@ -231,12 +257,16 @@ func (k *kms) DecryptStream(s grpc.BidiStreamingServer[kmsagentv1.DecryptStreamR
 // serve puts k behind cfg's credentials and returns the socket's path.
 func serve(t testing.TB, k *kms, cfg identity.Config) (path string, stop func()) {
 	t.Helper()
+	// What a URL could not hold.
+	return serveAt(t, filepath.Join(tempDir(t), "a %41?#.sock"), k, cfg)
+}
+
+func serveAt(t testing.TB, path string, k kmsagentv1.KMSServer, cfg identity.Config) (_ string, stop func()) {
+	t.Helper()
 	creds, err := identity.NewCredentials(cfg)
 	if err != nil {
 		t.Fatal(err)
 	}
-	// What a URL could not hold.
-	path = filepath.Join(tempDir(t), "a %41?#.sock")
 	l, err := identity.Listen(t.Context(), path, 0o600, -1)
 	if err != nil {
 		t.Fatal(err)
@@ -274,7 +304,7 @@ func dial(t testing.TB, o client.Options) *client.Client {
 func plain(t testing.TB, k *kms) *client.Client {
 	t.Helper()
 	path, _ := static(t, k)
-	return dial(t, client.Options{Socket: path})
+	return dial(t, client.Options{Socket: path, Retry: -1})
 }
 
 // issue runs an issuer with one socket for each ID and returns their addresses.

@@ -8,7 +8,6 @@ import (
 	"sync/atomic"
 
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/status"
 
 	kmsagentv1 "github.com/kms-agent/kms-agent/api/kmsagent/v1"
 )
@@ -28,9 +27,10 @@ const maxIdleReads = 100
 // fails as soon as the agent or ctx does, even while r blocks: a Read that is
 // under way then goes on until it returns, so r must not be used any more. A
 // Write under way is waited for.
-func (c *Client) EncryptStream(ctx context.Context, start *kmsagentv1.EncryptStreamStart, r io.Reader, w io.Writer) (*kmsagentv1.KeyUse, error) {
+func (c *Client) EncryptStream(ctx context.Context, start *EncryptStreamStart, r io.Reader, w io.Writer) (*KeyUse, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
+	c.connected(ctx)
 	stream, err := c.rpc.EncryptStream(ctx)
 	if err != nil {
 		return nil, decodeError(err)
@@ -42,7 +42,7 @@ func (c *Client) EncryptStream(ctx context.Context, start *kmsagentv1.EncryptStr
 			return &kmsagentv1.EncryptStreamRequest{Part: &kmsagentv1.EncryptStreamRequest_Chunk{Chunk: b}}
 		},
 	}
-	var use *kmsagentv1.KeyUse
+	var use *KeyUse
 	err = p.run(ctx, first, r, func(m *kmsagentv1.EncryptStreamResponse) error {
 		switch part := m.GetPart().(type) {
 		case *kmsagentv1.EncryptStreamResponse_KeyUse:
@@ -72,9 +72,15 @@ func (c *Client) EncryptStream(ctx context.Context, start *kmsagentv1.EncryptStr
 //
 // Every byte that it writes has been verified, but only when it returns no error
 // is the plaintext complete. Before that, nothing should act on it.
-func (c *Client) DecryptStream(ctx context.Context, start *kmsagentv1.DecryptStreamStart, r io.Reader, w io.Writer) (*kmsagentv1.DecryptStreamHeader, error) {
+func (c *Client) DecryptStream(ctx context.Context, start *DecryptStreamStart, r io.Reader, w io.Writer) (*DecryptStreamHeader, error) {
+	return c.decryptStream(ctx, start, r, w, func(*DecryptStreamHeader) {})
+}
+
+// decryptStream is DecryptStream, which calls began before it writes anything.
+func (c *Client) decryptStream(ctx context.Context, start *DecryptStreamStart, r io.Reader, w io.Writer, began func(*DecryptStreamHeader)) (*DecryptStreamHeader, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
+	c.connected(ctx)
 	stream, err := c.rpc.DecryptStream(ctx)
 	if err != nil {
 		return nil, decodeError(err)
@@ -86,14 +92,18 @@ func (c *Client) DecryptStream(ctx context.Context, start *kmsagentv1.DecryptStr
 			return &kmsagentv1.DecryptStreamRequest{Part: &kmsagentv1.DecryptStreamRequest_Chunk{Chunk: b}}
 		},
 	}
-	var header *kmsagentv1.DecryptStreamHeader
+	var header *DecryptStreamHeader
 	err = p.run(ctx, first, r, func(m *kmsagentv1.DecryptStreamResponse) error {
 		switch part := m.GetPart().(type) {
 		case *kmsagentv1.DecryptStreamResponse_Header:
 			if header != nil {
 				return errOutOfOrder
 			}
+			if part.Header == nil {
+				return errOutOfOrder
+			}
 			header = part.Header
+			began(header)
 			return nil
 		case *kmsagentv1.DecryptStreamResponse_Chunk:
 			return writeChunk(w, part.Chunk, header != nil)
@@ -222,7 +232,7 @@ func (p *pump[Q, A]) receive(ctx context.Context, take func(*A) error) error {
 			return decodeError(err)
 		case ctx.Err() != nil:
 			// gRPC hands out what it has received, also after the end.
-			return decodeError(status.FromContextError(ctx.Err()).Err())
+			return ended(ctx)
 		}
 		if err := take(answer); err != nil {
 			return err

@@ -136,7 +136,7 @@ func refusal(t testing.TB) error {
 	return detailed(t, codes.PermissionDenied, "no", &errdetails.ErrorInfo{Domain: "kms-agent", Reason: "ACCESS_DENIED"})
 }
 
-func wantReason(t testing.TB, err error, reason string) {
+func wantReason(t testing.TB, err error, reason client.Reason) {
 	t.Helper()
 	var e *client.Error
 	if !errors.As(err, &e) || e.Reason != reason {

@@ -57,7 +57,7 @@ func bearers(t testing.TB) (socket, api string, stop func()) {
 // Calls go on although each token lasts for seconds only, until there is no new.
 func TestJWTSVID(t *testing.T) {
 	socket, api, stop := bearers(t)
-	c := dial(t, client.Options{Socket: socket, WorkloadAPI: api, JWTAudience: agentID.String()})
+	c := dial(t, client.Options{Socket: socket, WorkloadAPI: api, JWTAudience: agentID.String(), Retry: -1})
 	for began := time.Now(); time.Since(began) < 2500*time.Millisecond; {
 		who, err := c.WhoAmI(patiently(t))
 		if err != nil || who.GetSpiffeId() != orders.String() || who.GetProof() != "jwt-svid" {

@@ -14,7 +14,7 @@ import (
 )
 
 const (
-	defaultSocket  = "/run/kms-agent/kms.sock"
+	defaultSocket  = client.DefaultSocket
 	defaultTimeout = 10 * time.Second
 )
 
@@ -52,7 +52,8 @@ func (a *app) options(f *connection) (client.Options, error) {
 	if f.timeout <= 0 {
 		return client.Options{}, usagef("--timeout must be more than zero")
 	}
-	o := client.Options{Socket: absolute, Wait: f.timeout}
+	// Whoever waits at a terminal hears at once what is wrong.
+	o := client.Options{Socket: absolute, Wait: f.timeout, Retry: -1}
 	api := firstOf(f.workloadAPI, a.env("SPIFFE_ENDPOINT_SOCKET"))
 	switch {
 	case f.identity != "" && f.identity != identityX509 && f.identity != identityJWT && f.identity != identityPeer:

@@ -140,7 +140,7 @@ func classify(err error) failure {
 
 // classifyAnswer reads what the agent answered a client.
 func classifyAnswer(e *client.Error) failure {
-	f := failure{code: codeOf(e.Code), message: e.Message, reason: e.Reason}
+	f := failure{code: codeOf(e.Code), message: e.Message, reason: string(e.Reason)}
 	if e.RetryAfter > 0 {
 		f.message += fmt.Sprintf("; try again in %v", e.RetryAfter.Round(time.Millisecond))
 	}
