@@ -256,7 +256,7 @@ func decryptOf(t *testing.T, c *client.Client, message []byte) {
 func wantOneOf(t *testing.T, err error, reasons ...string) {
 	t.Helper()
 	var e *client.Error
-	if !errors.As(err, &e) || !slices.Contains(reasons, e.Reason) {
+	if !errors.As(err, &e) || !slices.Contains(reasons, string(e.Reason)) {
 		t.Errorf("error = %v, want one of %v", err, reasons)
 	}
 }
