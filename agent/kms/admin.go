@@ -81,6 +81,7 @@ func (s *Service) Administer(ctx context.Context, call Call, req AdminRequest, a
 		if req.Changes {
 			t.record.Kind, t.record.Detail = audit.KindStart, req.Detail
 			if err := t.write(ctx); err != nil {
+				t.record.Kind = audit.KindOperation // it never started
 				return struct{}{}, err
 			}
 			t.record.Kind = audit.KindEnd

@@ -8,6 +8,7 @@ import (
 	"github.com/kms-agent/kms-agent/agent/policy"
 	"github.com/kms-agent/kms-agent/cache"
 	"github.com/kms-agent/kms-agent/envelope"
+	"github.com/kms-agent/kms-agent/plugins"
 )
 
 // GenerateDataKeyRequest asks for a new data key.
@@ -57,11 +58,18 @@ func (t *transaction) generate(ctx context.Context, req GenerateDataKeyRequest, 
 		clear(material)
 		return DataKeyResponse{}, err
 	}
-	return DataKeyResponse{Plaintext: material, EDK: edk, KeyUse: use, UseUntil: t.useUntil(k)}, nil
+	return DataKeyResponse{Plaintext: material, EDK: edk, KeyUse: use, UseUntil: t.useUntil(k, use.Freshness)}, nil
 }
 
-func (t *transaction) useUntil(k *key) time.Time {
-	return t.began.Add(min(t.state.DataKeyUse, k.Limits.MaxAge))
+// useUntil is how long a receiver may cache a data key: no longer than the agent
+// itself would use it on the confirmation behind this answer, nor than policy
+// lets this caller have one.
+func (t *transaction) useUntil(k *key, f cache.Freshness) time.Time {
+	left := k.Limits.MaxAge
+	if t.policyStale != nil {
+		left = min(left, *t.policyStale)
+	}
+	return t.began.Add(max(0, min(t.state.DataKeyUse, left-f.Age)))
 }
 
 // wrapBound wraps key material under the current version with the context
@@ -79,17 +87,19 @@ func (t *transaction) wrapBound(ctx context.Context, k *key, material []byte, pu
 	began, clock := s.now(), time.Now()
 	wrapped, err := s.wrap(t.upstream(ctx), k.wrapping, material, info, encryptionContext)
 	t.upstreamSince(clock)
-	s.observe(ctx, authority, err, began)
+	s.observe(ctx, k.wrapping, authority, err, began)
 	if err != nil {
 		return envelope.EDK{}, KeyUse{}, failure(ctx, k.Name, err)
 	}
 	return wrapped.edk, t.used(k, version, cache.Freshness{Source: cache.Upstream}), nil
 }
 
-// observe tells the cache what traffic past it has learned, unless the
-// caller's own end explains the error.
-func (s *Service) observe(ctx context.Context, a cache.Authority, err error, began time.Duration) {
-	if err != nil && ctx.Err() != nil {
+// observe tells the cache what traffic past it has learned, unless the caller's
+// own end explains the error, or the answer is about a configuration that has
+// been replaced. A definite no counts whatever has become of the caller.
+func (s *Service) observe(ctx context.Context, w *wrapping, a cache.Authority, err error, began time.Duration) {
+	ended := err != nil && ctx.Err() != nil && !plugins.ClassOf(err).Definite()
+	if ended || !s.inUse(w) {
 		return
 	}
 	s.cache.Observe(a, verdictOf(err), began)
@@ -116,7 +126,7 @@ func (s *Service) DecryptDataKey(ctx context.Context, call Call, req DecryptData
 		defer use.Release()
 		plaintext := append([]byte(nil), use.DataKey()...)
 		return DataKeyResponse{
-			Plaintext: plaintext, KeyUse: t.used(k, edk.version, use.Freshness()), UseUntil: t.useUntil(k),
+			Plaintext: plaintext, KeyUse: t.used(k, edk.version, use.Freshness()), UseUntil: t.useUntil(k, use.Freshness()),
 		}, nil
 	})
 }
@@ -212,6 +222,6 @@ func (t *transaction) unwrapDirect(ctx context.Context, k *key, edk sealed) ([]b
 	began, clock := s.now(), time.Now()
 	plaintext, err := k.wrapping.unwrap(t.upstream(ctx), edk)
 	t.upstreamSince(clock)
-	s.observe(ctx, authority, err, began)
+	s.observe(ctx, k.wrapping, authority, err, began)
 	return plaintext, err
 }

@@ -28,7 +28,11 @@ type transaction struct {
 	arrived  time.Duration
 	began    time.Time
 	maxStale *time.Duration
-	record   audit.Record
+	// policyStale is the part of maxStale that policy demands; nil: none.
+	policyStale *time.Duration
+	record      audit.Record
+	// note is what the record of a denial says beyond what the caller is told.
+	note string
 }
 
 // wiper is an answer that holds plaintext; it is wiped when the answer must
@@ -87,11 +91,19 @@ func (t *transaction) authoriseWith(name string, op policy.Operation, encryption
 // authorise decides whether the caller may perform op on the key of that name.
 // The answers for an unknown key and for a forbidden one are the same.
 func (t *transaction) authorise(name string, op policy.Operation, encryptionContext map[string]string) (*key, error) {
-	name = bounded(name)
+	whole := name
+	name = bounded(whole)
 	k, decision := t.find(name, op, encryptionContext)
+	if name != whole {
+		k = nil // what is left of it may be the name of a key
+	}
 	t.record.Key, t.record.Context, t.record.Rule = name, encryptionContext, decision.Rule
 	if k != nil {
 		t.record.Key = k.Name
+	}
+	if k == nil {
+		// For the auditor only, who must not take the rule for the reason.
+		t.record.Rule, t.note = "", "there is no key of this name"
 	}
 	if k == nil || !decision.Allowed {
 		return nil, denied(name)
@@ -128,11 +140,20 @@ func (t *transaction) decide(st *state, name string, op policy.Operation, encryp
 	})
 }
 
-// bound tightens how stale a key may be.
+// bound tightens how stale a key may be, as policy demands.
 func (t *transaction) bound(limit *time.Duration) {
-	if limit != nil && (t.maxStale == nil || *limit < *t.maxStale) {
-		t.maxStale = limit
+	if limit == nil {
+		return
 	}
+	t.maxStale, t.policyStale = smaller(t.maxStale, limit), smaller(t.policyStale, limit)
+}
+
+// smaller returns the smaller bound; nil is none.
+func smaller(a, b *time.Duration) *time.Duration {
+	if a == nil || *b < *a {
+		return b
+	}
+	return a
 }
 
 // used notes which key stands behind the answer, and returns it for the caller.
@@ -156,6 +177,9 @@ func (t *transaction) finish(ctx context.Context, err error) error {
 	}
 	if reason := ReasonOf(err); reason == ReasonAccessDenied || reason == ReasonUnidentified {
 		r.Outcome = audit.Denied
+		if t.note != "" {
+			r.Detail = t.note
+		}
 	}
 	r.DurationMicros = time.Since(t.began).Microseconds()
 	unrecorded := t.write(ctx)

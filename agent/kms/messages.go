@@ -242,14 +242,11 @@ type ReEncryptResponse struct {
 func (s *Service) ReEncrypt(ctx context.Context, call Call, req ReEncryptRequest) (ReEncryptResponse, error) {
 	return perform(ctx, s, call, opReEncrypt, func(ctx context.Context, t *transaction) (ReEncryptResponse, error) {
 		opened, err := t.open(ctx, DecryptRequest{Message: req.Message, ExpectedContext: req.ExpectedContext})
+		t.toDestination(req.DestinationKey)
 		if err != nil {
 			return ReEncryptResponse{}, err
 		}
 		defer opened.wipe()
-		t.record.Source = &audit.KeyUse{
-			Key: t.record.Key, KeyVersion: t.record.KeyVersion, Freshness: t.record.Freshness,
-			MessageID: t.record.MessageID, Rule: t.record.Rule,
-		}
 		name, encryptionContext := opened.KeyUse.Key, opened.Context
 		if req.DestinationKey != "" {
 			name = req.DestinationKey
@@ -262,12 +259,28 @@ func (s *Service) ReEncrypt(ctx context.Context, call Call, req ReEncryptRequest
 			return ReEncryptResponse{}, err
 		}
 		made, err := t.seal(ctx, k, opened.Plaintext, encryptionContext)
+		t.record.BytesIn = uint64(len(req.Message))
 		if err != nil {
 			return ReEncryptResponse{}, err
 		}
-		t.record.BytesIn = uint64(len(req.Message))
 		return ReEncryptResponse{Message: made.Message, Source: opened.KeyUse, Destination: made.KeyUse}, nil
 	})
+}
+
+// toDestination moves what the record says of the message that was opened, or
+// was not, to where it names a source. What is said from then on is of the
+// destination. The rule that decided last stands in both places.
+func (t *transaction) toDestination(name string) {
+	r := &t.record
+	if r.Key != "" || r.MessageID != "" {
+		r.Source = &audit.KeyUse{
+			Key: r.Key, KeyVersion: r.KeyVersion, Freshness: r.Freshness, MessageID: r.MessageID, Rule: r.Rule,
+		}
+	}
+	if name != "" {
+		r.Key = bounded(name)
+	}
+	r.KeyVersion, r.Freshness, r.MessageID, r.BytesOut = "", audit.Freshness{}, "", 0
 }
 
 // opReEncrypt names the operation in the audit record; policy knows only its

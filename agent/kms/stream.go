@@ -36,6 +36,7 @@ func (s *stream) KeyUse() KeyUse { return s.keyUse }
 func (t *transaction) openStream(ctx context.Context, st *stream) error {
 	t.record.Kind = audit.KindStart
 	if err := t.write(ctx); err != nil {
+		t.record.Kind = audit.KindOperation // it never started
 		return err
 	}
 	t.record.Kind = audit.KindEnd

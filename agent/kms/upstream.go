@@ -105,7 +105,9 @@ func (s *Service) newMessageKey(ctx context.Context, k *key, version, partition 
 		clear(material)
 		return cache.Material{}, err
 	}
-	s.cache.Observe(k.wrapping.authority(version, cache.Decrypt), cache.Yes, began)
+	if s.inUse(k.wrapping) {
+		s.cache.Observe(k.wrapping.authority(version, cache.Decrypt), cache.Yes, began)
+	}
 	return cache.Material{DataKey: material, Origin: wrapped}, nil
 }
 
@@ -142,6 +144,10 @@ func (t *transaction) partition(k *key, encryptionContext map[string]string) str
 	if k.BindContext || k.Partition == PartitionContext {
 		sum := contextHash(encryptionContext)
 		name = append(append(name, 0), sum[:]...)
+	}
+	if k.BindContext {
+		// A data key from before a reload that asked for this binds nothing.
+		name = append(name, 'b')
 	}
 	return string(name)
 }
