@@ -133,7 +133,7 @@ func (d *document) scalar(node ast.Node, target reflect.Value, path string) {
 	if reader, ok := target.Addr().Interface().(encoding.TextUnmarshaler); ok {
 		if isBool || text == "" {
 			d.report(path, "must be %s", want)
-		} else if err := reader.UnmarshalText([]byte(text)); err != nil {
+		} else if err := reader.UnmarshalText([]byte(text)); err != nil && (!d.elsewhere || !errors.Is(err, errNoAccount)) {
 			d.report(path, "%s", explain(err, target.Type(), text))
 		}
 		return

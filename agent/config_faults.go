@@ -51,11 +51,16 @@ func (f Faults) Error() string {
 	return strings.Join(lines, "\n")
 }
 
-// err is nil when there is no fault; otherwise the faults in order, each once.
+// err is nil when there is no fault.
 func (f Faults) err() error {
 	if len(f) == 0 {
 		return nil
 	}
+	return f
+}
+
+// sorted is f by place, each fault once.
+func (f Faults) sorted() Faults {
 	slices.SortStableFunc(f, func(a, b Fault) int {
 		return cmp.Or(strings.Compare(a.File, b.File), a.Line-b.Line, a.Column-b.Column, strings.Compare(a.Path, b.Path))
 	})

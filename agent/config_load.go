@@ -21,23 +21,46 @@ const maxConfigSize = 4 << 20
 // it are relative to the file's directory. The error is a Faults with every
 // fault of the files, or that of opening path.
 func LoadConfig(path string) (*Config, error) {
-	absolute, err := filepath.Abs(path)
+	name, data, err := ReadConfig(path)
 	if err != nil {
-		return nil, fmt.Errorf("read configuration %s: %w", path, err)
+		return nil, err
 	}
-	data, err := readBounded(absolute)
+	return ParseConfig(name, data)
+}
+
+// ErrConfigFile is wrapped by the errors of a file that is no configuration: no
+// regular file, too large, or one that everybody may write.
+var ErrConfigFile = errors.New("read configuration")
+
+// ReadConfig reads the configuration file at path for ParseConfig, and returns
+// its absolute path with it.
+func ReadConfig(path string) (name string, data []byte, err error) {
+	name, err = filepath.Abs(path)
+	if err == nil {
+		data, err = readBounded(name)
+	}
 	if err != nil {
-		return nil, fmt.Errorf("read configuration: %w", err)
+		return "", nil, fmt.Errorf("%w: %w", ErrConfigFile, err)
 	}
-	return ParseConfig(absolute, data)
+	return name, data, nil
 }
 
 // ParseConfig is LoadConfig for a file that has been read: name stands in
 // faults and says what relative paths are relative to.
 func ParseConfig(name string, data []byte) (*Config, error) {
+	l := newLoader(name, data, false)
+	if err := l.faults().err(); err != nil {
+		return nil, err
+	}
+	return l.cfg, nil
+}
+
+// newLoader reads and checks a configuration; elsewhere says that it is of
+// another host.
+func newLoader(name string, data []byte, elsewhere bool) *loader {
 	cfg := &Config{}
 	cfg.setDefaults()
-	main := decodeYAML(name, data, cfg)
+	main := decodeYAML(name, data, cfg, elsewhere)
 	l := &loader{cfg: cfg, main: main, dir: filepath.Dir(name)}
 	l.cfg.files = []string{name}
 	for i := range cfg.Policy {
@@ -46,14 +69,16 @@ func ParseConfig(name string, data []byte) (*Config, error) {
 	l.resolvePaths()
 	l.loadPolicyFiles()
 	l.validate()
-	faults := main.faults
+	return l
+}
+
+// faults are those of every file, in order.
+func (l *loader) faults() Faults {
+	all := slices.Clone(l.main.faults)
 	for _, d := range l.policyFiles {
-		faults = append(faults, d.faults...)
+		all = append(all, d.faults...)
 	}
-	if err := faults.err(); err != nil {
-		return nil, err
-	}
-	return cfg, nil
+	return all.sorted()
 }
 
 // Files returns what to watch for changes: the configuration file, the policy
@@ -153,7 +178,7 @@ func (l *loader) loadPolicyFile(at, name string) {
 		return
 	}
 	var rules []policy.Rule
-	file := decodeYAML(name, data, &rules)
+	file := decodeYAML(name, data, &rules, false)
 	l.policyFiles = append(l.policyFiles, file)
 	for i := range rules {
 		l.rules = append(l.rules, rulePlace{file, fmt.Sprintf("[%d]", i)})

@@ -109,6 +109,9 @@ func (g *GID) UnmarshalText(text []byte) error {
 	return err
 }
 
+// errNoAccount is the error of a name that this host does not know.
+var errNoAccount = errors.New("on this host")
+
 // accountID turns a number or name into an ID. The largest 32-bit number means
 // "no account" to the kernel and is refused.
 func accountID(kind, text string, lookup func(string) (string, error)) (uint32, error) {
@@ -116,7 +119,7 @@ func accountID(kind, text string, lookup func(string) (string, error)) (uint32, 
 	if !allDigits(text) {
 		found, err := lookup(text)
 		if err != nil {
-			return 0, fmt.Errorf("there is no %s %s on this host; create it or write its number", kind, quote(text))
+			return 0, fmt.Errorf("there is no %s %s %w; create it or write its number", kind, quote(text), errNoAccount)
 		}
 		number = found
 	}

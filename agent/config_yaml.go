@@ -38,6 +38,8 @@ type document struct {
 	parsed bool
 	// undecoded is how many of faults are of decoding.
 	undecoded int
+	// elsewhere: of another host, whose accounts are not known here.
+	elsewhere bool
 }
 
 // has says whether path stands in the document.
@@ -52,9 +54,10 @@ type defaulter interface{ setDefaults() }
 
 // decodeYAML lays the YAML document in data over target, a pointer. The
 // document is strict: every field known and given once, no anchors, aliases,
-// tags or second document.
-func decodeYAML(file string, data []byte, target any) *document {
-	d := &document{file: file, places: map[string]location{"": {1, 1}}}
+// tags or second document. With elsewhere, users and groups that this host does
+// not know are left at 0.
+func decodeYAML(file string, data []byte, target any, elsewhere bool) *document {
+	d := &document{file: file, places: map[string]location{"": {1, 1}}, elsewhere: elsewhere}
 	if body := d.parse(data); body != nil {
 		d.parsed = true
 		d.value(body, reflect.ValueOf(target).Elem(), "")

@@ -33,9 +33,12 @@ type checkResult struct {
 	File     string       `json:"file"`
 	OK       bool         `json:"ok"`
 	Faults   []checkFault `json:"faults"`
-	Backends int          `json:"backends"`
-	Keys     int          `json:"keys"`
-	Rules    int          `json:"rules"`
+	Warnings []checkFault `json:"warnings"`
+	// FileOnly: what the configuration names was not looked at.
+	FileOnly bool `json:"file_only"`
+	Backends int  `json:"backends"`
+	Keys     int  `json:"keys"`
+	Rules    int  `json:"rules"`
 }
 
 type checkFault struct {
@@ -47,40 +50,46 @@ type checkFault struct {
 }
 
 func newCheck(a *app) *cobra.Command {
-	ofHost := false
+	ofHost, fileOnly := false, false
 	c := &cobra.Command{
 		Use:   "check [FILE]",
 		Short: "Report everything that is wrong with a configuration",
 		Long: `Reads a configuration, and the policy files that it names, and reports every
-fault at once with file, line, column and path. It touches neither the network
-nor a running agent. FILE is ` + defaultConfigPath + ` unless given; - is standard
-input, and then relative paths are relative to the working directory.
+fault at once with file, line, column and path. Where the file has none it looks
+at what the file names on this host: directories, sockets, keystore and seal,
+plugins and their digests, files with secrets, the audit log and its key. Faults
+keep the agent or a backend from starting; warnings do not, and leave the exit
+code at 0. It changes nothing, and touches neither the network nor a running
+agent. FILE is ` + defaultConfigPath + ` unless given; - is standard input, and then
+relative paths are relative to the working directory.
+
+Run it as the agent's user: what root may read, the agent may not. --file-only
+leaves out what is of this host, users and groups too, for a configuration of
+another one.
 
 With --host it tells instead what this host lacks of what the agent uses (kinds of
 memory, process handles, confinement), what that means and what gives it. Run it
 as the agent's user, in its unit.`,
-		Example: "  kms-agent check\n  kms-agent check --host\n  kms-agent config default | kms-agent check -",
+		Example: "  kms-agent check\n  sudo -u kms-agent kms-agent check\n  kms-agent check --host\n  kms-agent config default | kms-agent check --file-only -",
 		Args:    cobra.ArbitraryArgs,
 		RunE: func(c *cobra.Command, args []string) error {
 			path := defaultConfigPath
-			if ofHost && len(args) > 0 {
+			switch {
+			case ofHost && (len(args) > 0 || fileOnly):
 				return usagef("--host is about this host and takes no file")
-			}
-			if ofHost {
+			case ofHost:
 				findings := agent.CheckHost()
 				return a.print(findings, func(t *table) { hostTable(t, findings) })
-			}
-			if len(args) > 1 {
+			case len(args) > 1:
 				return usagef("unexpected argument %q; check takes one file", args[1])
-			}
-			if len(args) == 1 {
+			case len(args) == 1:
 				path = args[0]
 			}
-			cfg, err := a.loadConfig(c.Context(), path)
-			return a.reportCheck(path, cfg, err)
+			return a.check(c.Context(), path, fileOnly)
 		},
 	}
 	c.Flags().BoolVar(&ofHost, "host", false, "tell what this host lacks")
+	c.Flags().BoolVar(&fileOnly, "file-only", false, "do not look at what the file names on this host; for a configuration of another one")
 	a.outputFlag(c)
 	return c
 }
@@ -98,42 +107,75 @@ func hostTable(t *table, findings []agent.HostFinding) {
 	}
 }
 
-// loadConfig loads a file, or standard input where path is "-".
-func (a *app) loadConfig(ctx context.Context, path string) (*agent.Config, error) {
-	if path != "-" {
-		return agent.LoadConfig(path)
-	}
-	data, err := a.readInput(ctx, path, maxConfig, "standard input")
+// check reads a configuration, from standard input where path is "-", and
+// reports what is wrong with it.
+func (a *app) check(ctx context.Context, path string, fileOnly bool) error {
+	name, data, err := a.readConfig(ctx, path)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	name, err := filepath.Abs("stdin")
-	if err != nil {
-		return nil, err
+	found := agent.CheckConfig(name, data, fileOnly)
+	result := checkResult{
+		File: path, OK: len(found.Faults) == 0, FileOnly: fileOnly,
+		Faults: checkFaults(found.Faults), Warnings: checkFaults(found.Warnings),
 	}
-	return agent.ParseConfig(name, data)
-}
-
-func (a *app) reportCheck(path string, cfg *agent.Config, err error) error {
-	result := checkResult{File: path, OK: err == nil, Faults: []checkFault{}}
-	if faults, ok := err.(agent.Faults); ok { //nolint:errorlint // ParseConfig returns it unwrapped
-		for _, f := range faults {
-			result.Faults = append(result.Faults, checkFault(f))
-		}
-	}
-	if cfg != nil {
+	if cfg := found.Config; cfg != nil {
 		result.Backends, result.Keys, result.Rules = len(cfg.Backends), len(cfg.Keys), len(cfg.Policy)
 	}
-	if err == nil || (a.format == formatJSON && len(result.Faults) > 0) {
-		printed := a.print(result, func(t *table) {
-			t.row(fmt.Sprintf("%s: no faults (%d backends, %d keys, %d policy rules)", path, result.Backends, result.Keys, result.Rules))
-		})
-		if printed != nil {
-			return printed
+	if a.format == formatJSON {
+		if err := a.printJSON(result); err != nil {
+			return err
+		}
+	} else {
+		for _, w := range found.Warnings {
+			_, _ = fmt.Fprintln(a.errOut, "warning: "+w.Error())
 		}
 	}
-	if n := len(result.Faults); n > 0 && a.format == formatJSON {
-		return &codedError{code: exitInvalid, err: fmt.Errorf("%s has %d faults", path, n)}
+	switch n := len(result.Faults); {
+	case n > 0 && a.format == formatJSON:
+		return &codedError{code: exitInvalid, err: fmt.Errorf("%s has %s", path, counted(n, "fault"))}
+	case n > 0:
+		return found.Faults
+	case a.format == formatJSON:
+		return nil
 	}
-	return err
+	return a.print(result, func(t *table) { t.row(checkLine(result)) })
+}
+
+func checkFaults(faults agent.Faults) []checkFault {
+	list := []checkFault{}
+	for _, f := range faults {
+		list = append(list, checkFault(f))
+	}
+	return list
+}
+
+func checkLine(r checkResult) string {
+	line := r.File + ": no faults"
+	if n := len(r.Warnings); n > 0 {
+		line += ", " + counted(n, "warning")
+	}
+	if r.FileOnly {
+		line += " in the file itself"
+	}
+	return fmt.Sprintf("%s (%s, %s, %s)", line, counted(r.Backends, "backend"), counted(r.Keys, "key"), counted(r.Rules, "policy rule"))
+}
+
+func counted(n int, what string) string {
+	if n != 1 {
+		what += "s"
+	}
+	return fmt.Sprintf("%d %s", n, what)
+}
+
+// readConfig reads a configuration file, or standard input where path is "-".
+func (a *app) readConfig(ctx context.Context, path string) (name string, data []byte, err error) {
+	if path != "-" {
+		return agent.ReadConfig(path)
+	}
+	if name, err = filepath.Abs("stdin"); err != nil {
+		return "", nil, err
+	}
+	data, err = a.readInput(ctx, path, maxConfig, "standard input")
+	return name, data, err
 }

@@ -259,6 +259,8 @@ func localCode(err error) exitCode {
 		return exitDenied
 	case errors.Is(err, local.ErrBusy), errors.Is(err, context.DeadlineExceeded):
 		return exitUnavailable
+	case errors.Is(err, agent.ErrConfigFile):
+		return exitInvalid
 	}
 	return exitFailure
 }

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"encoding/json"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -99,14 +98,7 @@ func keystoreOf(config, backend string) (string, local.Seal, error) {
 	if len(found) != 1 {
 		return "", local.Seal{}, usagef("%s has %d local backends that fit; name one with --backend", config, len(found))
 	}
-	var settings struct {
-		Keystore string     `json:"keystore"`
-		Seal     local.Seal `json:"seal"`
-	}
-	if err := json.Unmarshal(found[0].Settings, &settings); err != nil {
-		return "", local.Seal{}, fmt.Errorf("settings of backend %q: %w", found[0].Name, err)
-	}
-	return settings.Keystore, settings.Seal, nil
+	return found[0].Keystore()
 }
 
 func (a *app) openKeystore(f *keystoreFlags) (*local.Keystore, error) {

@@ -1,0 +1,148 @@
+package agent
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"maps"
+	"os"
+	"slices"
+	"strings"
+
+	"github.com/kms-agent/kms-agent/plugins/host"
+	"github.com/kms-agent/kms-agent/plugins/local"
+)
+
+// Keystore returns what the settings of the built-in plugin name; it is an error
+// for any other.
+func (b *BackendConfig) Keystore() (string, local.Seal, error) {
+	if b.Plugin != pluginLocal {
+		return "", local.Seal{}, fmt.Errorf("backend %q has no keystore: it is not the built-in plugin", b.Name)
+	}
+	var settings struct {
+		Keystore string     `json:"keystore"`
+		Seal     local.Seal `json:"seal"`
+	}
+	if err := json.Unmarshal(b.Settings, &settings); err != nil {
+		return "", local.Seal{}, fmt.Errorf("settings of backend %q: %w", b.Name, err)
+	}
+	return settings.Keystore, settings.Seal, nil
+}
+
+func (h *hostCheck) backend(at string, b *BackendConfig) {
+	if b.Plugin == pluginLocal {
+		h.keystore(at+".settings", b)
+	} else {
+		h.program(at, b)
+	}
+	for _, variable := range slices.Sorted(maps.Keys(b.EnvFromFiles)) {
+		h.secretFile(join(at+".env_from_files", variable), b.EnvFromFiles[variable])
+	}
+	if b.Confine == Confinement(host.ConfineAlways) && host.LandlockABI() == 0 {
+		h.fault(at+".confine", "is required, and this kernel has no Landlock; kms-agent check --host says what gives it")
+	}
+	for name, paths := range map[string][]string{"read": b.Access.Read, "write": b.Access.Write, "sockets": b.Access.Sockets} {
+		for i, path := range paths {
+			if _, err := os.Stat(path); errors.Is(err, fs.ErrNotExist) {
+				h.warn(fmt.Sprintf("%s.access.%s[%d]", at, name, i),
+					"%s does not exist; what is made later is out of a running plugin's reach, so make it before the agent starts", path)
+			}
+		}
+	}
+}
+
+// program tests a plugin's binary as the host does before each start.
+func (h *hostCheck) program(at string, b *BackendConfig) {
+	file, err := os.Open(b.Path)
+	if err != nil {
+		h.fault(at+".path", "%s cannot be read: %v; install the plugin there, for uid %d to read", b.Path, bare(err), os.Geteuid())
+		return
+	}
+	defer func() { _ = file.Close() }()
+	info, err := file.Stat()
+	if err != nil || !info.Mode().IsRegular() || info.Mode()&0o111 == 0 {
+		h.fault(at+".path", "%s is not an executable file; run chmod +x on the plugin's binary, or correct the path", b.Path)
+		return
+	}
+	hash := sha256.New()
+	if _, err := io.Copy(hash, file); err != nil {
+		h.fault(at+".path", "%s cannot be read: %v", b.Path, bare(err))
+		return
+	}
+	if got := hex.EncodeToString(hash.Sum(nil)); !strings.EqualFold(got, b.SHA256) {
+		h.fault(at+".sha256", "is not that of %s, which is %s; write that if the binary was replaced on purpose", b.Path, got)
+	}
+}
+
+func (h *hostCheck) secretFile(path, name string) {
+	file, err := os.Open(name)
+	if err != nil {
+		h.fault(path, "%s cannot be read: %v; make it, for uid %d to read", name, bare(err), os.Geteuid())
+		return
+	}
+	defer func() { _ = file.Close() }()
+	switch info, err := file.Stat(); {
+	case err != nil || !info.Mode().IsRegular():
+		h.fault(path, "%s is not a regular file; name a file that holds the value", name)
+	case info.Size() == 0:
+		h.warn(path, "%s is empty", name)
+	case info.Mode().Perm()&0o007 != 0:
+		h.warn(path, "everybody has access to %s (%04o); run chmod o= %s", name, info.Mode().Perm(), name)
+	}
+}
+
+// keystore opens the keystore with its seal and looks for the keys' wrapping
+// keys in it.
+func (h *hostCheck) keystore(at string, b *BackendConfig) {
+	path, seal, err := b.Keystore()
+	if err != nil {
+		h.fault(at, "%v", err)
+		return
+	}
+	if seal.Credential != "" && os.Getenv("CREDENTIALS_DIRECTORY") == "" {
+		h.warn(at+".seal.credential", "is known inside the systemd unit only: neither it nor the keystore was tried; "+
+			"run this check as an ExecStartPre= of the unit")
+		return
+	}
+	ks, err := local.Open(path, seal)
+	switch {
+	case errors.Is(err, local.ErrSeal) && errors.Is(err, local.ErrNotExist) && seal.KeyFile != "":
+		h.fault(at+".seal.key_file", "%s does not exist; bring the one that sealed the keystore, "+
+			"or make a new keystore with its key: kms-agent keys local init --create-key-file --config %s", seal.KeyFile, h.cfg.files[0])
+	case errors.Is(err, local.ErrSeal), errors.Is(err, local.ErrWrongSeal):
+		h.fault(at+".seal", "%v", err)
+	case errors.Is(err, local.ErrNotExist):
+		command := "kms-agent keys local init --config " + h.cfg.files[0]
+		if _, err := os.Lstat(seal.KeyFile); seal.KeyFile != "" && errors.Is(err, fs.ErrNotExist) {
+			command += " --create-key-file"
+		}
+		h.fault(at+".keystore", "%v; %s makes one", err, command)
+	case err != nil:
+		h.fault(at+".keystore", "%v", err)
+	default:
+		defer ks.Close()
+		h.wrappingKeys(b.Name, ks)
+	}
+}
+
+func (h *hostCheck) wrappingKeys(backend string, ks *local.Keystore) {
+	for i, key := range h.cfg.Keys {
+		if key.Backend != backend {
+			continue
+		}
+		at := fmt.Sprintf("keys[%d].wrapping_key", i)
+		name := strings.TrimPrefix(key.WrappingKey, local.Scheme)
+		info, err := ks.Key(name)
+		if err != nil {
+			h.warn(at, "%v; kms-agent keys local create %s --config %s makes it", err, name, h.cfg.files[0])
+			continue
+		}
+		if newest := info.Versions[len(info.Versions)-1]; newest.State != local.Enabled {
+			h.warn(at, "its newest version, %s, is %v: nothing can be encrypted; enable it, or rotate the key", newest.Version, newest.State)
+		}
+	}
+}
