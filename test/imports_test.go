@@ -49,9 +49,12 @@ func allowed() map[string][]string {
 		"client":        {"api/*", "envelope"},
 		"cmd/kms-agent": {"agent", "agent/audit", "agent/kms", "agent/policy", "api/*", "client", "plugins", "plugins/local"},
 		"test":          {},
-		"test/bench":    {"api/*"},
-		"test/soak":     {"api/*"},
-		"test/interop":  {"envelope"},
+		// Examples use what anybody may.
+		"examples/backup": {},
+		"examples/keydir": {"plugins"},
+		"test/bench":      {"api/*"},
+		"test/soak":       {"api/*"},
+		"test/interop":    {"envelope"},
 	}
 }
 

@@ -15,8 +15,12 @@ func TestDocumentedCommandsExist(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	examples, err := filepath.Glob("../../examples/*/README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
 	shown := 0
-	for _, page := range append(pages, "../../README.md", "../../SECURITY.md", "../../scripts/quickstart") {
+	for _, page := range append(append(pages, examples...), "../../README.md", "../../SECURITY.md", "../../scripts/quickstart") {
 		text, err := os.ReadFile(page)
 		if err != nil {
 			t.Fatal(err)
