@@ -40,6 +40,10 @@ type Agent struct {
 	// metricsAddress is where they are read once that is open.
 	metricsAddress atomic.Pointer[string]
 
+	// reloading is held while a configuration is put to use, which may take as
+	// long as a backend takes to start; it is locked before mu. Only who holds it
+	// writes cfg and backends.
+	reloading  sync.Mutex
 	mu         sync.Mutex // guards what follows
 	cfg        *Config
 	backends   map[string]*backend
@@ -127,11 +131,19 @@ func (a *Agent) Run(ctx context.Context) error {
 	return err
 }
 
+// configuration returns the one in use.
+func (a *Agent) configuration() *Config {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.cfg
+}
+
 // serve opens the doors and watches the configuration until ctx ends.
 func (a *Agent) serve(ctx context.Context) error {
-	a.mu.Lock()
-	err := a.applyLocked(ctx, a.cfg)
-	a.mu.Unlock()
+	cfg := a.configuration()
+	a.reloading.Lock()
+	err := a.applyLocked(ctx, cfg)
+	a.reloading.Unlock()
 	if err != nil {
 		return err
 	}
@@ -155,8 +167,8 @@ func (a *Agent) serve(ctx context.Context) error {
 	}
 	upper.Go(func() error { return a.watch(ctx) })
 	upper.Go(func() error { return a.tellHealth(ctx, doors) })
-	a.logger.Info("agent ready", zap.String("config", a.path), zap.String("native", a.cfg.Listen.Native.Socket),
-		zap.Int("keys", len(a.cfg.Keys)), zap.Int("backends", len(a.cfg.Backends)))
+	a.logger.Info("agent ready", zap.String("config", a.path), zap.String("native", cfg.Listen.Native.Socket),
+		zap.Int("keys", len(cfg.Keys)), zap.Int("backends", len(cfg.Backends)))
 	a.ready()
 	return ignoreEnd(upper.Wait())
 }

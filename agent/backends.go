@@ -26,23 +26,20 @@ const (
 // backend is one configured backend and its supervisor.
 type backend struct {
 	cfg        BackendConfig
+	env        []string
 	supervisor *host.Supervisor
 	cancel     context.CancelFunc
 	done       chan struct{}
 }
 
 // startBackend starts a plugin process and goes on supervising it.
-func (a *Agent) startBackend(cfg BackendConfig) (*backend, error) {
-	hc, err := a.hostConfig(cfg)
-	if err != nil {
-		return nil, fmt.Errorf("backend %q: %w", cfg.Name, err)
-	}
-	s, err := host.New(hc)
+func (a *Agent) startBackend(cfg BackendConfig, env []string) (*backend, error) {
+	s, err := host.New(a.hostConfig(cfg, env))
 	if err != nil {
 		return nil, fmt.Errorf("backend %q: %w", cfg.Name, err)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
-	b := &backend{cfg: cfg, supervisor: s, cancel: cancel, done: make(chan struct{})}
+	b := &backend{cfg: cfg, env: env, supervisor: s, cancel: cancel, done: make(chan struct{})}
 	go func() {
 		defer close(b.done)
 		if err := s.Run(ctx); ignoreEnd(err) != nil {
@@ -58,11 +55,7 @@ func (b *backend) stop() {
 	<-b.done
 }
 
-func (a *Agent) hostConfig(cfg BackendConfig) (host.Config, error) {
-	env, err := pluginEnv(cfg)
-	if err != nil {
-		return host.Config{}, err
-	}
+func (a *Agent) hostConfig(cfg BackendConfig, env []string) host.Config {
 	hc := host.Config{
 		Name: cfg.Name, Command: cfg.Path, Args: cfg.Args, Env: env, SHA256: cfg.SHA256,
 		Settings: json.RawMessage(cfg.Settings), RuntimeDir: a.cfg.RuntimeDir,
@@ -80,7 +73,7 @@ func (a *Agent) hostConfig(cfg BackendConfig) (host.Config, error) {
 	if cfg.Plugin != "" {
 		hc.Self, hc.Command, hc.Args = true, "", []string{"plugin", "serve", cfg.Plugin}
 	}
-	return hc, nil
+	return hc
 }
 
 // pluginEnv is the whole environment of a plugin. systemd's credentials are
@@ -108,44 +101,99 @@ func pluginEnv(cfg BackendConfig) ([]string, error) {
 
 // nextBackends returns the backends that a configuration asks for: those that
 // run already unchanged, and new ones. On an error nothing new is left running.
+// It requires a.reloading.
 func (a *Agent) nextBackends(ctx context.Context, cfg *Config) (map[string]*backend, error) {
 	next, started := map[string]*backend{}, []*backend{}
 	fail := func(err error) (map[string]*backend, error) {
+		for _, b := range started {
+			b.cancel()
+		}
 		for _, b := range started {
 			b.stop()
 		}
 		return nil, err
 	}
 	for _, c := range cfg.Backends {
-		running := a.backends[c.Name]
-		if running != nil && reflect.DeepEqual(running.cfg, c) {
+		if running := a.unchanged(c); running != nil {
 			next[c.Name] = running
 			continue
 		}
-		b, err := a.startBackend(c)
+		env, err := pluginEnv(c)
+		if err != nil {
+			return fail(fmt.Errorf("backend %q: %w", c.Name, err))
+		}
+		b, err := a.startBackend(c, env)
 		if err != nil {
 			return fail(err)
 		}
 		started = append(started, b)
 		next[c.Name] = b
-		if running == nil {
+	}
+	for _, b := range started {
+		if !a.takesOver(cfg, b.cfg.Name) {
 			continue
 		}
-		// A backend that replaces a working one must work before it does.
-		ready, cancel := context.WithTimeout(ctx, c.StartTimeout)
-		err = b.supervisor.Ready(ready)
+		// They start at the same time, so that the sum is what the slowest takes.
+		ready, cancel := context.WithTimeout(ctx, b.cfg.StartTimeout)
+		err := b.supervisor.Ready(ready)
 		cancel()
 		if err != nil {
-			return fail(fmt.Errorf("backend %q does not start with its new configuration; the old one goes on: %w", c.Name, err))
+			return fail(fmt.Errorf("backend %q does not start with its new configuration; what it was to replace goes on: %w", b.cfg.Name, err))
 		}
 	}
 	return next, nil
 }
 
+// unchanged returns the running backend that is as c wants it; nil is none. The
+// content of the files that its environment comes from counts, once it can be read.
+func (a *Agent) unchanged(c BackendConfig) *backend {
+	running := a.backends[c.Name]
+	if running == nil || !reflect.DeepEqual(running.cfg, c) {
+		return nil
+	}
+	env, err := pluginEnv(c)
+	if err != nil {
+		a.logger.Warn("backend goes on with the environment it has", zap.String("backend", c.Name), zap.Error(err))
+		return running
+	}
+	if !slices.Equal(env, running.env) {
+		return nil
+	}
+	return running
+}
+
+// takesOver tells whether a backend of the next configuration takes the place
+// of one that runs, by its name or for one of its keys. Such a one must work
+// first. What does not run is replaced at once: there is nothing to lose, and
+// the rest of the configuration, a permission taken away, must not wait for it.
+func (a *Agent) takesOver(next *Config, name string) bool {
+	if a.backends[name].runs() {
+		return true
+	}
+	before := map[string]string{}
+	for _, k := range a.cfg.Keys {
+		before[k.Name] = k.Backend
+	}
+	return slices.ContainsFunc(next.Keys, func(k KeyConfig) bool {
+		return k.Backend == name && slices.ContainsFunc(append([]string{k.Name}, k.FormerNames...), func(key string) bool {
+			return a.backends[before[key]].runs()
+		})
+	})
+}
+
+// runs tells whether there is a process that serves calls; nil does not.
+func (b *backend) runs() bool {
+	if b == nil {
+		return false
+	}
+	state := b.supervisor.Status().State
+	return state == host.Up || state == host.Degraded
+}
+
 // stopBackends ends every plugin process.
 func (a *Agent) stopBackends() {
-	a.mu.Lock()
-	defer a.mu.Unlock()
+	a.reloading.Lock()
+	defer a.reloading.Unlock()
 	for _, b := range a.backends {
 		b.cancel()
 	}

@@ -115,7 +115,8 @@ func serviceConfig(cfg *Config, backends map[string]*backend) kms.Config {
 }
 
 // applyLocked puts a configuration to use: build, switch, close old. What did
-// not change keeps running; on an error nothing has changed. It requires a.mu.
+// not change keeps running; on an error nothing has changed. It requires
+// a.reloading.
 func (a *Agent) applyLocked(ctx context.Context, cfg *Config) error {
 	next, err := a.nextBackends(ctx, cfg)
 	if err != nil {
@@ -135,12 +136,14 @@ func (a *Agent) applyLocked(ctx context.Context, cfg *Config) error {
 		}
 		return err
 	}
+	a.mu.Lock()
 	a.cfg, a.backends, a.loaded = cfg, next, time.Now()
 	a.generation++
+	a.rejected = ""
+	a.mu.Unlock()
 	if level, err := zapcore.ParseLevel(string(cfg.Log.Level)); err == nil {
 		a.level.configure(level)
 	}
-	a.rejected = ""
 	for name, b := range old {
 		if next[name] != b {
 			a.logger.Info("backend stopped: the configuration has no use for it", zap.String("backend", name))

@@ -34,7 +34,7 @@ type Check struct {
 // With elsewhere the configuration is of another host: nothing that it names is
 // looked at, but for policy files, which are a part of it.
 func CheckConfig(name string, data []byte, elsewhere bool) Check {
-	l := newLoader(name, data, elsewhere)
+	l := newLoader(name, data, "", elsewhere)
 	if faults := l.faults(); faults != nil {
 		return Check{Faults: faults}
 	}

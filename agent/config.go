@@ -50,6 +50,9 @@ type Config struct {
 
 	compiled *policy.Policy
 	files    []string
+	// read is the fingerprint of what the configuration was read from, from
+	// before it was.
+	read string
 }
 
 // ListenConfig names the doors of the agent.

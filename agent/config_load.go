@@ -10,6 +10,8 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/kms-agent/kms-agent/agent/policy"
 )
 
@@ -21,11 +23,15 @@ const maxConfigSize = 4 << 20
 // it are relative to the file's directory. The error is a Faults with every
 // fault of the files, or that of opening path.
 func LoadConfig(path string) (*Config, error) {
+	before := ""
+	if name, err := filepath.Abs(path); err == nil {
+		before = stamp(name)
+	}
 	name, data, err := ReadConfig(path)
 	if err != nil {
 		return nil, err
 	}
-	return ParseConfig(name, data)
+	return newLoader(name, data, before, false).result()
 }
 
 // ErrConfigFile is wrapped by the errors of a file that is no configuration: no
@@ -48,16 +54,19 @@ func ReadConfig(path string) (name string, data []byte, err error) {
 // ParseConfig is LoadConfig for a file that has been read: name stands in
 // faults and says what relative paths are relative to.
 func ParseConfig(name string, data []byte) (*Config, error) {
-	l := newLoader(name, data, false)
+	return newLoader(name, data, stamp(name), false).result()
+}
+
+func (l *loader) result() (*Config, error) {
 	if err := l.faults().err(); err != nil {
 		return nil, err
 	}
 	return l.cfg, nil
 }
 
-// newLoader reads and checks a configuration; elsewhere says that it is of
-// another host.
-func newLoader(name string, data []byte, elsewhere bool) *loader {
+// newLoader reads and checks a configuration; stamped is its file's stamp from
+// before it was read, elsewhere says that it is of another host.
+func newLoader(name string, data []byte, stamped string, elsewhere bool) *loader {
 	cfg := &Config{}
 	cfg.setDefaults()
 	main := decodeYAML(name, data, cfg, elsewhere)
@@ -67,7 +76,14 @@ func newLoader(name string, data []byte, elsewhere bool) *loader {
 		l.rules = append(l.rules, rulePlace{main, fmt.Sprintf("policy[%d]", i)})
 	}
 	l.resolvePaths()
-	l.loadPolicyFiles()
+	found := l.findPolicyFiles()
+	for _, path := range l.environmentFiles() {
+		l.watch(path)
+	}
+	cfg.read = stamped + cfg.othersFingerprint()
+	for _, f := range found {
+		l.loadPolicyFile(f.at, f.name)
+	}
 	l.validate()
 	return l
 }
@@ -82,8 +98,8 @@ func (l *loader) faults() Faults {
 }
 
 // Files returns what to watch for changes: the configuration file, the policy
-// files, and the directories in which policy files may appear. Paths are
-// absolute.
+// files, the directories in which policy files may appear, and the files that
+// plugins' environments come from. Paths are absolute.
 func (c *Config) Files() []string { return slices.Clone(c.files) }
 
 // CompiledPolicy returns the policy that Policy, PolicyFiles and Roles make.
@@ -139,10 +155,27 @@ func (l *loader) resolve(path *string) {
 	}
 }
 
-// loadPolicyFiles appends the rules of every policy file, in the patterns'
-// order and by name within each. A pattern may match nothing; a plain path may
-// not.
-func (l *loader) loadPolicyFiles() {
+// environmentFiles lists the files of env_from_files, in a fixed order.
+func (l *loader) environmentFiles() []string {
+	var paths []string
+	for _, b := range l.cfg.Backends {
+		for _, path := range b.EnvFromFiles {
+			if path != "" {
+				paths = append(paths, path)
+			}
+		}
+	}
+	slices.Sort(paths)
+	return paths
+}
+
+// policyFile is a file with rules, and where the configuration names it.
+type policyFile struct{ at, name string }
+
+// findPolicyFiles lists every policy file, in the patterns' order and by name
+// within each. A pattern may match nothing; a plain path may not.
+func (l *loader) findPolicyFiles() []policyFile {
+	var found []policyFile
 	for i, pattern := range l.cfg.PolicyFiles {
 		at := fmt.Sprintf("policy_files[%d]", i)
 		names, err := filepath.Glob(pattern)
@@ -160,9 +193,10 @@ func (l *loader) loadPolicyFiles() {
 				continue // matched by an earlier pattern too
 			}
 			l.watch(name)
-			l.loadPolicyFile(at, name)
+			found = append(found, policyFile{at, name})
 		}
 	}
+	return found
 }
 
 func (l *loader) watch(path string) {
@@ -188,7 +222,18 @@ func (l *loader) loadPolicyFile(at, name string) {
 
 // readBounded reads a regular file of at most maxConfigSize bytes.
 func readBounded(path string) ([]byte, error) {
-	info, err := os.Stat(path)
+	// What is opened is what is judged; O_NONBLOCK: a pipe must not hold the
+	// agent up.
+	file, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, err
+	}
+	data, err := readRegular(path, file)
+	return data, errors.Join(err, file.Close())
+}
+
+func readRegular(path string, file *os.File) ([]byte, error) {
+	info, err := file.Stat()
 	if err != nil {
 		return nil, err
 	}
@@ -198,12 +243,8 @@ func readBounded(path string) ([]byte, error) {
 	if info.Mode()&0o002 != 0 {
 		return nil, fmt.Errorf("everybody may write %s, and so give themselves keys; run chmod o-w on it", path)
 	}
-	file, err := os.Open(path)
-	if err != nil {
-		return nil, err
-	}
 	data, err := io.ReadAll(io.LimitReader(file, maxConfigSize+1))
-	if err = errors.Join(err, file.Close()); err != nil {
+	if err != nil {
 		return nil, err
 	}
 	if len(data) > maxConfigSize {

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"reflect"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -211,11 +212,18 @@ func TestLoadConfigRefusesFiles(t *testing.T) {
 	if err := os.Chmod(open, 0o666); err != nil {
 		t.Fatal(err)
 	}
+	pipe, latin := filepath.Join(dir, "pipe.yaml"), filepath.Join(dir, "latin.yaml")
+	if err := syscall.Mkfifo(pipe, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	write(t, latin, smallest+"# caf\xe9\n")
 	for path, want := range map[string]string{
 		large:                              "larger than 4MiB",
 		open:                               "chmod o-w",
 		dir:                                "not a regular file",
 		filepath.Join(dir, "missing.yaml"): "no such file",
+		pipe:                               "not a regular file",
+		latin:                              "UTF-8",
 	} {
 		if _, err := agent.LoadConfig(path); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("LoadConfig(%s) = %v, want %q", path, err, want)

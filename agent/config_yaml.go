@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"reflect"
@@ -8,6 +9,7 @@ import (
 	"strings"
 	"time"
 	"unicode"
+	"unicode/utf8"
 
 	"github.com/goccy/go-yaml"
 	"github.com/goccy/go-yaml/ast"
@@ -96,6 +98,11 @@ func (d *document) locate(path string) location {
 }
 
 func (d *document) parse(data []byte) ast.Node {
+	data = bytes.TrimPrefix(data, []byte("\ufeff")) // what some editors begin UTF-8 with
+	if !utf8.Valid(data) {
+		d.report("", "this is not UTF-8 text; save the file as UTF-8")
+		return nil
+	}
 	tokens := lexer.Tokenize(string(data))
 	if !d.checkTokens(tokens) {
 		return nil

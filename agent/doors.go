@@ -56,6 +56,7 @@ func (a *Agent) openDoors(ctx context.Context) ([]*door, error) {
 		listener, err = identity.Listen(ctx, cfg.Admin.Socket, 0o600, -1)
 	}
 	if err != nil {
+		n.server.Stop() // it has workers already
 		return nil, errors.Join(fmt.Errorf("admin socket: %w", err), n.listener.Close())
 	}
 	m := a.newDoor("admin", listener, creds, localPeer)

@@ -18,13 +18,20 @@ import (
 // again: editors and Kubernetes change them in several steps.
 const settle = 200 * time.Millisecond
 
+// lookAnyway is how often the files are looked at without an event: one of them
+// may be a link into another directory, or a directory may have been replaced.
+const lookAnyway = 5 * time.Second
+
 // Reload reads the configuration again. A faulty file changes nothing: it is
 // logged, shown by status, and returned. It returns the generation of what is
 // then in use.
 func (a *Agent) Reload(ctx context.Context) (generation uint64, err error) {
+	a.reloading.Lock()
+	defer a.reloading.Unlock()
+	err = a.reloadLocked(ctx)
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if err = a.reloadLocked(ctx); err != nil {
+	if err != nil {
 		a.rejected = err.Error()
 		a.logger.Error("configuration not reloaded; the agent goes on with the one it has", zap.String("config", a.path), zap.Error(err))
 		return a.generation, err
@@ -33,6 +40,7 @@ func (a *Agent) Reload(ctx context.Context) (generation uint64, err error) {
 	return a.generation, nil
 }
 
+// reloadLocked requires a.reloading.
 func (a *Agent) reloadLocked(ctx context.Context) error {
 	next, err := LoadConfig(a.path)
 	if err != nil {
@@ -89,32 +97,26 @@ func (a *Agent) watch(ctx context.Context) error {
 		return fmt.Errorf("watch the configuration: %w", err)
 	}
 	defer func() { _ = watcher.Close() }() // nothing can be done about it
-	a.watchDirectories(watcher)
+	w := &watching{agent: a, watcher: watcher, used: a.configuration().read, lost: map[string]bool{}}
+	w.directories()
 	// Other files of these directories may change all the time (an audit log
 	// does), so an event only makes the agent look, and what it sees must be the
 	// same twice before it is read.
-	look := time.NewTimer(settle)
-	waiting := true
-	used := a.fingerprint()
-	seen := used
-	for {
+	look, anyway := time.NewTimer(settle), time.NewTicker(lookAnyway)
+	defer look.Stop()
+	defer anyway.Stop()
+	for waiting := true; ; {
 		select {
 		case <-ctx.Done():
 			return nil
 		case err := <-watcher.Errors:
 			a.logger.Warn("watching the configuration", zap.Error(err))
 		case <-watcher.Events:
+		case <-anyway.C:
+			w.directories()
 		case <-look.C:
 			waiting = false
-			now := a.fingerprint()
-			settled := now == seen
-			seen = now
-			if settled && now != used {
-				used = now
-				_, _ = a.Reload(ctx) // logged, and shown by status
-				a.watchDirectories(watcher)
-			}
-			if settled {
+			if w.look(ctx) {
 				continue
 			}
 		}
@@ -125,44 +127,75 @@ func (a *Agent) watch(ctx context.Context) error {
 	}
 }
 
-func (a *Agent) watchDirectories(w *fsnotify.Watcher) {
-	a.mu.Lock()
-	files := a.cfg.Files()
-	a.mu.Unlock()
-	for _, f := range files {
+// watching is what one watch knows.
+type watching struct {
+	agent   *Agent
+	watcher *fsnotify.Watcher
+	// used is the fingerprint of what was read last, seen that of the last look.
+	used, seen string
+	lost       map[string]bool // directories that could not be watched
+}
+
+// look reloads when the files have changed and stay as they are. It returns
+// false when it wants to look again soon.
+func (w *watching) look(ctx context.Context) bool {
+	now := w.agent.configuration().fingerprint()
+	settled := now == w.seen
+	w.seen = now
+	if !settled || now == w.used {
+		return settled
+	}
+	w.used = now
+	if _, err := w.agent.Reload(ctx); err != nil {
+		return true // logged, and shown by status
+	}
+	// There may be other files now, and those have changed since they were read.
+	w.used = w.agent.configuration().read
+	w.directories()
+	return false
+}
+
+// directories watches the directories of the files, also those that came, or
+// came back, since it was called last.
+func (w *watching) directories() {
+	for _, f := range w.agent.configuration().files {
 		dir := f
 		if info, err := os.Stat(f); err != nil || !info.IsDir() {
 			dir = filepath.Dir(f)
 		}
-		if err := w.Add(dir); err != nil {
-			a.logger.Warn("cannot watch for changes of the configuration", zap.String("directory", dir), zap.Error(err))
+		err := w.watcher.Add(dir)
+		if err != nil && !w.lost[dir] {
+			w.agent.logger.Warn("cannot watch for changes of the configuration", zap.String("directory", dir), zap.Error(err))
 		}
+		w.lost[dir] = err != nil
 	}
 }
 
 // fingerprint changes when a file that the configuration is read from does, or
 // one comes or goes. Only what the kernel says of the files is compared, so that
 // looking is cheap.
-func (a *Agent) fingerprint() string {
-	a.mu.Lock()
-	files := a.cfg.Files()
-	a.mu.Unlock()
+func (c *Config) fingerprint() string { return stamp(c.files[0]) + c.othersFingerprint() }
+
+// othersFingerprint is fingerprint without the configuration file itself.
+func (c *Config) othersFingerprint() string {
 	var b strings.Builder
-	for _, f := range files {
-		names := []string{f}
-		if entries, err := os.ReadDir(f); err == nil {
-			for _, e := range entries {
-				if strings.HasSuffix(e.Name(), ".yaml") {
-					names = append(names, filepath.Join(f, e.Name()))
-				}
-			}
-			names = names[1:]
-		}
-		for _, name := range names {
-			var st unix.Stat_t
-			err := unix.Stat(name, &st)
-			fmt.Fprintf(&b, "%q %v %d %d %d %d %d\n", name, err, st.Dev, st.Ino, st.Size, st.Mtim.Nano(), st.Ctim.Nano())
-		}
+	for _, pattern := range c.PolicyFiles {
+		names, err := filepath.Glob(pattern)
+		fmt.Fprintf(&b, "%q %q %v\n", pattern, names, err)
+	}
+	for _, f := range c.files[1:] {
+		b.WriteString(stamp(f))
 	}
 	return b.String()
+}
+
+// stamp is what the kernel says of a file. Of a directory it is only that it is
+// one: what else is in it does not matter.
+func stamp(name string) string {
+	var st unix.Stat_t
+	err := unix.Stat(name, &st)
+	if err == nil && st.Mode&unix.S_IFMT == unix.S_IFDIR {
+		return fmt.Sprintf("%q directory\n", name)
+	}
+	return fmt.Sprintf("%q %v %d %d %d %o %d %d\n", name, err, st.Dev, st.Ino, st.Size, st.Mode, st.Mtim.Nano(), st.Ctim.Nano())
 }

@@ -53,6 +53,8 @@ type rig struct {
 	cancel context.CancelFunc
 	done   chan error
 	level  *zap.AtomicLevel // of the agent's logger, where a test looks at it
+	// between runs after the configuration was read and before the agent is built.
+	between func()
 }
 
 const baseConfig = `version: 1
@@ -164,6 +166,9 @@ func (r *rig) startIn(state string) {
 	cfg, err := agent.LoadConfig(r.config)
 	if err != nil {
 		r.t.Fatalf("configuration: %v", err)
+	}
+	if r.between != nil {
+		r.between()
 	}
 	a, err := agent.New(cfg, r.config, zap.NewNop())
 	if err != nil {
