@@ -290,8 +290,10 @@ func TestReload(t *testing.T) {
 	})
 	t.Run("a file with faults", func(t *testing.T) {
 		r.write(configText("operations: [encrypt", "operations: [encypt"))
-		s := r.await("the refusal", func(s *adminv1.StatusResponse) bool { return s.GetConfiguration().GetRejected() != "" })
-		if s.GetState() != "degraded" || !strings.Contains(s.GetConfiguration().GetRejected(), "encypt") {
+		s := r.await("the refusal", func(s *adminv1.StatusResponse) bool {
+			return strings.Contains(s.GetConfiguration().GetRejected(), "encypt")
+		})
+		if s.GetState() != "degraded" {
 			t.Errorf("status = %s, %q", s.GetState(), s.GetConfiguration().GetRejected())
 		}
 		if err := try(); err != nil {
