@@ -47,7 +47,7 @@ func allowed() map[string][]string {
 			"cache", "identity", "identity/issuer", "plugins", "plugins/host", "plugins/local",
 		},
 		"client":        {"api/*", "envelope"},
-		"cmd/kms-agent": {"agent", "agent/audit", "agent/kms", "agent/policy", "api/*", "client", "plugins", "plugins/local"},
+		"cmd/kms-agent": {"agent", "agent/audit", "agent/kms", "agent/policy", "api/*", "client", "identity", "plugins", "plugins/local"},
 		"test":          {},
 		// Examples use what anybody may.
 		"examples/backup": {},

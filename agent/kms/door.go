@@ -106,7 +106,7 @@ func (t *transaction) authorise(name string, op policy.Operation, encryptionCont
 		t.record.Rule, t.note = "", "there is no key of this name"
 	}
 	if k == nil || !decision.Allowed {
-		return nil, denied(name)
+		return nil, deniedBy(name, decision)
 	}
 	t.bound(decision.MaxStale)
 	t.record.Backend = k.Backend
@@ -135,9 +135,13 @@ func (t *transaction) decide(st *state, name string, op policy.Operation, encryp
 	if st.Policy == nil {
 		return policy.Decision{}
 	}
-	return st.Policy.Decide(policy.Request{
-		Caller: t.call.Caller, Operation: op, Key: name, Context: encryptionContext, Time: t.began,
-	})
+	r := policy.Request{
+		Caller: t.call.Caller, Operation: op, Key: name, Context: encryptionContext, Time: time.Now(),
+	}
+	if k := st.keys[name]; k != nil {
+		r.Labels = k.Labels
+	}
+	return st.Policy.Decide(r)
 }
 
 // bound tightens how stale a key may be, as policy demands.

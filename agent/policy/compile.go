@@ -88,6 +88,7 @@ type compiler struct {
 	cfg    Config
 	bits   map[Operation]uint32
 	roles  map[string]uint32
+	when   *conditions // made when the first rule needs it
 	faults []error
 }
 
@@ -141,7 +142,26 @@ func (c *compiler) rule(index int, seen map[string]int) parsedRule {
 	p.keys = keys(r, p.ops, report)
 	p.proofs = proofs(r, report)
 	p.maxStale = maxStale(r, report)
+	p.when = c.condition(r, report)
 	return p
+}
+
+func (c *compiler) condition(r *Rule, report reporter) *condition {
+	if r.When == "" {
+		return nil
+	}
+	var err error
+	if c.when == nil {
+		c.when, err = newConditions()
+	}
+	var compiled *condition
+	if err == nil {
+		compiled, err = c.when.compile(r.When)
+	}
+	if err != nil {
+		report("when", "the condition %v", err)
+	}
+	return compiled
 }
 
 func (c *compiler) callers(r *Rule, deny bool, report reporter) []pattern {
@@ -327,7 +347,7 @@ func build(bits map[Operation]uint32, parsed []parsedRule) *Policy {
 		}
 		return cmp.Compare(a.name, b.name)
 	})
-	p := &Policy{bits: bits, rules: make([]rule, len(parsed))}
+	p := &Policy{bits: bits, rules: make([]rule, len(parsed)), parsed: parsed}
 	for i, r := range parsed {
 		p.rules[i] = r.rule
 		everyKey := len(r.keys) == 0

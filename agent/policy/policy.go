@@ -40,6 +40,11 @@ type Rule struct {
 	// for what this rule allows. Nil is no bound; zero demands a confirmation
 	// made for the request. Only in an allow.
 	MaxStale *time.Duration `yaml:"max_stale"`
+	// When is a condition in CEL (cel.dev) over the request; the rule matches only
+	// where it is true. Where it has no value, as when it reads a context that is
+	// not there, an allow does not match and a deny does. Empty is true.
+	// docs/policy.md lists what it sees. At most MaxConditionLength bytes.
+	When string `yaml:"when"`
 	// Proof lists how the caller must have been proven for the rule to match;
 	// empty is any proof.
 	Proof []identity.Proof `yaml:"proof"`
@@ -63,8 +68,9 @@ type Request struct {
 	// (Operation.Keyless) and only for those.
 	Operation Operation
 	Key       string
-	// Context and Time describe the request to conditions. No rule reads them
-	// as long as it has no condition.
+	// Labels of the key, Context and Time describe the request to conditions; no
+	// rule without one reads them. They are read only.
+	Labels  map[string]string
 	Context map[string]string
 	Time    time.Time
 }
@@ -76,6 +82,9 @@ type Decision struct {
 	// rules of the deciding effect match it is the one whose name sorts first,
 	// so that it does not depend on the order of the rules.
 	Rule string
+	// Failed tells of the first rule, by name, whose condition had no value, and
+	// why; empty where there was none. It is for the record, not for the caller.
+	Failed string
 	// MaxStale is the smallest bound of all allowing rules that match; nil is
 	// no bound, and always nil in a denial. An allow without a bound does not
 	// lift the bound of another.

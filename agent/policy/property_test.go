@@ -2,6 +2,7 @@ package policy_test
 
 import (
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"testing"
@@ -82,12 +83,38 @@ func drawRules(t *rapid.T) []policy.Rule {
 	return rules
 }
 
+// conditionsOf are conditions with what they are worth: true, false, or nothing.
+func conditionsOf() map[string]func(policy.Request) (value, known bool) {
+	return map[string]func(policy.Request) (bool, bool){
+		"":                       func(policy.Request) (bool, bool) { return true, true },
+		`context.t == "a"`:       func(r policy.Request) (bool, bool) { return r.Context["t"] == "a", r.Context != nil },
+		`key.name.contains("b")`: func(r policy.Request) (bool, bool) { return strings.Contains(r.Key, "b"), true },
+		`caller.path[1] == "a"`: func(r policy.Request) (bool, bool) {
+			segments := strings.Split(r.Caller.ID.Path(), "/")[1:]
+			return len(segments) > 1 && segments[1] == "a", len(segments) > 1
+		},
+	}
+}
+
+// drawConditional is drawRules with conditions here and there.
+func drawConditional(t *rapid.T) []policy.Rule {
+	rules := drawRules(t)
+	for i := range rules {
+		rules[i].When = rapid.SampledFrom(slices.Sorted(maps.Keys(conditionsOf()))).Draw(t, "when")
+	}
+	return rules
+}
+
 func drawRequest(t *rapid.T) policy.Request {
 	c := identity.Caller{
 		ID:    spiffeid.RequireFromString(spiffe(t)),
 		Proof: rapid.SampledFrom([]identity.Proof{identity.ProofX509SVID, identity.ProofStaticPeer}).Draw(t, "proof"),
 	}
-	return policy.Request{Caller: c, Operation: drawOperation(t), Key: path(t)}
+	r := policy.Request{Caller: c, Operation: drawOperation(t), Key: path(t)}
+	if rapid.Bool().Draw(t, "context") {
+		r.Context = map[string]string{"t": rapid.SampledFrom([]string{"a", "b"}).Draw(t, "t")}
+	}
+	return r
 }
 
 func mustCompile(t *rapid.T, rules []policy.Rule) *policy.Policy {
@@ -124,6 +151,10 @@ func plainly(rules []policy.Rule, r policy.Request) policy.Decision {
 		if !caller || !key || !proven || !slices.Contains(rule.Operations, string(r.Operation)) {
 			continue
 		}
+		value, known := conditionsOf()[rule.When](r)
+		if known && !value || !known && rule.Effect != policy.Deny {
+			continue
+		}
 		if rule.Effect == policy.Deny {
 			if denial == "" || rule.Name < denial {
 				denial = rule.Name
@@ -145,8 +176,8 @@ func plainly(rules []policy.Rule, r policy.Request) policy.Decision {
 
 func TestDecisionsAreThePlainOnes(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
-		rules, r := drawRules(t), drawRequest(t)
-		if diff := cmp.Diff(plainly(rules, r), mustCompile(t, rules).Decide(r)); diff != "" {
+		rules, r := drawConditional(t), drawRequest(t)
+		if diff := cmp.Diff(plainly(rules, r), withoutFailure(mustCompile(t, rules).Decide(r))); diff != "" {
 			t.Fatalf("decision (-plain +got):\n%s", diff)
 		}
 	})
@@ -172,17 +203,24 @@ func TestManyRulesDecideAsPlainly(t *testing.T) {
 	})
 }
 
+// withoutFailure leaves out what is for the record.
+func withoutFailure(d policy.Decision) policy.Decision {
+	d.Failed = ""
+	return d
+}
+
 func TestADenyNeverAllowsMore(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
-		rules, r := drawRules(t), drawRequest(t)
+		rules, r := drawConditional(t), drawRequest(t)
 		before := mustCompile(t, rules).Decide(r)
 		deny := drawRule(t, "added")
+		deny.When = rapid.SampledFrom(slices.Sorted(maps.Keys(conditionsOf()))).Draw(t, "when")
 		deny.Effect, deny.MaxStale = policy.Deny, nil
 		after := mustCompile(t, append(rules, deny)).Decide(r)
 		if after.Allowed && !before.Allowed {
 			t.Fatalf("allowed by %q only after a deny was added", after.Rule)
 		}
-		if after.Allowed && !cmp.Equal(before, after) {
+		if after.Allowed && !cmp.Equal(withoutFailure(before), withoutFailure(after)) {
 			t.Fatalf("a deny that does not match changed %+v to %+v", before, after)
 		}
 	})
@@ -190,7 +228,7 @@ func TestADenyNeverAllowsMore(t *testing.T) {
 
 func TestRemovingAnAllowNeverAllowsMore(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
-		rules, r := drawRules(t), drawRequest(t)
+		rules, r := drawConditional(t), drawRequest(t)
 		if len(rules) == 0 {
 			return
 		}
@@ -206,9 +244,28 @@ func TestRemovingAnAllowNeverAllowsMore(t *testing.T) {
 	})
 }
 
+// What is explained is what is decided.
+func TestExplanationsAreTheDecision(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		p, r := mustCompile(t, drawConditional(t)), drawRequest(t)
+		want, got := p.Decide(r), policy.Decision{}
+		for _, f := range p.Explain(r) {
+			if f.Matches && got.Rule == "" {
+				got = policy.Decision{Allowed: f.Effect == policy.Allow, Rule: f.Rule}
+			}
+			if !f.Matches && f.Why == "" {
+				t.Fatalf("rule %s does not match and nobody says why", f.Rule)
+			}
+		}
+		if got.Allowed != want.Allowed || got.Rule != want.Rule {
+			t.Fatalf("explained as %+v, decided as %+v", got, want)
+		}
+	})
+}
+
 func TestOrderDoesNotMatter(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
-		rules, r := drawRules(t), drawRequest(t)
+		rules, r := drawConditional(t), drawRequest(t)
 		shuffled := rapid.Permutation(rules).Draw(t, "shuffled")
 		if diff := cmp.Diff(mustCompile(t, rules).Decide(r), mustCompile(t, shuffled).Decide(r)); diff != "" {
 			t.Fatalf("decision depends on the order of the rules (-before +after):\n%s", diff)

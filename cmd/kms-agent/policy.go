@@ -1,0 +1,334 @@
+package main
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/goccy/go-yaml"
+	"github.com/goccy/go-yaml/ast"
+	"github.com/goccy/go-yaml/parser"
+	"github.com/spf13/cobra"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/kms-agent/kms-agent/agent"
+	"github.com/kms-agent/kms-agent/agent/policy"
+	"github.com/kms-agent/kms-agent/identity"
+)
+
+// maxExpectations bounds the file of policy test, in bytes.
+const maxExpectations = 4 << 20
+
+func newPolicy(a *app) *cobra.Command {
+	c := group("policy", "Try out a policy, without an agent", "")
+	c.AddCommand(newPolicyTest(a), newPolicyExplain(a))
+	return c
+}
+
+// question is one request to a policy, as flags and files write it.
+type question struct {
+	Caller    string            `yaml:"caller"`
+	Proof     string            `yaml:"proof"`
+	UID       uint32            `yaml:"uid"`
+	GID       uint32            `yaml:"gid"`
+	Operation string            `yaml:"operation"`
+	Key       string            `yaml:"key"`
+	Context   map[string]string `yaml:"context"`
+	Time      string            `yaml:"time"`
+}
+
+// request is the question to the policy of cfg.
+func (q question) request(cfg *agent.Config) (policy.Request, error) {
+	id, err := spiffeid.FromString(q.Caller)
+	if err != nil {
+		return policy.Request{}, fmt.Errorf("caller %q is not a SPIFFE ID: %w", q.Caller, err)
+	}
+	r := policy.Request{
+		Caller:    identity.Caller{ID: id, Proof: identity.Proof(q.Proof), Peer: identity.Peer{UID: q.UID, GID: q.GID}},
+		Operation: policy.Operation(q.Operation), Key: q.Key, Context: q.Context, Time: time.Now(),
+	}
+	if q.Proof == "" {
+		r.Caller.Proof = identity.ProofX509SVID
+	}
+	if q.Time != "" {
+		if r.Time, err = time.Parse(time.RFC3339, q.Time); err != nil {
+			return r, fmt.Errorf("time %q is not like 2026-11-23T09:30:00Z", q.Time)
+		}
+	}
+	if !knownOperation(r.Operation) {
+		return r, fmt.Errorf("operation %q is not known; there are: %v", q.Operation, policy.Operations())
+	}
+	for _, k := range cfg.Keys {
+		for _, name := range append([]string{k.Name}, k.FormerNames...) {
+			if name == q.Key {
+				r.Key, r.Labels = k.Name, k.Labels
+			}
+		}
+	}
+	return r, nil
+}
+
+func knownOperation(o policy.Operation) bool {
+	for _, known := range policy.Operations() {
+		if o == known {
+			return true
+		}
+	}
+	return false
+}
+
+// policyFlags are a question and where to ask it.
+type policyFlags struct {
+	config   string
+	question question
+	context  pairs
+}
+
+func (a *app) policyFlags(c *cobra.Command, f *policyFlags) {
+	flags := c.Flags()
+	flags.StringVar(&f.config, "config", defaultConfigPath, "the configuration whose policy is asked")
+	flags.StringVar(&f.question.Caller, "caller", "", "SPIFFE ID of the caller")
+	flags.StringVar(&f.question.Proof, "proof", string(identity.ProofX509SVID), "how the caller was proven: x509-svid, jwt-svid, static-peer")
+	flags.Uint32Var(&f.question.UID, "uid", 0, "user of the caller's process")
+	flags.Uint32Var(&f.question.GID, "gid", 0, "group of the caller's process")
+	flags.StringVar(&f.question.Operation, "operation", "", "the operation")
+	flags.StringVar(&f.question.Key, "key", "", "the key; none for operations on no key")
+	flags.StringVar(&f.question.Time, "time", "", "when it is asked, as 2026-11-23T09:30:00Z (default: now)")
+	f.context.flag(c, "context", "c", "NAME=VALUE of the encryption context; may be repeated")
+	a.outputFlag(c)
+}
+
+func (f *policyFlags) ask(cfg *agent.Config) (policy.Request, error) {
+	if f.question.Caller == "" || f.question.Operation == "" {
+		return policy.Request{}, usagef("--caller and --operation are needed")
+	}
+	context, err := f.context.parse()
+	if err != nil {
+		return policy.Request{}, err
+	}
+	f.question.Context = context
+	r, err := f.question.request(cfg)
+	if err != nil {
+		return r, usagef("%v", err)
+	}
+	return r, nil
+}
+
+// policyAnswer is what policy test prints of one question.
+type policyAnswer struct {
+	Allowed bool `json:"allowed"`
+	// Rule is the deciding one; empty with the default deny.
+	Rule string `json:"rule"`
+	// MaxStale is empty without a bound.
+	MaxStale string `json:"max_stale"`
+	// Failed tells of a condition that had no value.
+	Failed string `json:"failed"`
+}
+
+func answerOf(d policy.Decision) policyAnswer {
+	answer := policyAnswer{Allowed: d.Allowed, Rule: d.Rule, Failed: d.Failed}
+	if d.MaxStale != nil {
+		answer.MaxStale = d.MaxStale.String()
+	}
+	return answer
+}
+
+func (p policyAnswer) rows(t *table) {
+	switch {
+	case p.Allowed:
+		t.row("allowed", "by rule "+p.Rule)
+	case p.Rule != "":
+		t.row("denied", "by rule "+p.Rule)
+	default:
+		t.row("denied", "by default: no rule allows it")
+	}
+	if p.MaxStale != "" {
+		t.row("max_stale", p.MaxStale)
+	}
+	if p.Failed != "" {
+		t.row("note", p.Failed)
+	}
+}
+
+func newPolicyTest(a *app) *cobra.Command {
+	f, file := policyFlags{}, ""
+	c := &cobra.Command{
+		Use: "test", Short: "Could this caller do that, and by which rule?",
+		Long: `Asks the policy of a configuration one question, and ends with exit code 0 where
+it allows and 3 where it denies. No agent is needed.
+
+With --expect it asks all questions of a file instead and compares the answers,
+for CI: exit code 5 where one differs. The file is a list such as
+
+  - caller: spiffe://example.org/ns/shop/sa/orders
+    operation: decrypt
+    key: orders
+    context: { tenant: shop }        # and proof, uid, gid, time where they matter
+    expect: allow                    # or deny
+    rule: orders-service             # the deciding rule; may be left out`,
+		Example: "  kms-agent policy test --caller spiffe://example.org/ns/shop/sa/orders --operation encrypt --key orders\n" +
+			"  kms-agent policy test --config config.yaml --expect policy-test.yaml",
+		Args: exactly(),
+		RunE: func(c *cobra.Command, _ []string) error {
+			cfg, err := agent.LoadConfig(f.config)
+			if err != nil {
+				return err
+			}
+			if file != "" {
+				return a.expectations(c, cfg, file)
+			}
+			r, err := f.ask(cfg)
+			if err != nil {
+				return err
+			}
+			answer := answerOf(cfg.CompiledPolicy().Decide(r))
+			if err := a.print(answer, answer.rows); err != nil || answer.Allowed {
+				return err
+			}
+			return &codedError{code: exitDenied, err: errors.New("denied"), hint: "kms-agent policy explain tells why, rule by rule"}
+		},
+	}
+	a.policyFlags(c, &f)
+	c.Flags().StringVar(&file, "expect", "", "a file of questions with the answers that are expected")
+	return c
+}
+
+// expectation is a question with the answer that is expected.
+type expectation struct {
+	Question question `yaml:",inline"`
+	Expect   string   `yaml:"expect"`
+	Rule     string   `yaml:"rule"`
+}
+
+// expectationResults is what policy test --expect prints.
+type expectationResults struct {
+	Passed int      `json:"passed"`
+	Failed []string `json:"failed"`
+}
+
+func (a *app) expectations(c *cobra.Command, cfg *agent.Config, path string) error {
+	data, err := a.readInput(c.Context(), path, maxExpectations, path)
+	if err != nil {
+		return err
+	}
+	list, lines, err := parseExpectations(data)
+	if err != nil {
+		return &codedError{code: exitInvalid, err: fmt.Errorf("%s: %w", path, err), hint: "kms-agent policy test --help shows such a file"}
+	}
+	results := expectationResults{Failed: []string{}}
+	for i, e := range list {
+		if fault := e.check(cfg); fault != "" {
+			results.Failed = append(results.Failed, fmt.Sprintf("%s:%d: %s", path, lines[i], fault))
+			continue
+		}
+		results.Passed++
+	}
+	err = a.print(results, func(t *table) {
+		for _, fault := range results.Failed {
+			t.row(fault)
+		}
+		t.row(fmt.Sprintf("%d of %d as expected", results.Passed, len(list)))
+	})
+	if err == nil && len(results.Failed) > 0 {
+		err = &codedError{code: exitInvalid, err: fmt.Errorf("%d answers are not as expected", len(results.Failed))}
+	}
+	return err
+}
+
+// parseExpectations returns the expectations and the line of each.
+func parseExpectations(data []byte) ([]expectation, []int, error) {
+	var list []expectation
+	if err := yaml.NewDecoder(bytes.NewReader(data), yaml.Strict()).Decode(&list); err != nil {
+		return nil, nil, errors.New(strings.TrimSpace(yaml.FormatError(err, false, false)))
+	}
+	file, err := parser.ParseBytes(data, 0)
+	if err != nil {
+		return nil, nil, err
+	}
+	var lines []int
+	if len(file.Docs) > 0 {
+		if sequence, ok := file.Docs[0].Body.(*ast.SequenceNode); ok {
+			for _, node := range sequence.Values {
+				lines = append(lines, node.GetToken().Position.Line)
+			}
+		}
+	}
+	if len(list) == 0 || len(lines) != len(list) {
+		return nil, nil, errors.New("is no list of expectations")
+	}
+	return list, lines, nil
+}
+
+// check returns what is not as expected.
+func (e expectation) check(cfg *agent.Config) string {
+	if e.Expect != policy.Allow && e.Expect != policy.Deny {
+		return fmt.Sprintf("expect is %q; write allow or deny", e.Expect)
+	}
+	r, err := e.Question.request(cfg)
+	if err != nil {
+		return err.Error()
+	}
+	got := answerOf(cfg.CompiledPolicy().Decide(r))
+	t := &table{}
+	got.rows(t)
+	said := strings.Join(t.rows[0], " ")
+	if got.Allowed != (e.Expect == policy.Allow) || e.Rule != "" && e.Rule != got.Rule {
+		wanted := e.Expect
+		if e.Rule != "" {
+			wanted += " by rule " + e.Rule
+		}
+		return fmt.Sprintf("%s may %s %s: expected %s, but it is %s", e.Question.Caller, e.Question.Operation, e.Question.Key, wanted, said)
+	}
+	return ""
+}
+
+// explanation is what policy explain prints.
+type explanation struct {
+	policyAnswer
+	Rules []ruleFinding `json:"rules"`
+}
+
+type ruleFinding struct {
+	Rule    string `json:"rule"`
+	Effect  string `json:"effect"`
+	Matches bool   `json:"matches"`
+	Why     string `json:"why"`
+}
+
+func newPolicyExplain(a *app) *cobra.Command {
+	f := policyFlags{}
+	c := &cobra.Command{
+		Use: "explain", Short: "Which rules match a request, and why the others do not",
+		Long: `Asks the policy of a configuration one question, as policy test does, and tells of
+every rule whether it matches and which of its parts does not.`,
+		Args: exactly(),
+		RunE: func(c *cobra.Command, _ []string) error {
+			cfg, err := agent.LoadConfig(f.config)
+			if err != nil {
+				return err
+			}
+			r, err := f.ask(cfg)
+			if err != nil {
+				return err
+			}
+			all := explanation{policyAnswer: answerOf(cfg.CompiledPolicy().Decide(r)), Rules: []ruleFinding{}}
+			for _, finding := range cfg.CompiledPolicy().Explain(r) {
+				all.Rules = append(all.Rules, ruleFinding{finding.Rule, finding.Effect, finding.Matches, finding.Why})
+			}
+			return a.print(all, all.table)
+		},
+	}
+	a.policyFlags(c, &f)
+	return c
+}
+
+func (e explanation) table(t *table) {
+	t.header("RULE", "EFFECT", "MATCHES", "WHY NOT")
+	for _, r := range e.Rules {
+		t.row(r.Rule, r.Effect, yesNo(r.Matches), orDash(r.Why))
+	}
+	t.row()
+	e.rows(t)
+}
