@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := build
 
 GO       ?= go
-TOOL     := $(GO) tool -modfile=tools/go.mod
+TOOL     := $(GO) tool -modfile=$(CURDIR)/tools/go.mod
 VERSION  ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
 LDFLAGS  := -s -w
 # Release builds erase secrets from stacks and registers where Go can.
@@ -11,6 +11,9 @@ RELEASE  := CGO_ENABLED=0 GOEXPERIMENT=runtimesecret
 FUZZTIME ?= 30s
 SOAKTIME ?= 10m
 COUNT    ?= 5
+# Examples with dependencies that the agent's own module must not have.
+EXAMPLES := examples/rows
+each_example = set -e; for dir in $(EXAMPLES); do (cd $$dir && $(1)); done
 
 .PHONY: build build-fips quickstart test test-fips race lint generate generate-check fmt-check vet tidy-check check fuzz soak bench interop deps clean help
 
@@ -31,9 +34,11 @@ deps: ## install what the tests need
 
 test: deps ## run every test
 	$(GO) test -timeout 9m ./...
+	@$(call each_example,$(GO) test -timeout 5m ./...)
 
 race: deps ## run every test under the race detector
 	$(GO) test -race -timeout 20m ./...
+	@$(call each_example,$(GO) test -race -timeout 10m ./...)
 
 test-fips: deps ## run every test on the certified module, with what is not approved refused
 	GOFIPS140=certified GODEBUG=fips140=only $(GO) test -timeout 15m ./...
@@ -46,9 +51,11 @@ soak: ## mixed load, honest and hostile, for SOAKTIME; fails where the agent gro
 
 lint: ## golangci-lint
 	$(TOOL) golangci-lint run ./...
+	@$(call each_example,$(TOOL) golangci-lint run ./...)
 
 vet:
 	$(GO) vet ./...
+	@$(call each_example,$(GO) vet ./...)
 
 fmt-check:
 	@out=$$(gofmt -l $$(git ls-files '*.go')); test -z "$$out" || { echo "gofmt these: $$out"; exit 1; }
@@ -61,6 +68,7 @@ generate-check: ## fail when api/ is not what the .proto files make
 
 tidy-check:
 	$(GO) mod tidy -diff
+	@$(call each_example,$(GO) mod tidy -diff)
 
 check: fmt-check vet tidy-check generate-check lint test race ## all that must pass before a commit
 
