@@ -244,7 +244,7 @@ func (l *loader) validateWrappingKey(taken map[[2]string]string, at string, key 
 			l.report(path, "must be local:NAME, where NAME is a key of the backend's keystore")
 		}
 	}
-	id := [2]string{key.Backend, key.WrappingKey}
+	id := [2]string{l.upstreamOf(key.Backend), key.WrappingKey}
 	if other, twice := taken[id]; twice {
 		l.report(path, "belongs to %s already; a wrapping key belongs to one key", other)
 	}

@@ -181,3 +181,39 @@ func TestNothingIsLeftOfAnAgentThatCannotStart(t *testing.T) {
 		t.Errorf("left in the runtime directory: %v, %v", left, err)
 	}
 }
+
+// A stream under way when the agent stops has an end on record too.
+func TestStopsUnderAStream(t *testing.T) {
+	r := newRig(t, configText())
+	r.start()
+	stream, err := kmsagentv1.NewKMSClient(r.tls("orders")).EncryptStream(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	start := &kmsagentv1.EncryptStreamStart{Key: "orders"}
+	if err := stream.Send(&kmsagentv1.EncryptStreamRequest{Part: &kmsagentv1.EncryptStreamRequest_Start{Start: start}}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := stream.Recv(); err != nil {
+		t.Fatal(err)
+	}
+	r.stop()
+	if _, err := stream.Recv(); err == nil {
+		t.Error("the stream goes on after the agent")
+	}
+	text := r.auditText()
+	if strings.Count(text, `"kind":"start"`) != 1 || strings.Count(text, `"kind":"end"`) != 1 {
+		t.Errorf("want one start and one end on record:\n%s", text)
+	}
+}
+
+func TestAWrappingKeyBelongsToOneKeyUnderAnyBackendsName(t *testing.T) {
+	text := configText("backends:\n", `backends:
+  - name: alias
+    plugin: local
+    settings: { seal: { key_file: keystore.key }, keystore: keystore }
+`, `{ name: archive, backend: local, wrapping_key: "local:archive" }`, `{ name: archive, backend: alias, wrapping_key: "local:orders" }`)
+	if _, err := agent.ParseConfig("/x/config.yaml", []byte(text)); err == nil || !strings.Contains(err.Error(), "belongs to keys[0]") {
+		t.Errorf("error = %v; two keys have one wrapping key", err)
+	}
+}

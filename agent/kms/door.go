@@ -212,10 +212,13 @@ func (t *transaction) write(ctx context.Context) error {
 // the caller.
 func (s *Service) Refuse(ctx context.Context, call Call, operation string, refusal *Error) error {
 	t := s.begin(call, policy.Operation(operation))
-	if err := t.finish(ctx, refusal); err != nil {
+	bound := *refusal
+	bound.Key = bounded(refusal.Key) // as the caller wrote it
+	t.record.Key = bound.Key
+	if err := t.finish(ctx, &bound); err != nil {
 		return err
 	}
-	return refusal
+	return &bound
 }
 
 // detailOf is what an auditor needs to tell failures apart that look alike

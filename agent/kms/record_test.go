@@ -202,3 +202,16 @@ func TestANoCountsWhateverBecameOfTheCaller(t *testing.T) {
 		t.Error("the cached data key is still used after upstream said no")
 	}
 }
+
+func TestRefusalsAreBounded(t *testing.T) {
+	r := newRig(t)
+	refusal := &kms.Error{Reason: kms.ReasonTooLarge, Key: strings.Repeat("k", 1<<20), Message: "too large"}
+	err := r.Refuse(t.Context(), caller(t, orders), "encrypt", refusal)
+	var told *kms.Error
+	if !errors.As(err, &told) || told.Reason != kms.ReasonTooLarge || len(told.Key) > 128 {
+		t.Errorf("the caller is told of a key name of %d bytes", len(told.Key))
+	}
+	if rec := r.lastRecord(); rec.Key == "" || len(rec.Key) > 128 {
+		t.Errorf("the record has a key name of %d bytes", len(rec.Key))
+	}
+}

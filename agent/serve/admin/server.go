@@ -59,7 +59,7 @@ func (s *server) Evict(ctx context.Context, r *adminv1.EvictRequest) (*adminv1.E
 		}
 		evicted, ok := s.service.Evict(r.GetKey())
 		if !ok {
-			return nil, invalid("there is no key %q; kms-agent status lists them", r.GetKey())
+			return nil, invalid("there is no key %.128q; kms-agent status lists them", r.GetKey())
 		}
 		return &adminv1.EvictResponse{Evicted: uint64(evicted)}, nil
 	})

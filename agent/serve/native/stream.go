@@ -16,6 +16,8 @@ import (
 // chunkSize is how much ciphertext or plaintext one answer of a stream holds.
 const chunkSize = 64 << 10
 
+var errPanicked = errors.New("panic")
+
 const noStart = "the first request of a stream must be its start"
 
 func (s *server) EncryptStream(ss grpc.BidiStreamingServer[kmsagentv1.EncryptStreamRequest, kmsagentv1.EncryptStreamResponse]) error {
@@ -41,6 +43,8 @@ func (s *server) EncryptStream(ss grpc.BidiStreamingServer[kmsagentv1.EncryptStr
 	if err != nil {
 		return err
 	}
+	// For a panic: a stream that began has an end on record, and its key goes.
+	defer func() { _ = st.Close(ctx, errPanicked) }()
 	err = ss.Send(&kmsagentv1.EncryptStreamResponse{Part: &kmsagentv1.EncryptStreamResponse_KeyUse{KeyUse: keyUse(st.KeyUse())}})
 	for err == nil {
 		err = s.encryptChunk(ss, st)
@@ -105,6 +109,7 @@ func (s *server) DecryptStream(ss grpc.BidiStreamingServer[kmsagentv1.DecryptStr
 	if err != nil {
 		return err
 	}
+	defer func() { _ = st.Close(ctx, errPanicked) }()
 	err = ss.Send(&kmsagentv1.DecryptStreamResponse{Part: &kmsagentv1.DecryptStreamResponse_Header{
 		Header: &kmsagentv1.DecryptStreamHeader{KeyUse: keyUse(st.KeyUse()), Context: st.Context()},
 	}})
