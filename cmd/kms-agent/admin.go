@@ -157,7 +157,9 @@ func adminHint(err error, socket string) error {
 	if f.code == exitUnavailable {
 		f.hint = "is the agent running, is " + socket + " its admin socket (--admin-socket), and are you its owner or root?"
 	}
-	if f.code == exitDenied {
+	if f.code == exitDenied && f.reason == "" {
+		f.hint = "the admin socket " + socket + " lets its owner and root connect, and nobody else"
+	} else if f.code == exitDenied {
 		f.hint = "the agent answers who is named in admin.allow of its configuration, and nobody else"
 	}
 	return &codedError{code: f.code, hint: f.hint, err: err}

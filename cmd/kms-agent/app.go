@@ -23,6 +23,8 @@ type app struct {
 	in, out, errOut *os.File
 	env             func(string) string
 	format          outputFormat
+	// workloadAPI is the address that the command uses, once that is known.
+	workloadAPI string
 }
 
 func newApp(in, out, errOut *os.File, env func(string) string) *app {

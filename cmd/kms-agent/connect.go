@@ -8,6 +8,7 @@ import (
 
 	"github.com/spf13/cobra"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/workloadapi"
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	"github.com/kms-agent/kms-agent/client"
@@ -67,6 +68,10 @@ func (a *app) options(f *connection) (client.Options, error) {
 	case f.identity != identityPeer:
 		o.WorkloadAPI = api
 	}
+	if o.WorkloadAPI != "" && workloadapi.ValidateAddress(o.WorkloadAPI) != nil {
+		return o, usagef("%q is no address of a Workload API; write it as unix:///run/spire/agent/sockets/api.sock", o.WorkloadAPI)
+	}
+	a.workloadAPI = o.WorkloadAPI
 	o.JWTAudience = f.audience
 	if f.agentID == "" {
 		return o, nil

@@ -24,8 +24,8 @@ type transfer struct {
 }
 
 func (a *app) transferFlags(c *cobra.Command, t *transfer, contextUsage string) {
-	c.Flags().StringVarP(&t.in, "in", "i", "", "read this file instead of standard input")
-	c.Flags().StringVarP(&t.out, "out", "o", "", "write this file, whole or not at all, instead of standard output")
+	c.Flags().VarP(pathFlag{&t.in}, "in", "i", "read this file instead of standard input")
+	c.Flags().VarP(pathFlag{&t.out}, "out", "o", "write this file, whole or not at all, instead of standard output")
 	c.Flags().BoolVar(&t.force, "force", false, "replace the output file where it exists")
 	c.Flags().BoolVarP(&t.verbose, "verbose", "v", false, "say on standard error which key was used and how fresh it is")
 	t.context.flag(c, "context", "c", contextUsage)

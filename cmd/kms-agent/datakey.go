@@ -24,7 +24,7 @@ type secretOutput struct {
 }
 
 func (s *secretOutput) flags(c *cobra.Command) {
-	c.Flags().StringVar(&s.file, "plaintext-out", "", "write the plaintext key, its bare bytes, to this new file of mode 0600")
+	c.Flags().Var(pathFlag{&s.file}, "plaintext-out", "write the plaintext key, its bare bytes, to this new file of mode 0600")
 	c.Flags().BoolVar(&s.show, "show-plaintext", false, "print the plaintext key, in base64, in the JSON output")
 	c.Flags().BoolVar(&s.force, "force", false, "replace output files where they exist")
 }
@@ -174,7 +174,7 @@ func newDatakeyDecrypt(a *app) *cobra.Command {
 			return a.decryptDataKey(c.Context(), &k, in)
 		},
 	}
-	c.Flags().StringVarP(&in, "in", "i", "", "read this file instead of standard input")
+	c.Flags().VarP(pathFlag{&in}, "in", "i", "read this file instead of standard input")
 	k.context.flag(c, "context", "c", "NAME=VALUE; exactly the pairs that the data key was made with")
 	k.stale.flag(c)
 	k.secret.flags(c)
@@ -233,7 +233,7 @@ func (a *app) readWrapped(ctx context.Context, path string) (*kmsagentv1.Encrypt
 	edk, err := parseWrapped(data)
 	if err != nil {
 		return nil, &codedError{
-			code: exitInvalid, hint: "it is the JSON document that datakey generate or wrap printed", err: err,
+			code: exitInvalid, hint: "it takes the JSON document that datakey generate or wrap printed", prefix: source(path) + ": ", err: err,
 		}
 	}
 	return edk, nil

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -46,7 +47,7 @@ func exitCodes() []exitMeaning {
 		{exitOK, "done"},
 		{exitFailure, "failed for a reason without a code of its own"},
 		{exitUsage, "the command line is wrong; nothing was done"},
-		{exitDenied, "denied: policy gives this caller no such operation on such a key, or the caller could not be identified"},
+		{exitDenied, "denied: policy gives this caller no such operation on such a key, the caller could not be identified, or a file or socket does not admit this user"},
 		{exitUnavailable, "not available now: the agent, its backend or its audit log; the same command may succeed later"},
 		{exitInvalid, "what was given is not valid or not there: message, context, configuration, audit log, key or keystore"},
 		{exitIncomplete, "the output already written to a pipe is incomplete and must be thrown away"},
@@ -84,7 +85,7 @@ func (a *app) fail(ctx context.Context, command *cobra.Command, err error) int {
 	if err == nil {
 		return int(exitOK)
 	}
-	f := classify(err)
+	f := a.blame(classify(err))
 	if ctx.Err() != nil && f.code != exitIncomplete {
 		f = failure{code: exitInterrupted, message: "interrupted"}
 	}
@@ -135,7 +136,24 @@ func classify(err error) failure {
 	if f, ok := classifyStatus(err); ok {
 		return f
 	}
-	return failure{code: localCode(err), message: err.Error()}
+	return failure{code: localCode(err), message: err.Error(), hint: localHint(err)}
+}
+
+// localHint says what to do about some errors that did not come from an agent.
+func localHint(err error) string {
+	switch {
+	case errors.Is(err, agent.ErrConfigFile) && errors.Is(err, fs.ErrNotExist):
+		return "kms-agent config default prints one to start from"
+	case errors.Is(err, local.ErrSeal) && errors.Is(err, local.ErrNotExist):
+		return "a key file holds 32 random bytes: head -c 32 /dev/urandom under umask 077, or kms-agent keys local init --create-key-file"
+	case errors.Is(err, local.ErrNotExist):
+		return "kms-agent keys local init makes a keystore"
+	case errors.Is(err, unix.ENOSPC):
+		return "make room, or write to another place"
+	case errors.Is(err, context.DeadlineExceeded):
+		return "allow more time with --timeout"
+	}
+	return ""
 }
 
 // classifyAnswer reads what the agent answered a client.
@@ -150,21 +168,11 @@ func classifyAnswer(e *client.Error) failure {
 	switch {
 	case e.Reason != "":
 		f.hint = hintFor(kms.Reason(e.Reason))
-	case e.Code == codes.Unavailable:
-		f.message, f.hint = unreachable(e.Message), hintUnreachable
+	default:
+		f = unanswered(f, e.Code, e.Message)
 	}
 	return f
 }
-
-// unreachable leaves out what gRPC says about its own workings.
-func unreachable(message string) string {
-	if i := strings.Index(message, "dial unix "); i >= 0 {
-		return "cannot reach the agent: " + strings.TrimSuffix(message[i:], `"`)
-	}
-	return message
-}
-
-const hintUnreachable = "is the agent running, and is this its socket? Name it with --socket or KMS_AGENT_SOCKET"
 
 // classifyStatus reads what the agent answered.
 func classifyStatus(err error) (failure, bool) {
@@ -181,8 +189,8 @@ func classifyStatus(err error) (failure, bool) {
 			f.message += fmt.Sprintf("; try again in %v", d.GetRetryDelay().AsDuration().Round(time.Millisecond))
 		}
 	}
-	if f.reason == "" && s.Code() == codes.Unavailable {
-		f.message, f.hint = unreachable(f.message), hintUnreachable
+	if f.reason == "" {
+		f = unanswered(f, s.Code(), f.message)
 	}
 	return f, true
 }
@@ -223,7 +231,7 @@ func hintFor(reason kms.Reason) string {
 	case kms.ReasonTruncated:
 		return "fetch the whole message again; what was decrypted so far is not to be used"
 	case kms.ReasonKeyUnusable:
-		return "its wrapping key is disabled, destroyed or expired; ask the administrator of the backend"
+		return "its wrapping key is disabled, destroyed or expired; once the backend's administrator has enabled it, the agent notices within seconds"
 	case kms.ReasonKeySuspended:
 		return "the backend refused the key and the agent is asking again; kms-agent status says more"
 	case kms.ReasonBackendDown, kms.ReasonBackendBroken:
@@ -234,6 +242,8 @@ func hintFor(reason kms.Reason) string {
 		return "the agent answers nothing that it cannot record; see its audit log's disk, then kms-agent status"
 	case kms.ReasonDeadlineExceeded:
 		return "allow more time with --timeout"
+	case kms.ReasonConfigRejected:
+		return "put this right; the agent goes on with the configuration it has"
 	case kms.ReasonCancelled:
 		return ""
 	case kms.ReasonShuttingDown:

@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -93,4 +94,43 @@ func commandPaths(c *cobra.Command) []string {
 		}
 	}
 	return paths
+}
+
+// TestNobodyOrSomebodyElseAnswers: what gRPC says of a connection becomes what a
+// user can do about it.
+func TestNobodyOrSomebodyElseAnswers(t *testing.T) {
+	dialing := `connection error: desc = "transport: Error while dialing: dial unix /run/kms.sock: connect: `
+	for _, c := range []struct {
+		code          codes.Code
+		message       string
+		want          exitCode
+		wanted, wants string
+	}{
+		{codes.Unavailable, dialing + `connection refused"`, exitUnavailable, "cannot reach the agent: dial unix /run/kms.sock: connect: connection refused", hintUnreachable},
+		{codes.Unavailable, dialing + `permission denied"`, exitDenied, "cannot reach the agent: dial unix /run/kms.sock: connect: permission denied", hintForbidden},
+		{codes.Unimplemented, "unknown service kmsagent.v1.KMS", exitInvalid, "the socket does not know this command: unknown service kmsagent.v1.KMS", hintOtherDoor},
+	} {
+		got := classify(status.Error(c.code, c.message))
+		if got.code != c.want || got.message != c.wanted || got.hint != c.wants {
+			t.Errorf("%v %q: code %d, %q, hint %q; want %d, %q, hint %q", c.code, c.message, got.code, got.message, got.hint, c.want, c.wanted, c.wants)
+		}
+	}
+	if got := classify(status.Error(codes.DeadlineExceeded, "context deadline exceeded")); got.message != "no answer in time" || got.code != exitUnavailable {
+		t.Errorf("a deadline is %d, %q", got.code, got.message)
+	}
+}
+
+// TestTemporaryFilesAreNotNamed: errors of an output speak of its own name.
+func TestTemporaryFilesAreNotNamed(t *testing.T) {
+	a := newApp(os.Stdin, os.Stdout, os.Stderr, os.Getenv)
+	path := filepath.Join(t.TempDir(), "out")
+	o, err := a.openOutput(t.Context(), path, modeSecret, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer o.discard()
+	_ = o.pending.File.Close()
+	if _, err = o.Write([]byte("x")); err == nil || err.Error() != path+": file already closed" {
+		t.Errorf("got %v, want it to name %s alone", err, path)
+	}
 }

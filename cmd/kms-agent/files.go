@@ -85,7 +85,10 @@ func readAll(r io.Reader, limit int64, what string) ([]byte, error) {
 	}
 	if int64(len(data)) > limit {
 		clear(data)
-		return nil, &codedError{code: exitInvalid, err: fmt.Errorf("%s is longer than %d bytes", what, limit)}
+		return nil, &codedError{
+			code: exitInvalid, err: fmt.Errorf("%s is longer than %d bytes", what, limit),
+			hint: "kms-agent encrypt and decrypt take data of any length",
+		}
 	}
 	return data, nil
 }
@@ -130,9 +133,29 @@ func (a *app) openOutput(ctx context.Context, path string, mode fs.FileMode, for
 	}
 	pending, err := renameio.NewPendingFile(path, renameio.WithTempDir(filepath.Dir(path)), renameio.WithPermissions(mode))
 	if err != nil {
-		return nil, fmt.Errorf("write %s: %w", path, err)
+		return nil, cannotMake(path, err)
 	}
 	return &output{Writer: pending, pending: pending, path: path, force: force}, nil
+}
+
+// cannotMake says why there can be no new file at path. The error is that of a
+// temporary file, whose name tells nobody anything.
+func cannotMake(path string, err error) error {
+	dir := filepath.Dir(path)
+	err = unnamed(err)
+	if errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("write %s: the directory %s: %w", path, dir, err)
+	}
+	return fmt.Errorf("write %s: no file can be made in %s: %w", path, dir, err)
+}
+
+// unnamed is what is behind an error of a path.
+func unnamed(err error) error {
+	var inPath *fs.PathError
+	if errors.As(err, &inPath) {
+		return inPath.Err
+	}
+	return err
 }
 
 func existsError(path string) error {
@@ -146,6 +169,9 @@ func existsError(path string) error {
 func (o *output) Write(p []byte) (int, error) {
 	n, err := o.Writer.Write(p)
 	o.written += int64(n)
+	if err != nil && o.pending != nil {
+		err = fmt.Errorf("%s: %w", o.path, unnamed(err))
+	}
 	return n, err
 }
 

@@ -358,7 +358,7 @@ host that holds the keystore's seal may be what is lost.`,
 			return a.printKeystore(ks)
 		},
 	}
-	c.Flags().StringVarP(&out, "out", "o", "", "the backup's new file")
+	c.Flags().VarP(pathFlag{&out}, "out", "o", "the backup's new file")
 	seal.flags(c, "backup-", "the backup")
 	a.keystoreFlags(c, &f)
 	a.outputFlag(c)
@@ -387,7 +387,7 @@ an existing keystore the keys and versions that this has not.`,
 			return a.printKeystore(ks)
 		},
 	}
-	c.Flags().StringVarP(&in, "in", "i", "", "the backup")
+	c.Flags().VarP(pathFlag{&in}, "in", "i", "the backup")
 	c.Flags().BoolVar(&merge, "merge", false, "add to an existing keystore what it has not")
 	seal.flags(c, "backup-", "the backup")
 	a.keystoreFlags(c, &f)

@@ -160,7 +160,7 @@ callers. They exist on the admin socket only.`,
 		},
 	}
 	c.Flags().DurationVar(&duration, "duration", 0, "how long to look, such as 10s")
-	c.Flags().StringVar(&out, "out", "", "the file to write (default: standard output)")
+	c.Flags().Var(pathFlag{&out}, "out", "the file to write (default: standard output)")
 	c.Flags().BoolVar(&force, "force", false, "replace the file")
 	a.adminFlags(c, &f)
 	return c

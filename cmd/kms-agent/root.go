@@ -12,7 +12,7 @@ func newRoot(a *app) *cobra.Command {
 socket. It knows its callers by their SPIFFE identity, keeps data keys in
 protected memory and asks key services to wrap them.`)
 	root.SilenceErrors, root.SilenceUsage = true, true
-	root.CompletionOptions.HiddenDefaultCmd = false
+	root.CompletionOptions.DisableDefaultCmd = true
 	root.SetIn(a.in)
 	root.SetOut(a.out)
 	root.SetErr(a.errOut)
@@ -26,7 +26,8 @@ protected memory and asks key services to wrap them.`)
 		newRandom(a), newKeys(a), newWhoami(a))
 	add(root, groupRun, newRunCommand(a), newDev(a), newCheck(a), newConfig(a))
 	add(root, groupOperate, newStatus(a), newPlugin(a), newAudit(a), newPolicy(a), newEvict(a), newReload(a), newLogLevel(a), newProfile(a), newVersion(a))
-	root.AddCommand(exitCodesTopic())
+	root.AddCommand(newCompletion(a), exitCodesTopic())
+	offerFilesWhereTheyFit(root)
 	return root
 }
 
@@ -64,10 +65,12 @@ func group(use, short, long string) *cobra.Command {
 
 // exactly demands the named arguments.
 func exactly(names ...string) cobra.PositionalArgs {
-	return func(_ *cobra.Command, args []string) error {
+	return func(c *cobra.Command, args []string) error {
 		switch {
 		case len(args) < len(names):
 			return usagef("%s is missing", strings.Join(names[len(args):], " and "))
+		case len(args) > len(names) && len(names) == 0 && c.Flags().Lookup("in") != nil:
+			return usagef("unexpected argument %q; a file is named with --in or --out", args[0])
 		case len(args) > len(names):
 			return usagef("unexpected argument %q", args[len(names)])
 		}

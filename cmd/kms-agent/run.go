@@ -93,7 +93,7 @@ func (a *app) runAgent(ctx context.Context, path string) error {
 	}
 	instance, err := agent.New(cfg, path, logger)
 	if err != nil {
-		return err
+		return checkHint(err, path)
 	}
 	instance.UseLevel(level)
 	s := &supervised{logger: logger}
@@ -110,7 +110,19 @@ func (a *app) runAgent(ctx context.Context, path string) error {
 		s.notify(daemon.SdNotifyStopping)
 		return nil
 	})
-	return withoutEnd(group.Wait())
+	return checkHint(withoutEnd(group.Wait()), path)
+}
+
+// checkHint says how to learn everything that keeps the agent from running.
+func checkHint(err error, config string) error {
+	if err == nil {
+		return nil
+	}
+	f := classify(err)
+	if f.hint == "" {
+		f.hint = "kms-agent check " + config + " tells, as this user, all that is missing on this host"
+	}
+	return &codedError{code: f.code, hint: f.hint, err: err}
 }
 
 // errEnded ends the errgroup when the agent has ended without an error.

@@ -13,7 +13,7 @@ import (
 	"github.com/kms-agent/kms-agent/client"
 )
 
-var errNoWrapped = errors.New("there is no encrypted data key in it")
+var errNoWrapped = errors.New("this holds no encrypted data key")
 
 const (
 	maxWrapped = 4096  // bytes of key material that wrap takes
@@ -53,7 +53,7 @@ wrapping key in the backend, and prints a JSON document that unwrap reads.`,
 		},
 	}
 	c.Flags().StringVarP(&k.key, "key", "k", "", "key of the agent to wrap under")
-	c.Flags().StringVarP(&in, "in", "i", "", "read this file instead of standard input")
+	c.Flags().VarP(pathFlag{&in}, "in", "i", "read this file instead of standard input")
 	k.context.flag(c, "context", "c", "NAME=VALUE of the encryption context, bound to the wrapped key; may be repeated")
 	a.documentFlag(c)
 	a.connectionFlags(c, &k.connection)
@@ -135,7 +135,7 @@ func newRandom(a *app) *cobra.Command {
 		},
 	}
 	c.Flags().StringVar(&encoding, "encoding", encoding, "hex, base64 or raw")
-	c.Flags().StringVarP(&out, "out", "o", "", "write this new file of mode 0600 instead of standard output")
+	c.Flags().VarP(pathFlag{&out}, "out", "o", "write this new file of mode 0600 instead of standard output")
 	c.Flags().BoolVar(&force, "force", false, "replace the output file where it exists")
 	a.outputFlag(c)
 	a.connectionFlags(c, &f)
