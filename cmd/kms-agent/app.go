@@ -132,7 +132,11 @@ func (t *table) render(colours bool) string {
 	for n, row := range t.rows {
 		var line strings.Builder
 		for i, cell := range row {
-			line.WriteString(paint(cell, colours, n == 0 && t.titled))
+			if state, rest, ok := strings.Cut(cell, " "); ok && !t.titled && i == 1 { // "up (process 7 since ...)"
+				line.WriteString(paint(state, colours, false) + " " + rest)
+			} else {
+				line.WriteString(paint(cell, colours, n == 0 && t.titled))
+			}
 			line.WriteString(strings.Repeat(" ", widths[i]-utf8.RuneCountInString(cell)+2))
 		}
 		b.WriteString(strings.TrimRight(line.String(), " ") + "\n")

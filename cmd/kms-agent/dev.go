@@ -47,6 +47,9 @@ func (a *app) runDev(ctx context.Context, dir string) (err error) {
 		}
 		defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
 	}
+	if info, err := os.Stat(dir); err == nil && !info.IsDir() {
+		return usagef("%s is not a directory; name one with --dir, or a new one", dir)
+	}
 	ready := filepath.Join(dir, readyFile)
 	if err := os.Remove(ready); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
@@ -71,8 +74,12 @@ func devGuide(info agent.DevInfo) string {
 
   export KMS_AGENT_SOCKET=%s KMS_AGENT_ADMIN_SOCKET=%s
 `, info.Dir, info.Socket, info.AdminSocket)
-	for _, name := range slices.Sorted(maps.Keys(info.Workloads)) {
-		fmt.Fprintf(&b, "  export SPIFFE_ENDPOINT_SOCKET=unix://%s    # be the workload %q\n", info.Workloads[name], name)
+	for i, name := range slices.Sorted(maps.Keys(info.Workloads)) {
+		command := "export"
+		if i > 0 {
+			command = "# or: export"
+		}
+		fmt.Fprintf(&b, "  %s SPIFFE_ENDPOINT_SOCKET=unix://%s    # be the workload %q\n", command, info.Workloads[name], name)
 	}
 	fmt.Fprintf(&b, `
   kms-agent whoami

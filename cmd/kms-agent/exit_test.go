@@ -108,6 +108,7 @@ func TestNobodyOrSomebodyElseAnswers(t *testing.T) {
 	}{
 		{codes.Unavailable, dialing + `connection refused"`, exitUnavailable, "cannot reach the agent: dial unix /run/kms.sock: connect: connection refused", hintUnreachable},
 		{codes.Unavailable, dialing + `permission denied"`, exitDenied, "cannot reach the agent: dial unix /run/kms.sock: connect: permission denied", hintForbidden},
+		{codes.Unavailable, `connection error: desc = "transport: authentication handshake failed: unexpected ID \"x\""`, exitDenied, `the connection was refused: unexpected ID "x"`, hintHandshake},
 		{codes.Unimplemented, "unknown service kmsagent.v1.KMS", exitInvalid, "the socket does not know this command: unknown service kmsagent.v1.KMS", hintOtherDoor},
 	} {
 		got := classify(status.Error(c.code, c.message))

@@ -30,6 +30,9 @@ func newKeysList(a *app) *cobra.Command {
 				if err != nil {
 					return err
 				}
+				if len(all.GetKeys()) == 0 {
+					a.note("policy lets you describe no key; kms-agent whoami shows who you are")
+				}
 				return a.print(all, func(t *table) {
 					t.header("KEY", "VERSION", "OPERATIONS", "LABELS")
 					for _, k := range all.GetKeys() {

@@ -86,6 +86,14 @@ func TestTable(t *testing.T) {
 	}
 }
 
+func TestStateBeforeOtherWords(t *testing.T) {
+	status := &table{}
+	status.row("up", "up (process 7)", "up and down")
+	if got, want := status.render(true), "\x1b[32mup\x1b[0m  \x1b[32mup\x1b[0m (process 7)  up and down\n"; got != want {
+		t.Errorf("status:\n%q, want\n%q", got, want)
+	}
+}
+
 func TestProgress(t *testing.T) {
 	for _, c := range []struct {
 		done, total int64

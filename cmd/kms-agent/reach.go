@@ -12,8 +12,12 @@ const (
 	hintUnreachable = "is the agent running, and is this its socket? Name it with --socket or KMS_AGENT_SOCKET"
 	hintForbidden   = "this user may not connect: see the modes of the socket (listen.native in the agent's configuration) and of its directory"
 	hintWorkloadAPI = "is the SPIRE agent running, and is this its socket? Name it with --workload-api or SPIFFE_ENDPOINT_SOCKET; --identity peer does without"
+	hintHandshake   = "agent and caller must trust each other's identities: compare --agent-id, the Workload API and the agent's trust domain"
 	hintOtherDoor   = "this is not the socket for this command: workloads use the one of listen.native (--socket), administrators that of admin (--admin-socket)"
 )
+
+// handshakeFailed is what gRPC writes before the reason of a failed handshake.
+const handshakeFailed = "authentication handshake failed: "
 
 // unanswered says what is wrong where nobody answered, or somebody else: code is
 // the connection's, message gRPC's. Other codes leave f
@@ -22,6 +26,9 @@ func unanswered(f failure, code codes.Code, message string) failure {
 	switch {
 	case code == codes.Unavailable && strings.Contains(message, "connect: permission denied"):
 		f.code, f.message, f.hint = exitDenied, unreachable(message), hintForbidden
+	case code == codes.Unavailable && strings.Contains(message, handshakeFailed):
+		_, why, _ := strings.Cut(message, handshakeFailed)
+		f.code, f.message, f.hint = exitDenied, "the connection was refused: "+strings.ReplaceAll(strings.TrimSuffix(why, `"`), `\"`, `"`), hintHandshake
 	case code == codes.Unavailable:
 		f.message, f.hint = unreachable(message), hintUnreachable
 	case code == codes.Unimplemented && strings.HasPrefix(message, "unknown service "):
