@@ -140,8 +140,8 @@ func (a *Agent) configuration() *Config {
 
 // serve opens the doors and watches the configuration until ctx ends.
 func (a *Agent) serve(ctx context.Context) error {
-	cfg := a.configuration()
 	a.reloading.Lock()
+	cfg := a.configuration() // not before: a signal may have had it read again
 	err := a.applyLocked(ctx, cfg)
 	a.reloading.Unlock()
 	if err != nil {

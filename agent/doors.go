@@ -34,7 +34,7 @@ type door struct {
 
 // openDoors listens on every socket of the configuration, or on none.
 func (a *Agent) openDoors(ctx context.Context) ([]*door, error) {
-	cfg := a.cfg
+	cfg := a.configuration()
 	gid := -1
 	if g := cfg.Listen.Native.Group; g != nil {
 		gid = int(*g)
@@ -74,7 +74,7 @@ func localPeer(ctx context.Context) (identity.Caller, error) {
 }
 
 func (a *Agent) newDoor(name string, l net.Listener, creds *identity.Credentials, identify func(context.Context) (identity.Caller, error)) *door {
-	bounds := limits(a.cfg)
+	bounds := limits(a.configuration())
 	d := &door{
 		Door:     serve.NewDoor(name, a.service, bounds, identify, a.logger),
 		listener: serve.Bound(l, bounds.MaxConnections, bounds.MaxConnectionsPerUser, a.overConnections(name)),

@@ -158,7 +158,7 @@ func (a *Agent) observed() http.Handler {
 
 // openMetrics listens for Prometheus; it returns nil where nobody asked.
 func (a *Agent) openMetrics(ctx context.Context) (net.Listener, error) {
-	address := a.cfg.Metrics.Address
+	address := a.configuration().Metrics.Address
 	if address == "" {
 		return nil, nil //nolint:nilnil // no metrics is an ordinary answer
 	}

@@ -90,14 +90,18 @@ func doorLimits(cfg *Config) LimitsConfig {
 }
 
 // watch reloads when the configuration's files change. It watches their
-// directories: editors rename, Kubernetes swaps a symbolic link.
+// directories: editors rename, Kubernetes swaps a symbolic link. Without events
+// it still looks now and then.
 func (a *Agent) watch(ctx context.Context) error {
-	watcher, err := fsnotify.NewWatcher()
-	if err != nil {
-		return fmt.Errorf("watch the configuration: %w", err)
+	w := &watching{agent: a, used: a.configuration().read, lost: map[string]bool{}}
+	var events <-chan fsnotify.Event // nil never tells anything
+	var faults <-chan error
+	if watcher, err := fsnotify.NewWatcher(); err != nil {
+		a.logger.Warn("cannot watch for changes of the configuration", zap.Error(err))
+	} else {
+		defer func() { _ = watcher.Close() }() // nothing can be done about it
+		w.watcher, events, faults = watcher, watcher.Events, watcher.Errors
 	}
-	defer func() { _ = watcher.Close() }() // nothing can be done about it
-	w := &watching{agent: a, watcher: watcher, used: a.configuration().read, lost: map[string]bool{}}
 	w.directories()
 	// Other files of these directories may change all the time (an audit log
 	// does), so an event only makes the agent look, and what it sees must be the
@@ -109,9 +113,9 @@ func (a *Agent) watch(ctx context.Context) error {
 		select {
 		case <-ctx.Done():
 			return nil
-		case err := <-watcher.Errors:
+		case err := <-faults:
 			a.logger.Warn("watching the configuration", zap.Error(err))
-		case <-watcher.Events:
+		case <-events:
 		case <-anyway.C:
 			w.directories()
 		case <-look.C:
@@ -130,7 +134,7 @@ func (a *Agent) watch(ctx context.Context) error {
 // watching is what one watch knows.
 type watching struct {
 	agent   *Agent
-	watcher *fsnotify.Watcher
+	watcher *fsnotify.Watcher // nil: the kernel has none left
 	// used is the fingerprint of what was read last, seen that of the last look.
 	used, seen string
 	lost       map[string]bool // directories that could not be watched
@@ -158,6 +162,9 @@ func (w *watching) look(ctx context.Context) bool {
 // directories watches the directories of the files, also those that came, or
 // came back, since it was called last.
 func (w *watching) directories() {
+	if w.watcher == nil {
+		return
+	}
 	for _, f := range w.agent.configuration().files {
 		dir := f
 		if info, err := os.Stat(f); err != nil || !info.IsDir() {
