@@ -39,6 +39,9 @@ type Door struct {
 	next   atomic.Uint64
 	// streams counts handlers that run beside their RPC.
 	streams sync.WaitGroup
+	// methods are those of the server, without the slash before them; it is
+	// asked once requests come, when every service is registered.
+	methods func() map[string]bool
 }
 
 // NewDoor returns a door for one listener. identify is asked for every call,
@@ -54,7 +57,7 @@ func NewDoor(name string, s *kms.Service, l Limits, identify func(context.Contex
 
 // Server returns a gRPC server behind this door.
 func (d *Door) Server(creds credentials.TransportCredentials, more ...grpc.ServerOption) *grpc.Server {
-	return grpc.NewServer(append(more,
+	server := grpc.NewServer(append(more,
 		grpc.Creds(creds),
 		// Twice the payload, so that what is a little too large is told so in
 		// the terms of the API rather than by the transport.
@@ -71,6 +74,18 @@ func (d *Door) Server(creds credentials.TransportCredentials, more ...grpc.Serve
 		grpc.UnaryInterceptor(d.unary),
 		grpc.StreamInterceptor(d.stream),
 	)...)
+	d.methods = sync.OnceValue(func() map[string]bool { return methodsOf(server) })
+	return server
+}
+
+func methodsOf(s *grpc.Server) map[string]bool {
+	methods := map[string]bool{}
+	for service, info := range s.GetServiceInfo() {
+		for _, m := range info.Methods {
+			methods[service+"/"+m.Name] = true
+		}
+	}
+	return methods
 }
 
 // CallFrom returns who calls, as the door found out. It panics outside a door.
@@ -194,6 +209,18 @@ func (d *Door) deadline(ctx context.Context) time.Time {
 		return latest
 	}
 	return asked
+}
+
+// unknownMethod stands on record for what the server does not have.
+const unknownMethod = "unknown-method"
+
+// operation is the operation behind a method. Whoever reaches the socket can ask
+// for a method of any name: none that they made up gets into records or metrics.
+func (d *Door) operation(method string) string {
+	if !d.methods()[strings.TrimPrefix(method, "/")] {
+		return unknownMethod
+	}
+	return operationOf(method)
 }
 
 // operationOf is the operation behind a method, as policy and audit call it.

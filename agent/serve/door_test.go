@@ -5,6 +5,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -98,5 +99,57 @@ func TestAPanicEndsOneRequest(t *testing.T) {
 		if n := strings.Count(string(text), `"operation":"`+operation+`"`); n != 6 {
 			t.Errorf("%d records of %s, want 6", n, operation)
 		}
+	}
+}
+
+// Whoever reaches the socket can send any method; what they call it is neither on
+// record nor a metric.
+func TestMadeUpMethodsAreNotOnRecord(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "audit.log")
+	log, err := audit.Open(audit.Config{Path: path, StateDir: dir, InitialKeyPath: filepath.Join(dir, "key")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = log.Close() }()
+	began := time.Now()
+	var told []string
+	service, err := kms.New(kms.Options{
+		Audit: log, MaxEntries: 1, Now: func() time.Duration { return time.Since(began) },
+		Observe: func(_ context.Context, r *audit.Record) { told = append(told, r.Operation) },
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer service.Close()
+	nobody := func(context.Context) (identity.Caller, error) { return identity.Caller{}, identity.ErrUnidentified }
+	door := serve.NewDoor("test", service, serve.Limits{
+		MaxPayload: 1024, DefaultDeadline: time.Second, MaxDeadline: time.Second, MaxConcurrent: 4, MaxConcurrentPerCaller: 4,
+	}, nobody, zap.NewNop())
+	server := door.Server(insecure.NewCredentials())
+	kmsagentv1.RegisterKMSServer(server, clumsy{})
+	listener, err := (&net.ListenConfig{}).Listen(t.Context(), "unix", filepath.Join(dir, "s"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	served := make(chan error, 1)
+	go func() { served <- server.Serve(listener) }()
+	conn, err := grpc.NewClient("unix:"+filepath.Join(dir, "s"), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, method := range []string{"/made.Up/Decrypt", "/kmsagent.v1.KMS/" + strings.Repeat("X", 1000), "/kmsagent.v1.KMS/Decrypt"} {
+		err := conn.Invoke(t.Context(), method, &kmsagentv1.WhoAmIRequest{}, &kmsagentv1.WhoAmIResponse{})
+		if status.Code(err) != codes.Unauthenticated {
+			t.Errorf("%.40s: %v", method, err)
+		}
+	}
+	_ = conn.Close()
+	server.Stop()
+	if err := <-served; err != nil {
+		t.Error(err)
+	}
+	if want := []string{"unknown-method", "unknown-method", "decrypt"}; !slices.Equal(told, want) {
+		t.Errorf("operations = %.100q, want %q", told, want)
 	}
 }

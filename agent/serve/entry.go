@@ -64,7 +64,7 @@ func (d *Door) tap(ctx context.Context, info *tap.Info) (_ context.Context, err 
 
 // admit identifies the caller and counts the call.
 func (d *Door) admit(ctx context.Context, call *kms.Call, method string) error {
-	operation := operationOf(method)
+	operation := d.operation(method)
 	caller, err := d.identify(ctx)
 	call.Caller = caller
 	if err != nil {
@@ -92,7 +92,7 @@ func (d *Door) recovered(call *kms.Call, method string, err *error) {
 	}
 	d.Logger.Error("request panicked", zap.String("request_id", call.RequestID), zap.String("method", method),
 		zap.ByteString("stack", debug.Stack()))
-	*err = Status(d.Service.Refuse(context.Background(), *call, operationOf(method), &kms.Error{
+	*err = Status(d.Service.Refuse(context.Background(), *call, d.operation(method), &kms.Error{
 		Reason: kms.ReasonInternal, Message: "internal error; the agent's log has it under the request ID", Cause: errors.New("panic"),
 	}), call.RequestID)
 }
