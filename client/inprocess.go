@@ -123,7 +123,7 @@ func (p *InProcess) Encrypt(ctx context.Context, r *EncryptRequest) (*EncryptRes
 	if len(r.GetPlaintext()) > envelope.MaxFrameLength {
 		return nil, failed(codes.InvalidArgument, ErrTooLarge, r.GetKey(), fmt.Sprintf("one message holds %d bytes at most; use EncryptStream", envelope.MaxFrameLength))
 	}
-	k, freshness, err := p.keyToEncrypt(ctx, r.GetKey(), r.GetContext(), r.MaxStale, uint64(len(r.GetPlaintext())))
+	k, freshness, err := p.keyToEncrypt(ctx, r.GetKey(), r.GetContext(), r.GetMaxStale(), uint64(len(r.GetPlaintext())))
 	if err != nil {
 		return nil, err
 	}
@@ -147,7 +147,7 @@ func (p *InProcess) Decrypt(ctx context.Context, r *DecryptRequest) (*DecryptRes
 		return p.client.Decrypt(ctx, r)
 	}
 	answer := &DecryptResponse{Context: m.Context}
-	err = p.open(ctx, &m.Header, name, r.GetExpectedContext(), r.MaxStale, func(k *dataKey, f Freshness) (err error) {
+	err = p.open(ctx, &m.Header, name, r.GetExpectedContext(), r.GetMaxStale(), func(k *dataKey, f Freshness) (err error) {
 		answer.Plaintext, err = m.Open(nil, k.key)
 		answer.KeyUse = k.use(f)
 		return err

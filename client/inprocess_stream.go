@@ -47,7 +47,7 @@ func (p *InProcess) EncryptStream(ctx context.Context, start *EncryptStreamStart
 // keyToStream returns a data key for one stream.
 func (p *InProcess) keyToStream(ctx context.Context, start *EncryptStreamStart) (*dataKey, *KeyUse, func(), error) {
 	if start.GetLengthLimit() > 0 {
-		k, freshness, err := p.keyToEncrypt(ctx, start.GetKey(), start.GetContext(), start.MaxStale, start.GetLengthLimit())
+		k, freshness, err := p.keyToEncrypt(ctx, start.GetKey(), start.GetContext(), start.GetMaxStale(), start.GetLengthLimit())
 		if err != nil {
 			return nil, nil, nil, err
 		}
@@ -56,7 +56,7 @@ func (p *InProcess) keyToStream(ctx context.Context, start *EncryptStreamStart) 
 	if err := envelope.CheckContext(start.GetContext()); err != nil {
 		return nil, nil, nil, failed(codes.InvalidArgument, ErrInvalidRequest, start.GetKey(), err.Error())
 	}
-	k, err := p.generate(ctx, keyID{}, &GenerateDataKeyRequest{Key: start.GetKey(), Context: start.GetContext(), MaxStale: start.MaxStale})
+	k, err := p.generate(ctx, keyID{}, &GenerateDataKeyRequest{Key: start.GetKey(), Context: start.GetContext(), MaxStale: start.GetMaxStale()})
 	if err != nil {
 		return nil, nil, nil, err
 	}
@@ -82,7 +82,7 @@ func (p *InProcess) decryptStream(ctx context.Context, start *DecryptStreamStart
 	}
 	in.seen = nil
 	header := &DecryptStreamHeader{Context: message.Header().Context}
-	err = p.open(ctx, message.Header(), name, start.GetExpectedContext(), start.MaxStale, func(k *dataKey, f Freshness) error {
+	err = p.open(ctx, message.Header(), name, start.GetExpectedContext(), start.GetMaxStale(), func(k *dataKey, f Freshness) error {
 		header.KeyUse = k.use(f)
 		return message.Unlock(k.key)
 	})

@@ -146,6 +146,18 @@ func TestFailuresAreAlike(t *testing.T) {
 				t.Errorf("%s: %v", name, err)
 			}
 		}
+		if _, err := makes.Encrypt(patiently(t), nil); err == nil {
+			t.Error("encrypt: nil is a request")
+		}
+		if _, err := opens.Decrypt(patiently(t), nil); !errors.Is(err, client.ErrInvalidMessage) {
+			t.Errorf("decrypt: nil: %v", err)
+		}
+		if _, err := makes.EncryptStream(patiently(t), nil, strings.NewReader("x"), io.Discard); err == nil {
+			t.Error("encrypt stream: nil is a start")
+		}
+		if _, err := opens.DecryptStream(patiently(t), nil, bytes.NewReader(message), io.Discard); err != nil {
+			t.Errorf("decrypt stream: nil expects nothing, got %v", err)
+		}
 		if _, err := makes.Encrypt(patiently(t), &client.EncryptRequest{Key: "unknown"}); !errors.Is(err, client.ErrAccessDenied) {
 			t.Errorf("unknown key: %v", err)
 		}

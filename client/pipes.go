@@ -22,7 +22,8 @@ var (
 //	return w.Close()
 //
 // Close ends the message. Without it the message is truncated, which every
-// reader notices. It belongs to one goroutine at a time.
+// reader notices; without Close, Abort and an end of ctx it holds on to memory
+// and a connection. It belongs to one goroutine at a time.
 type EncryptWriter struct {
 	pipe   *io.PipeWriter
 	cancel context.CancelFunc
@@ -119,7 +120,7 @@ func (c *Client) NewDecryptReader(ctx context.Context, start *DecryptStreamStart
 }
 
 // NewDecryptReader is Client.NewDecryptReader, in this process where the message
-// was made by an InProcess.
+// was made by an InProcess. Closing the reader waits for a Read of r under way.
 func (p *InProcess) NewDecryptReader(ctx context.Context, start *DecryptStreamStart, r io.Reader) (*DecryptReader, error) {
 	return newDecryptReader(ctx, func(ctx context.Context, w io.Writer, began func(*DecryptStreamHeader)) error {
 		_, err := p.decryptStream(ctx, start, r, w, began)

@@ -11,6 +11,7 @@ import (
 	"io"
 	"log"
 	"math"
+	"net"
 	"net/http"
 	"os/signal"
 	"strconv"
@@ -33,15 +34,20 @@ func main() {
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
-	if err := run(ctx, *address, *path, *key); err != nil {
+	listener, err := new(net.ListenConfig).Listen(ctx, "tcp", *address)
+	if err == nil {
+		err = run(ctx, listener, *path, *key)
+	}
+	if err != nil {
 		stop()
 		log.Fatal(err) //nolint:gocritic // stop was called
 	}
 }
 
-// run serves until ctx ends. Where the agent is, and who this process is, the
+// run serves until ctx ends, and closes the listener. Where the agent is, and who this process is, the
 // environment says: KMS_AGENT_SOCKET and SPIFFE_ENDPOINT_SOCKET.
-func run(ctx context.Context, address, path, key string) error {
+func run(ctx context.Context, listener net.Listener, path, key string) error {
+	defer func() { _ = listener.Close() }()
 	agent, err := client.Dial(ctx, client.FromEnvironment())
 	if err != nil {
 		return err
@@ -52,11 +58,11 @@ func run(ctx context.Context, address, path, key string) error {
 		return err
 	}
 	defer func() { _ = store.Close() }()
-	server := &http.Server{Addr: address, Handler: Handler(store), ReadHeaderTimeout: requestTime}
+	server := &http.Server{Handler: Handler(store), ReadHeaderTimeout: requestTime}
 	ended := context.AfterFunc(ctx, func() { _ = server.Close() })
 	defer ended()
-	log.Printf("serving on http://%s", address)
-	if err := server.ListenAndServe(); !errors.Is(err, http.ErrServerClosed) {
+	log.Printf("serving on http://%s", listener.Addr())
+	if err := server.Serve(listener); !errors.Is(err, http.ErrServerClosed) {
 		return err
 	}
 	return nil
@@ -97,11 +103,11 @@ func Handler(s *Store) http.Handler {
 		return reply(w, notes)
 	})
 	handle("POST /reencrypt", func(ctx context.Context, w http.ResponseWriter, _ *http.Request) error {
-		moved, version, err := s.ReEncrypt(ctx)
+		report, err := s.ReEncrypt(ctx)
 		if err != nil {
 			return err
 		}
-		return reply(w, map[string]any{"moved": moved, "version": version})
+		return reply(w, report)
 	})
 	return mux
 }

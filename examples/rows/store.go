@@ -141,36 +141,40 @@ func (s *Store) rows(ctx context.Context, query string, args ...any) (all []row,
 // batch is how many rows are moved with one query.
 const batch = 100
 
+// Report is what ReEncrypt did.
+type Report struct {
+	Version    string   `json:"version"`    // of the wrapping key, the current one
+	Moved      int      `json:"moved"`      // rows that it protects since now
+	Unreadable []string `json:"unreadable"` // rows that do not open, left as they are
+}
+
 // ReEncrypt moves every row that another version than the wrapping key's current
-// one protects, and returns how many. The plaintexts do not leave the agent. It
-// may be stopped at any time and started again, beside readers and writers; rows
-// that do not open are left as they are and reported at the end.
-func (s *Store) ReEncrypt(ctx context.Context) (moved int, version string, err error) {
+// one protects. The plaintexts do not leave the agent. It may be stopped at any
+// time and started again, beside readers and writers.
+func (s *Store) ReEncrypt(ctx context.Context) (Report, error) {
+	report := Report{Unreadable: []string{}}
 	// Which version new messages get, as of now: without MaxStale the agent would
 	// say what it has known for up to the key's max_age.
 	probe, err := s.agent.Encrypt(ctx, &client.EncryptRequest{Key: s.key, Context: map[string]string{"table": "notes"}, MaxStale: client.MaxStale(0)})
 	if err != nil {
-		return 0, "", err
+		return report, err
 	}
-	version = probe.GetKeyUse().GetKeyVersion()
-	var faults []error
+	report.Version = probe.GetKeyUse().GetKeyVersion()
 	for last := int64(0); ; {
-		rows, err := s.rows(ctx, `SELECT rowid, tenant, id, body FROM notes WHERE key_version <> ? AND rowid > ? ORDER BY rowid LIMIT ?`, version, last, batch)
+		rows, err := s.rows(ctx, `SELECT rowid, tenant, id, body FROM notes WHERE key_version <> ? AND rowid > ? ORDER BY rowid LIMIT ?`, report.Version, last, batch)
 		if err != nil || len(rows) == 0 {
-			return moved, version, errors.Join(append(faults, err)...)
+			return report, err
 		}
 		for _, r := range rows {
 			last = r.number
 			done, err := s.move(ctx, r)
-			var failed *client.Error
-			if errors.As(err, &failed) && failed.Reason != client.ErrDecryptFailed {
-				return moved, version, errors.Join(append(faults, err)...) // the next row would not fare better
-			}
-			if err != nil {
-				faults = append(faults, err)
-			}
-			if done {
-				moved++
+			switch {
+			case errors.Is(err, client.ErrDecryptFailed), errors.Is(err, client.ErrInvalidMessage):
+				report.Unreadable = append(report.Unreadable, r.tenant+"/"+r.id)
+			case err != nil:
+				return report, err
+			case done:
+				report.Moved++
 			}
 		}
 	}
