@@ -82,9 +82,9 @@ func TestAPluginGetsTheNewContentOfItsEnvironmentsFiles(t *testing.T) {
 	if now == pid || now == 0 {
 		t.Fatalf("pid = %d, before %d; want another process", now, pid)
 	}
-	if err := syscall.Kill(int(pid), 0); !errors.Is(err, syscall.ESRCH) {
-		t.Errorf("the old process: %v", err)
-	}
+	r.await("the end of the old process", func(*adminv1.StatusResponse) bool {
+		return errors.Is(syscall.Kill(int(pid), 0), syscall.ESRCH)
+	})
 	if err := os.Remove(r.path("token")); err != nil {
 		t.Fatal(err)
 	}
