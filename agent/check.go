@@ -202,7 +202,7 @@ func (h *hostCheck) workloadAPI() {
 func (h *hostCheck) auditFile() {
 	const path = "audit.file"
 	file := h.cfg.Audit.File
-	if !h.directory(path, filepath.Dir(file)) {
+	if file == audit.Stdout || !h.directory(path, filepath.Dir(file)) {
 		return
 	}
 	info, err := os.Stat(file)

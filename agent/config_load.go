@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/kms-agent/kms-agent/agent/audit"
 	"github.com/kms-agent/kms-agent/agent/policy"
 )
 
@@ -123,8 +124,11 @@ type rulePlace struct {
 
 func (l *loader) resolvePaths() {
 	c := l.cfg
-	for _, path := range []*string{&c.StateDir, &c.RuntimeDir, &c.Listen.Native.Socket, &c.Admin.Socket, &c.Audit.File, &c.Audit.InitialKey} {
+	for _, path := range []*string{&c.StateDir, &c.RuntimeDir, &c.Listen.Native.Socket, &c.Admin.Socket, &c.Audit.InitialKey} {
 		l.resolve(path)
+	}
+	if c.Audit.File != audit.Stdout {
+		l.resolve(&c.Audit.File)
 	}
 	if c.Listen.Native.Socket == "" && c.RuntimeDir != "" {
 		c.Listen.Native.Socket = filepath.Join(c.RuntimeDir, "kms.sock")

@@ -177,6 +177,13 @@ backends:
 	}
 }
 
+func TestStandardOutputIsNoPath(t *testing.T) {
+	cfg, _ := load(t, strings.Replace(smallest, "file: audit.log", `file: "-"`, 1))
+	if cfg.Audit.File != "-" {
+		t.Errorf("audit.file: got %q, want -", cfg.Audit.File)
+	}
+}
+
 func TestPolicyFiles(t *testing.T) {
 	dir := t.TempDir()
 	rule := "- { name: %s, callers: [\"*\"], keys: [\"*\"], operations: [encrypt] }\n"

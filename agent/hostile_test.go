@@ -336,6 +336,9 @@ func TestFullDiskUnderAudit(t *testing.T) {
 			t.Fatal("the agent does not serve again")
 		}
 	}
+	r.await("no problem any more", func(s *adminv1.StatusResponse) bool {
+		return s.GetState() == "serving" && s.GetAudit().GetLastError() == "" && s.GetAudit().GetRefused() > 0
+	})
 	r.stop()
 	if strings.Contains(r.auditLog(), "}{") {
 		t.Error("the log holds a torn line")

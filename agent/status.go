@@ -169,5 +169,9 @@ func (a *Agent) cacheStatus() *adminv1.CacheStatus {
 
 func (a *Agent) auditStatus(cfg *Config) *adminv1.AuditStatus {
 	s := a.audit.Status()
-	return &adminv1.AuditStatus{File: cfg.Audit.File, Sequence: s.Sequence, Refused: s.Refused, LastError: s.LastError}
+	r := &adminv1.AuditStatus{File: cfg.Audit.File, Sequence: s.Sequence, Refused: s.Refused}
+	if s.Failing {
+		r.LastError = s.LastError
+	}
+	return r
 }

@@ -22,7 +22,7 @@ import (
 func child(role string) int {
 	dir := os.Getenv("AUDIT_TEST_DIR")
 	cfg := audit.Config{Path: filepath.Join(dir, "audit.log"), StateDir: filepath.Join(dir, "state")}
-	run := map[string]func(audit.Config) error{"write": writeForEver, "full": fillDisk}[role]
+	run := map[string]func(audit.Config) error{"write": writeForEver, "full": fillDisk, "stdout": loseReader}[role]
 	if err := run(cfg); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
@@ -151,6 +151,54 @@ func TestFullDiskRefusesAndRecovers(t *testing.T) {
 	report := r.wantOK(5)
 	if len(report.Recovered) != 1 {
 		t.Errorf("recovered places: got %v, want one", report.Recovered)
+	}
+}
+
+// loseReader writes to a standard output whose reader is gone.
+func loseReader(cfg audit.Config) error {
+	cfg.Path = audit.Stdout
+	l, err := audit.Open(cfg)
+	if err != nil {
+		return err
+	}
+	if err := l.Write(context.Background(), sample("read")); err != nil {
+		return err
+	}
+	if _, err := os.Stdin.Read(make([]byte, 1)); err != nil {
+		return err
+	}
+	if err := l.Write(context.Background(), sample("nobody reads")); !errors.Is(err, audit.ErrSink) || !errors.Is(err, syscall.EPIPE) {
+		return fmt.Errorf("without a reader: got %w, want ErrSink with EPIPE", err)
+	}
+	return l.Close()
+}
+
+// A process that writes to standard output without a reader is killed; this one
+// must live and refuse.
+func TestLostReaderOfStandardOutput(t *testing.T) {
+	cmd := childCommand(t, "stdout", filepath.Dir(newRig(t).cfg.Path))
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	lines := bufio.NewScanner(out)
+	for lines.Scan() && !strings.Contains(lines.Text(), `"request_id":"read"`) {
+	}
+	if err := out.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := in.Write([]byte("x")); err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Wait(); err != nil {
+		t.Errorf("the process: %v, want an ordinary end", err)
 	}
 }
 

@@ -49,7 +49,7 @@ var (
 
 // Config configures a Log.
 type Config struct {
-	// Path is the log file, or "-" for standard output. Ignored when Sink is set.
+	// Path is the log file, or Stdout. Ignored when Sink is set.
 	Path string
 	// Sink takes the lines instead of a file; such a log cannot be read back
 	// after a crash, so that a record of the gap stands there then.
@@ -110,9 +110,6 @@ func (c Config) withDefaults() (Config, error) {
 	setDefault(&c.Mode, 0o600)
 	if c.Now == nil {
 		c.Now = time.Now
-	}
-	if c.Sink == nil && c.Path == "-" {
-		c.Sink = NewStream(os.Stdout)
 	}
 	return c, nil
 }

@@ -84,6 +84,10 @@ func (l *Log) openSink() (Sink, *file, error) {
 	if l.cfg.Sink != nil {
 		return l.cfg.Sink, nil, nil
 	}
+	if l.cfg.Path == Stdout {
+		s, err := openStdout()
+		return s, nil, err
+	}
 	f, err := openFile(l.cfg.Path, l.cfg.Mode)
 	if err != nil {
 		return nil, nil, err
@@ -183,7 +187,7 @@ func AcceptGap(cfg Config, reason string) error {
 	if err != nil {
 		return err
 	}
-	if cfg.Sink != nil {
+	if cfg.Sink != nil || cfg.Path == Stdout {
 		return errors.New("a gap is accepted in a log file; a stream writes its own")
 	}
 	state, err := openState(cfg.StateDir)

@@ -23,13 +23,28 @@ type Sink interface {
 	String() string
 }
 
+// Stdout is the path that stands for standard output.
+const Stdout = "-"
+
 // Stream is a sink that cannot be read back, such as standard output.
 type Stream struct {
-	f *os.File
+	f   *os.File
+	own bool // Close closes f
 }
 
 // NewStream returns a sink that writes to f, which Close leaves open.
 func NewStream(f *os.File) *Stream { return &Stream{f: f} }
+
+// openStdout returns a sink for standard output. It writes to a duplicate: a
+// process that writes to its descriptor 1 when the reader is gone is killed by
+// SIGPIPE, by any other it gets an error.
+func openStdout() (*Stream, error) {
+	fd, err := unix.FcntlInt(os.Stdout.Fd(), unix.F_DUPFD_CLOEXEC, 3)
+	if err != nil {
+		return nil, fmt.Errorf("duplicate standard output: %w", err)
+	}
+	return &Stream{f: os.NewFile(uintptr(fd), "standard output"), own: true}, nil
+}
 
 // Write writes to the file.
 func (s *Stream) Write(p []byte) (int, error) { return s.f.Write(p) }
@@ -43,8 +58,13 @@ func (s *Stream) Sync() error {
 	return err
 }
 
-// Close does nothing.
-func (s *Stream) Close() error { return nil }
+// Close leaves the file open that NewStream was given.
+func (s *Stream) Close() error {
+	if s.own {
+		return s.f.Close()
+	}
+	return nil
+}
 
 func (s *Stream) String() string { return s.f.Name() }
 

@@ -138,6 +138,8 @@ func (s *stateFile) save(c *chain, closed bool) error {
 	sum := sha256.Sum256(text)
 	slot := bytes.Repeat([]byte(" "), slotSize)
 	n := copy(slot, text)
+	clear(text) // it holds the key
+	defer clear(slot)
 	hex.Encode(slot[n+1:], sum[:])
 	slot[slotSize-1] = '\n'
 	for i := range int64(2) {

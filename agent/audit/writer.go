@@ -55,7 +55,8 @@ type lineEnd struct {
 // and then ends it.
 func (l *Log) run(begun chan<- struct{}) {
 	defer close(l.ended)
-	l.wrote(l.writer.writeGroup(nil))
+	_, err := l.writer.writeGroup(nil)
+	l.wrote(err)
 	_ = l.saver.flush() // what fails stands in the status, and is tried again
 	close(begun)
 	var group []*entry
@@ -64,14 +65,15 @@ func (l *Log) run(begun chan<- struct{}) {
 		var closed bool
 		group, closed = l.take(group)
 		if len(group) > 0 {
-			err := l.writer.writeGroup(group)
-			l.wrote(err)
+			if n, err := l.writer.writeGroup(group); n > 0 || err != nil {
+				l.wrote(err)
+			}
 		}
 		if closed {
 			break
 		}
 	}
-	err := errors.Join(l.saver.stop(len(l.writer.tail.events) == 0), l.writer.sink.Close())
+	err = errors.Join(l.saver.stop(len(l.writer.tail.events) == 0), l.writer.sink.Close())
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.closing = err
@@ -99,9 +101,10 @@ func (l *Log) wrote(err error) {
 	}
 }
 
-// writeGroup writes the entries in one write and tells each its result. The
-// error is that of the entries that were refused.
-func (w *writer) writeGroup(group []*entry) error {
+// writeGroup writes the entries in one write, tells each its result, and returns
+// how many were still waited for. The error is that of the entries that were
+// refused.
+func (w *writer) writeGroup(group []*entry) (int, error) {
 	w.working = w.working[:0]
 	for _, e := range group {
 		if e.state.CompareAndSwap(entryWaiting, entryTaken) {
@@ -120,7 +123,7 @@ func (w *writer) writeGroup(group []*entry) error {
 		}
 	}
 	clear(w.working)
-	return err
+	return len(w.working), err
 }
 
 // write returns how many of the entries the sink has.
@@ -134,6 +137,7 @@ func (w *writer) write(entries []*entry) (int, error) {
 	events := w.encode(entries)
 	n, err := w.sink.Write(w.buffer)
 	lines := w.commit(n)
+	w.forget()
 	if err == nil && n < len(w.buffer) {
 		err = fmt.Errorf("%s took %d of %d bytes", w.sink, n, len(w.buffer))
 	}
@@ -218,6 +222,17 @@ func (w *writer) encode(entries []*entry) (events int) {
 		line(e.fields)
 	}
 	return events
+}
+
+// maxKeptBuffer is how much of the buffer's memory is kept for the next group.
+const maxKeptBuffer = 4 << 20
+
+// forget destroys the chains of the group, whose keys could forge its records.
+func (w *writer) forget() {
+	clear(w.ends)
+	if cap(w.buffer) > maxKeptBuffer {
+		w.buffer = nil
+	}
 }
 
 // commit moves the tail behind the lines that lie in the first n bytes of the
