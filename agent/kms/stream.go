@@ -153,7 +153,7 @@ func (t *transaction) beginEncrypt(ctx context.Context, req EncryptStreamRequest
 		use.Release()
 		return nil, err
 	}
-	st.w, err = envelope.NewWriter(w, use.DataKey(), []envelope.EDK{origin.edk}, req.Context)
+	st.w, err = envelope.NewWriter(countingWriter{w, &t.record.BytesOut}, use.DataKey(), []envelope.EDK{origin.edk}, req.Context)
 	if err != nil {
 		use.Release()
 		return nil, &Error{Reason: ReasonInternal, Key: k.Name, Message: "the message could not be begun", Cause: err}
@@ -197,8 +197,30 @@ func (s *EncryptStream) finish() error {
 // Close must be called; only a nil answer makes the plaintext complete.
 type DecryptStream struct {
 	stream
-	r      *envelope.Reader
-	source io.Reader
+	r *envelope.Reader
+}
+
+// countingReader and countingWriter add the bytes of a message to a record.
+type countingReader struct {
+	from  io.Reader
+	count *uint64
+}
+
+func (r countingReader) Read(p []byte) (int, error) {
+	n, err := r.from.Read(p)
+	*r.count += uint64(n)
+	return n, err
+}
+
+type countingWriter struct {
+	to    io.Writer
+	count *uint64
+}
+
+func (w countingWriter) Write(p []byte) (int, error) {
+	n, err := w.to.Write(p)
+	*w.count += uint64(n)
+	return n, err
 }
 
 // DecryptStream reads the header of a message from r, authorises the caller for
@@ -216,7 +238,7 @@ func (s *Service) DecryptStream(ctx context.Context, call Call, expected map[str
 }
 
 func (t *transaction) beginDecrypt(ctx context.Context, expected map[string]string, r io.Reader) (*DecryptStream, error) {
-	reader, err := envelope.NewReader(r)
+	reader, err := envelope.NewReader(countingReader{r, &t.record.BytesIn})
 	if err != nil {
 		return nil, streamFailure(ctx, "", err)
 	}
@@ -228,7 +250,7 @@ func (t *transaction) beginDecrypt(ctx context.Context, expected map[string]stri
 	if err != nil {
 		return nil, err
 	}
-	st := &DecryptStream{r: reader, source: r, stream: stream{
+	st := &DecryptStream{r: reader, stream: stream{
 		t: t, k: k, op: policy.Decrypt, context: reader.Header().Context, use: use,
 		authority: k.wrapping.authority(edk.version, cache.Decrypt),
 		keyUse:    t.used(k, edk.version, use.Freshness()),

@@ -51,8 +51,12 @@ func TestStreamRoundTrip(t *testing.T) {
 			t.Errorf("record %d = %s %s by %q, want a %s", i, records[i].Kind, records[i].Key, records[i].Rule, want)
 		}
 	}
-	if n := records[1].BytesIn; n != uint64(len(plaintext)) {
-		t.Errorf("end record counts %d bytes, want %d", n, len(plaintext))
+	in, out := uint64(len(plaintext)), uint64(len(message))
+	if e := records[1]; e.BytesIn != in || e.BytesOut != out {
+		t.Errorf("the end of encryption counts %d bytes in and %d out, want %d and %d", e.BytesIn, e.BytesOut, in, out)
+	}
+	if e := records[3]; e.BytesIn != out || e.BytesOut != in {
+		t.Errorf("the end of decryption counts %d bytes in and %d out, want %d and %d", e.BytesIn, e.BytesOut, out, in)
 	}
 }
 
