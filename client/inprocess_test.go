@@ -234,7 +234,7 @@ func TestRealAgentRestarts(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = own.stop() })
-	c := dial(t, client.Options{Socket: own.socket(), WorkloadAPI: own.workload("orders"), Retry: 15 * time.Second})
+	c := dial(t, client.Options{Socket: own.socket(), WorkloadAPI: own.workload("orders"), Retry: time.Minute})
 	p := inProcess(t, c)
 	request := &client.EncryptRequest{Key: "orders", Plaintext: []byte("x")}
 	if _, err := p.Encrypt(patiently(t), request); err != nil {
@@ -249,7 +249,9 @@ func TestRealAgentRestarts(t *testing.T) {
 	}
 	opened := make(chan error, 1)
 	go func() {
-		_, err := c.Decrypt(patiently(t), &client.DecryptRequest{Message: sealed.GetMessage()})
+		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+		defer cancel()
+		_, err := c.Decrypt(ctx, &client.DecryptRequest{Message: sealed.GetMessage()})
 		opened <- err
 	}()
 	if err := own.start(); err != nil {
