@@ -4,7 +4,6 @@ SHELL := /bin/bash
 
 GO       ?= go
 TOOL     := $(GO) tool -modfile=$(CURDIR)/tools/go.mod
-VERSION  ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
 LDFLAGS  := -s -w
 # Release builds erase secrets from stacks and registers where Go can.
 RELEASE  := CGO_ENABLED=0 GOEXPERIMENT=runtimesecret

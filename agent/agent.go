@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"sync"
 	"sync/atomic"
@@ -58,10 +59,8 @@ type Agent struct {
 // New builds an agent from a configuration that LoadConfig accepted. It opens
 // the audit log, and starts nothing. path is the file that cfg came from.
 func New(cfg *Config, path string, logger *zap.Logger) (*Agent, error) {
-	for _, dir := range []string{cfg.StateDir, cfg.RuntimeDir} {
-		if err := os.MkdirAll(dir, 0o700); err != nil {
-			return nil, fmt.Errorf("directory of the agent: %w", err)
-		}
+	if err := makeDirectories(cfg); err != nil {
+		return nil, fmt.Errorf("directory of the agent: %w", err)
 	}
 	configured, err := zapcore.ParseLevel(string(cfg.Log.Level))
 	if err != nil {
@@ -93,6 +92,26 @@ func New(cfg *Config, path string, logger *zap.Logger) (*Agent, error) {
 		return nil, errors.Join(err, log.Close())
 	}
 	return a, nil
+}
+
+// Modes of the directories that the agent makes. Callers pass through that of
+// the sockets, which have modes of their own, and see nothing of what is in it.
+const (
+	stateMode   = 0o700
+	runtimeMode = 0o711
+)
+
+func makeDirectories(cfg *Config) error {
+	if err := os.MkdirAll(cfg.StateDir, stateMode); err != nil {
+		return err
+	}
+	if _, err := os.Stat(cfg.RuntimeDir); !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	if err := os.MkdirAll(cfg.RuntimeDir, runtimeMode); err != nil {
+		return err
+	}
+	return os.Chmod(cfg.RuntimeDir, runtimeMode) //nolint:gosec // whatever the umask
 }
 
 // bootTime is CLOCK_BOOTTIME: it runs on while the host is suspended.

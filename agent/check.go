@@ -149,16 +149,15 @@ func (h *hostCheck) wayToSocket() {
 	}
 	dir := filepath.Dir(native.Socket)
 	var stat unix.Stat_t
-	found := "is made with mode 0700"
-	if err := unix.Stat(dir, &stat); err == nil {
-		found = fmt.Sprintf("has mode %04o", stat.Mode&0o7777)
+	if err := unix.Stat(dir, &stat); err != nil {
+		return // the agent makes it so that callers pass through
 	}
 	if stat.Mode&others != 0 || (stat.Mode&group != 0 && native.Mode&0o002 == 0 && native.Group != nil && uint32(*native.Group) == stat.Gid) {
 		return
 	}
-	h.warn("listen.native.mode", "lets other users connect (%04o), but the socket's directory %s %s: they do not get to the socket; "+
-		"give it mode 0755 before the agent starts (RuntimeDirectory= and RuntimeDirectoryMode=0755 in a systemd unit)",
-		native.Mode.FileMode(), dir, found)
+	h.warn("listen.native.mode", "lets other users connect (%04o), but the socket's directory %s has mode %04o: they do not get to the socket; "+
+		"give it mode 0711 (RuntimeDirectory= and RuntimeDirectoryMode=0711 in a systemd unit)",
+		native.Mode.FileMode(), dir, stat.Mode&0o7777)
 }
 
 // socketGroup tests that the agent may give its socket away to the group.

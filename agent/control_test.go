@@ -243,3 +243,16 @@ func TestAdminRolesAreApart(t *testing.T) {
 		}
 	}
 }
+
+// Callers of other users get to the socket through the directory that the agent
+// makes, and the socket's own mode says who may connect.
+func TestRuntimeDirectoryLetsCallersThrough(t *testing.T) {
+	r := newRig(t, configText())
+	r.start()
+	for name, want := range map[string]os.FileMode{"run": 0o711, "state": 0o700} {
+		info, err := os.Stat(r.path(name))
+		if err != nil || info.Mode().Perm() != want {
+			t.Errorf("%s: %v, %v; want mode %v", name, info.Mode(), err, want)
+		}
+	}
+}

@@ -64,7 +64,11 @@ func judge(r *adminv1.StatusResponse) {
 	down := 0
 	for _, b := range r.Backends {
 		if b.State != "up" {
-			r.Problems = append(r.Problems, "backend "+b.Name+" is "+b.State+": "+b.LastError)
+			problem := "backend " + b.Name + " is " + b.State
+			if b.LastError != "" {
+				problem += ": " + b.LastError
+			}
+			r.Problems = append(r.Problems, problem)
 		}
 		if b.State == "down" {
 			down++

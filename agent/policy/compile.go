@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 	"unicode"
@@ -207,12 +208,27 @@ func (c *compiler) operations(r *Rule, deny bool, report reporter) uint32 {
 		case !known:
 			report(field, "unknown operation or role %q; list %s", text, c.alternatives())
 		case bit&c.keyless() != 0 && len(r.Keys) > 0 && !slices.Contains(r.Keys, "*"):
-			report(field, "%q acts on no key, so that this rule would never give or take it; "+
-				"move it to a rule without keys, or with keys: [\"*\"]", text)
+			report(field, "%s acts on no key, so that this rule would never give or take it; "+
+				"move it to a rule without keys, or with keys: [\"*\"]", c.keylessIn(text, bit))
 		}
 		mask |= bit
 	}
 	return mask
+}
+
+// keylessIn names the operations on no key in an operation or role.
+func (c *compiler) keylessIn(text string, mask uint32) string {
+	var names []string
+	for _, o := range Operations() {
+		if o.Keyless() && mask&c.bits[o] != 0 {
+			names = append(names, strconv.Quote(string(o)))
+		}
+	}
+	name := strings.Join(names, ", ")
+	if _, role := c.roles[text]; role {
+		return fmt.Sprintf("%s of the role %q", name, text)
+	}
+	return name
 }
 
 // keyless is the mask of the operations that act on no key.

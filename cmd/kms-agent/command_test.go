@@ -281,15 +281,16 @@ func TestLateCompetitor(t *testing.T) {
 func TestInterrupted(t *testing.T) {
 	f := &fakeAgent{}
 	serveFake(t, f)
-	silent, keepOpen, err := os.Pipe()
-	if err != nil {
-		t.Fatal(err)
-	}
 	dir := t.TempDir()
 	stderr := create(t, filepath.Join(t.TempDir(), "err"))
 	for _, args := range [][]string{
 		{"encrypt", "--key", "orders", "--out", filepath.Join(dir, "out")}, {"wrap", "--key", "orders"}, {"check", "-"},
 	} {
+		// Of its own: a command closes what it was given to read.
+		silent, keepOpen, err := os.Pipe()
+		if err != nil {
+			t.Fatal(err)
+		}
 		ctx, cancel := context.WithCancel(t.Context())
 		a := newApp(silent, os.Stdout, stderr, os.Getenv)
 		root := newRoot(a)
@@ -306,12 +307,12 @@ func TestInterrupted(t *testing.T) {
 		if code := <-ended; code != int(exitInterrupted) {
 			t.Errorf("%v: exit code %d, want %d: %s", args, code, exitInterrupted, read(t, stderr.Name()))
 		}
+		// The reads that were left behind end with their pipe.
+		if err := errors.Join(keepOpen.Close(), silent.Close()); err != nil && !errors.Is(err, os.ErrClosed) {
+			t.Error(err)
+		}
 	}
 	if entries, err := os.ReadDir(dir); err != nil || len(entries) != 0 {
 		t.Errorf("directory holds %v, %v, want nothing", entries, err)
-	}
-	// The reads that were left behind end with their pipe.
-	if err := errors.Join(keepOpen.Close(), silent.Close()); err != nil && !errors.Is(err, os.ErrClosed) {
-		t.Error(err)
 	}
 }
