@@ -17,6 +17,8 @@ import (
 	"github.com/goccy/go-yaml/parser"
 	"github.com/goccy/go-yaml/token"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/kms-agent/kms-agent/agent/policy"
 )
 
 // Bounds that keep the YAML parser, which recurses, from a stack without end: a
@@ -167,6 +169,8 @@ func describe(t reflect.Type) string {
 		return "a size, such as 4MiB"
 	case t == reflect.TypeFor[UID](), t == reflect.TypeFor[GID]():
 		return "a number or a name"
+	case t == reflect.TypeFor[policy.Condition]():
+		return "a condition, such as context.tenant == caller.path[1]; without one, remove the line"
 	case t.Kind() == reflect.Bool:
 		return "true or false"
 	case t.Kind() == reflect.String:

@@ -44,7 +44,10 @@ func (s *Service) DescribeKey(ctx context.Context, call Call, name string) (KeyD
 func (t *transaction) description(k *key) KeyDescription {
 	d := KeyDescription{
 		Name: k.Name, FormerNames: k.FormerNames, Labels: k.Labels, BindContext: k.BindContext,
-		MaxAge: k.Limits.MaxAge, Operations: t.state.Policy.Operations(t.call.Caller, k.Name),
+		MaxAge: k.Limits.MaxAge,
+		Operations: t.state.Policy.Operations(policy.Request{
+			Caller: t.call.Caller, Key: k.Name, Labels: k.Labels,
+		}),
 	}
 	if known := k.wrapping.described.Load(); known != nil {
 		d.CurrentVersion, d.Versions = known.Current, known.Versions
@@ -67,7 +70,7 @@ func (s *Service) ListKeys(ctx context.Context, call Call, after string, limit i
 			start++
 		}
 		for _, name := range t.state.names[start:] {
-			if !t.decide(t.state, name, policy.Describe, nil).Allowed {
+			if !t.decide(t.state, t.state.keys[name], policy.Describe, nil).Allowed {
 				continue
 			}
 			if len(visible) == limit {
@@ -99,8 +102,8 @@ func (s *Service) WhoAmI(ctx context.Context, call Call) (identity.Caller, error
 // needs generate-random on any key, since it concerns none.
 func (s *Service) GenerateRandom(ctx context.Context, call Call, length int) ([]byte, error) {
 	return perform(ctx, s, call, policy.GenerateRandom, func(_ context.Context, t *transaction) ([]byte, error) {
-		decision := t.decide(t.state, "", policy.GenerateRandom, nil)
-		t.record.Rule = decision.Rule
+		decision := t.decide(t.state, nil, policy.GenerateRandom, nil)
+		t.decided(decision)
 		if !decision.Allowed {
 			return nil, denied("")
 		}

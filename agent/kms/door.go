@@ -31,7 +31,8 @@ type transaction struct {
 	// policyStale is the part of maxStale that policy demands; nil: none.
 	policyStale *time.Duration
 	record      audit.Record
-	// note is what the record of a denial says beyond what the caller is told.
+	// note is what the record says beyond what the caller is told, unless an
+	// error that is no denial needs the place.
 	note string
 }
 
@@ -97,7 +98,8 @@ func (t *transaction) authorise(name string, op policy.Operation, encryptionCont
 	if name != whole {
 		k = nil // what is left of it may be the name of a key
 	}
-	t.record.Key, t.record.Context, t.record.Rule = name, encryptionContext, decision.Rule
+	t.record.Key, t.record.Context = name, encryptionContext
+	t.decided(decision)
 	if k != nil {
 		t.record.Key = k.Name
 	}
@@ -106,7 +108,7 @@ func (t *transaction) authorise(name string, op policy.Operation, encryptionCont
 		t.record.Rule, t.note = "", "there is no key of this name"
 	}
 	if k == nil || !decision.Allowed {
-		return nil, deniedBy(name, decision)
+		return nil, denied(name)
 	}
 	t.bound(decision.MaxStale)
 	t.record.Backend = k.Backend
@@ -126,22 +128,34 @@ func bounded(name string) string {
 func (t *transaction) find(name string, op policy.Operation, encryptionContext map[string]string) (*key, policy.Decision) {
 	k := t.state.keys[name]
 	if k != nil {
-		name = k.Name
+		return k, t.decide(t.state, k, op, encryptionContext)
 	}
-	return k, t.decide(t.state, name, op, encryptionContext)
+	return nil, t.state.Policy.Decide(t.question(name, op, encryptionContext))
 }
 
-func (t *transaction) decide(st *state, name string, op policy.Operation, encryptionContext map[string]string) policy.Decision {
-	if st.Policy == nil {
-		return policy.Decision{}
-	}
-	r := policy.Request{
-		Caller: t.call.Caller, Operation: op, Key: name, Context: encryptionContext, Time: time.Now(),
-	}
-	if k := st.keys[name]; k != nil {
-		r.Labels = k.Labels
+// decide asks policy for a key, or for none.
+func (t *transaction) decide(st *state, k *key, op policy.Operation, encryptionContext map[string]string) policy.Decision {
+	r := t.question("", op, encryptionContext)
+	if k != nil {
+		r.Key, r.Labels = k.Name, k.Labels
 	}
 	return st.Policy.Decide(r)
+}
+
+func (t *transaction) question(name string, op policy.Operation, encryptionContext map[string]string) policy.Request {
+	return policy.Request{Caller: t.call.Caller, Operation: op, Key: name, Context: encryptionContext, Time: time.Now()}
+}
+
+// decided notes for the auditor which rule decided, and what could not be
+// evaluated on the way.
+func (t *transaction) decided(d policy.Decision) {
+	t.record.Rule, t.note = d.Rule, ""
+	for _, f := range d.Failures {
+		if t.note != "" {
+			t.note += "; "
+		}
+		t.note += f.String()
+	}
 }
 
 // bound tightens how stale a key may be, as policy demands.
@@ -175,7 +189,7 @@ func (t *transaction) used(k *key, version string, f cache.Freshness) KeyUse {
 // replaces any answer.
 func (t *transaction) finish(ctx context.Context, err error) error {
 	r := &t.record
-	r.Outcome, r.Reason, r.Detail = audit.Success, "", ""
+	r.Outcome, r.Reason, r.Detail = audit.Success, "", t.note
 	if err != nil {
 		r.Outcome, r.Reason, r.Detail = audit.Error, string(ReasonOf(err)), detailOf(err)
 	}

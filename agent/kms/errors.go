@@ -4,8 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"time"
-
-	"github.com/kms-agent/kms-agent/agent/policy"
 )
 
 // Reason says why an operation failed, in one stable word. The doors translate
@@ -91,15 +89,6 @@ func denied(key string) *Error {
 		Reason: ReasonAccessDenied, Key: key,
 		Message: "the caller may not do this with this key, or there is no such key; ask whoever keeps the agent's policy",
 	}
-}
-
-// deniedBy is denied with what the record is to say of the decision.
-func deniedBy(key string, d policy.Decision) *Error {
-	e := denied(key)
-	if d.Failed != "" {
-		e.Cause = errors.New(d.Failed)
-	}
-	return e
 }
 
 func invalid(key, format string, a ...any) *Error {

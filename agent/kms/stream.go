@@ -70,9 +70,9 @@ func (s *stream) mayGoOn() error {
 	if k == nil || k.wrapping != s.k.wrapping {
 		return denied(s.k.Name)
 	}
-	decision := s.t.decide(state, s.k.Name, s.op, s.context)
+	decision := s.t.decide(state, k, s.op, s.context)
 	if !decision.Allowed {
-		s.t.record.Rule = decision.Rule
+		s.t.decided(decision)
 		return denied(s.k.Name)
 	}
 	maxAge := k.Limits.MaxAge

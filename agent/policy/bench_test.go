@@ -44,6 +44,41 @@ func BenchmarkDecide(b *testing.B) {
 	}
 }
 
+func BenchmarkDecideWithCondition(b *testing.B) {
+	for _, when := range []string{
+		"caller.uid == 1001", "context.tenant == caller.path[1]", "operation == 'encrypt' && key.labels.team == 'shop'",
+		"time.getHours('Europe/Berlin') < 8 && context.all(k, k in ['tenant', 'secret', 'n'])",
+	} {
+		b.Run(when, func(b *testing.B) {
+			p, r := compile(b, conditioned("r", "", when)), fullRequest()
+			b.ReportAllocs()
+			for b.Loop() {
+				if !p.Decide(r).Allowed {
+					b.Fatal("denied")
+				}
+			}
+		})
+	}
+}
+
+// Few rules have conditions, and those that have none must not pay.
+func TestConditionsOfOtherRulesCostNothing(t *testing.T) {
+	r := question(caller("spiffe://example.org/a"), policy.Encrypt, "k")
+	other := conditioned("other", "", "context.tenant == 'a'")
+	other.Keys = []string{"other"}
+	p := compile(t, other, policy.Rule{Name: "r", Callers: []string{"*"}, Keys: []string{"k"}, Operations: []string{"encrypt"}})
+	if n := testing.AllocsPerRun(100, func() { p.Decide(r) }); n != 0 {
+		t.Errorf("%v allocations, want none", n)
+	}
+}
+
+func TestAConditionAllocatesLittle(t *testing.T) {
+	p, r := compile(t, conditioned("r", "", "context.tenant == caller.path[1]")), fullRequest()
+	if n := testing.AllocsPerRun(100, func() { p.Decide(r) }); n > 20 {
+		t.Errorf("%v allocations for a decision with a condition, want 20 at most", n)
+	}
+}
+
 func TestDecideDoesNotAllocate(t *testing.T) {
 	for name, rules := range shapes(1000) {
 		p := compile(t, rules...)

@@ -89,8 +89,9 @@ type compiler struct {
 	cfg    Config
 	bits   map[Operation]uint32
 	roles  map[string]uint32
-	when   *conditions // made when the first rule needs it
 	faults []error
+	// conditions is nil until a rule has one.
+	conditions *conditionCompiler
 }
 
 // reporter adds faults of one rule or role.
@@ -127,7 +128,7 @@ func (c *compiler) role(name string, operations []Operation) {
 func (c *compiler) rule(index int, seen map[string]int) parsedRule {
 	r := &c.cfg.Rules[index]
 	report := c.reporter(index, r.Name)
-	p := parsedRule{rule: rule{name: r.Name, deny: r.Effect == Deny, maxStale: -1}}
+	p := parsedRule{rule: rule{name: r.Name, deny: r.Effect == Deny}}
 	if fault := nameFault(r.Name); fault != "" {
 		report("name", "the rule's name %s; it is what audit records say", fault)
 	} else if first, twice := seen[r.Name]; twice {
@@ -143,26 +144,8 @@ func (c *compiler) rule(index int, seen map[string]int) parsedRule {
 	p.keys = keys(r, p.ops, report)
 	p.proofs = proofs(r, report)
 	p.maxStale = maxStale(r, report)
-	p.when = c.condition(r, report)
+	p.when = c.when(r, report)
 	return p
-}
-
-func (c *compiler) condition(r *Rule, report reporter) *condition {
-	if r.When == "" {
-		return nil
-	}
-	var err error
-	if c.when == nil {
-		c.when, err = newConditions()
-	}
-	var compiled *condition
-	if err == nil {
-		compiled, err = c.when.compile(r.When)
-	}
-	if err != nil {
-		report("when", "the condition %v", err)
-	}
-	return compiled
 }
 
 func (c *compiler) callers(r *Rule, deny bool, report reporter) []pattern {
@@ -288,23 +271,44 @@ func proofs(r *Rule, report reporter) uint8 {
 	for i, p := range r.Proof {
 		bit := proofBit(p)
 		if bit == 0 {
-			report(fmt.Sprintf("proof[%d]", i), "unknown proof %q; list some of: %s, or leave proof out for any", p, joined(knownProofs()))
+			report(fmt.Sprintf("proof[%d]", i), "unknown proof %q; list some of: %s, or leave proof out for any", p, joined(Proofs()))
 		}
 		mask |= bit
 	}
 	return mask
 }
 
-func maxStale(r *Rule, report reporter) time.Duration {
+// when compiles the rule's condition, if it has one.
+func (c *compiler) when(r *Rule, report reporter) *condition {
+	if r.When == "" {
+		return nil
+	}
+	if c.conditions == nil {
+		var err error
+		if c.conditions, err = newConditionCompiler(); err != nil {
+			report("when", "%v", err)
+			return nil
+		}
+	}
+	compiled, err := c.conditions.compile(string(r.When))
+	if err != nil {
+		report("when", "%v", err)
+	}
+	return compiled
+}
+
+// maxStale copies the rule's bound, which is the configuration's.
+func maxStale(r *Rule, report reporter) *time.Duration {
 	switch {
 	case r.MaxStale == nil:
-		return -1
+		return nil
 	case r.Effect == Deny:
 		report("max_stale", "a deny has no max_stale: it allows nothing that could be stale; remove it")
 	case *r.MaxStale < 0:
 		report("max_stale", "%v is negative; write 0 for a confirmation per request, or leave it out for no bound", *r.MaxStale)
 	}
-	return *r.MaxStale
+	bound := *r.MaxStale
+	return &bound
 }
 
 func nameFault(name string) string {
@@ -322,7 +326,8 @@ func nameFault(name string) string {
 	return ""
 }
 
-func knownProofs() []identity.Proof {
+// Proofs returns every proof there is, strongest first.
+func Proofs() []identity.Proof {
 	return []identity.Proof{
 		identity.ProofX509SVID, identity.ProofJWTSVID,
 		identity.ProofAttestedPeer, identity.ProofStaticPeer,
@@ -363,14 +368,14 @@ func build(bits map[Operation]uint32, parsed []parsedRule) *Policy {
 		}
 		return cmp.Compare(a.name, b.name)
 	})
-	p := &Policy{bits: bits, rules: make([]rule, len(parsed)), parsed: parsed}
+	p := &Policy{bits: bits, rules: make([]rule, len(parsed))}
 	for i, r := range parsed {
 		p.rules[i] = r.rule
 		everyKey := len(r.keys) == 0
-		for _, c := range r.callers {
+		for _, c := range disjoint(r.callers) {
 			p.callers.add(c, i)
 		}
-		for _, k := range r.keys {
+		for _, k := range disjoint(r.keys) {
 			p.keys.add(k, i)
 			everyKey = everyKey || k.everything()
 		}

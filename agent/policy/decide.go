@@ -1,11 +1,8 @@
 package policy
 
 import (
-	"strconv"
-	"strings"
+	"slices"
 	"time"
-
-	"github.com/kms-agent/kms-agent/identity"
 )
 
 // Policy decides. It is immutable and safe for concurrent use; a nil Policy
@@ -15,8 +12,7 @@ type Policy struct {
 	rules   []rule // denials first, then by name: the lowest that matches decides
 	callers index
 	keys    index
-	keyless ruleSet      // rules for operations without a key
-	parsed  []parsedRule // as rules; only Explain looks at them
+	keyless ruleSet // rules for operations without a key
 }
 
 // rule is what a decision needs of a rule once caller and key match.
@@ -25,8 +21,8 @@ type rule struct {
 	ops      uint32
 	proofs   uint8
 	deny     bool
-	maxStale time.Duration // -1: no bound
-	when     *condition    // nil: always
+	maxStale *time.Duration // nil: no bound
+	when     *condition     // nil: none
 }
 
 // Decide decides r. It denies what no rule allows, what one rule denies, and
@@ -34,120 +30,131 @@ type rule struct {
 // without known proof, an unknown operation, an operation on a key without one
 // or the other way round, a key name with an empty segment.
 func (p *Policy) Decide(r Request) Decision {
-	if p == nil {
+	v := verdict{request: r}
+	if !p.collect(&v) {
 		return Decision{}
 	}
-	return p.decide(&r, false)
+	return v.decision()
 }
 
-// Operations returns the operations that c could be allowed on key in some
-// context at some time, in the order of the function Operations; with an empty
-// key, the allowed operations that act on none.
-func (p *Policy) Operations(c identity.Caller, key string) []Operation {
+// Operations returns the operations that r's caller could be allowed on r's key
+// in some context at some time, in the order of the function Operations; with an
+// empty key, the allowed operations that act on none. The operation, context and
+// time of r do not matter.
+func (p *Policy) Operations(r Request) []Operation {
 	var allowed []Operation
-	if p == nil {
-		return nil
-	}
-	for _, o := range Operations() {
-		if p.decide(&Request{Caller: c, Operation: o, Key: key}, true).Allowed {
-			allowed = append(allowed, o)
+	for _, r.Operation = range Operations() {
+		v := verdict{request: r, possible: true}
+		if p.collect(&v) && v.decision().Allowed {
+			allowed = append(allowed, r.Operation)
 		}
 	}
 	return allowed
 }
 
-// decide decides r. With possible, conditions are taken for what the caller
-// could make of them: that of an allow for true, that of a deny for false.
-func (p *Policy) decide(r *Request, possible bool) Decision {
-	c, o, key := r.Caller, r.Operation, r.Key
-	v := verdict{rules: p.rules, request: r, possible: possible, op: p.bits[o], proof: proofBit(c.Proof), decider: len(p.rules), maxStale: -1}
-	if v.op == 0 || v.proof == 0 || c.ID.IsZero() || c.ID.Path() == "" || o.Keyless() != (key == "") {
-		return Decision{}
+// collect shows v the rules for its caller and key. It is false for a request
+// that is denied whatever the rules say.
+func (p *Policy) collect(v *verdict) bool {
+	if p == nil {
+		return false
+	}
+	r := &v.request
+	v.rules, v.op, v.proof, v.decider = p.rules, p.bits[r.Operation], proofBit(r.Caller.Proof), len(p.rules)
+	if v.op == 0 || v.proof == 0 || r.Caller.ID.IsZero() || r.Caller.ID.Path() == "" || r.Operation.Keyless() != (r.Key == "") {
+		return false
 	}
 	var callerSpace, keySpace [8]*ruleSet
-	callers := p.callers.find(callerPath(c.ID), callerSpace[:0])
-	keys := append(keySpace[:0], &p.keyless)
-	if key != "" {
-		keys = p.keys.find(key, keySpace[:0])
-	}
+	callers := p.callers.find(callerPath(r.Caller.ID), callerSpace[:0])
+	keys := p.keysOf(r.Key, keySpace[:0])
 	for _, c := range callers {
 		for _, k := range keys {
-			common(c, k, &v)
+			common(c, k, v)
 		}
 	}
-	return v.decision()
+	return true
 }
 
-// verdict collects the rules that match one request.
+// keysOf appends the sets of the rules for a key, or for none, to found.
+func (p *Policy) keysOf(key string, found []*ruleSet) []*ruleSet {
+	if key == "" {
+		return append(found, &p.keyless)
+	}
+	return p.keys.find(key, found)
+}
+
+// verdict collects the rules that match one request. It sees each of them once:
+// no two patterns of a rule match the same caller or key.
 type verdict struct {
+	request Request
+	// possible asks what could be: a condition on context or time holds in an
+	// allow and does not in a deny.
+	possible bool
+
 	rules    []rule
 	op       uint32
 	proof    uint8
-	decider  int           // lowest rule that matches; len(rules): none
-	maxStale time.Duration // smallest of the allowing rules; -1: no bound
-
-	request  *Request
-	possible bool
-	failed   *failure // of the lowest rule whose condition had no value
+	decider  int            // lowest rule that matches; len(rules): none
+	maxStale *time.Duration // smallest of the allowing rules; nil: no bound
+	vars     *requestVars   // nil until a condition is met
+	failures []Failure
 }
 
-// failure is apart from verdict so that requests without one stay off the heap.
-type failure struct {
-	rule int
-	err  error
+// denied reports whether a deny has matched.
+func (v *verdict) denied() bool {
+	return v.decider < len(v.rules) && v.rules[v.decider].deny
 }
 
 // visit weighs a rule whose caller and key match, and reports whether a later
 // one can matter.
 func (v *verdict) visit(i uint32) bool {
 	r := &v.rules[i]
-	if r.ops&v.op == 0 || r.proofs&v.proof == 0 {
-		return true
+	if v.denied() && int(i) > v.decider {
+		return false
 	}
-	if r.when != nil && !v.holds(int(i)) {
+	if r.ops&v.op == 0 || r.proofs&v.proof == 0 || r.when != nil && !v.holds(r) {
 		return true
 	}
 	v.decider = min(v.decider, int(i))
-	if r.maxStale >= 0 && (v.maxStale < 0 || r.maxStale < v.maxStale) {
+	if r.maxStale != nil && (v.maxStale == nil || *r.maxStale < *v.maxStale) {
 		v.maxStale = r.maxStale
 	}
 	return !r.deny
 }
 
-// holds tells whether a rule with a condition matches. Where the condition has
-// no value a deny does and an allow does not.
-func (v *verdict) holds(i int) bool {
-	r := &v.rules[i]
-	if v.possible {
+// holds evaluates the condition of a rule. A failure counts against the caller.
+func (v *verdict) holds(r *rule) bool {
+	if v.possible && r.when.open {
 		return !r.deny
 	}
-	yes, err := r.when.holds(v.request)
+	if v.vars == nil {
+		v.vars = &requestVars{Request: v.request}
+	}
+	holds, err := r.when.holds(v.vars)
 	if err == nil {
-		return yes
+		return holds
 	}
-	if v.failed == nil || i < v.failed.rule {
-		v.failed = &failure{i, err}
-	}
+	v.failed(Failure{Rule: r.name, Why: err.Error()}, r.deny)
 	return r.deny
 }
 
-// failures is for the record: bounded, since it may hold what the caller sent.
-func (v *verdict) failures() string {
-	if v.failed == nil {
-		return ""
+func (v *verdict) failed(f Failure, deny bool) {
+	switch {
+	case deny:
+		v.failures = slices.Insert(v.failures, 0, f)
+	default:
+		v.failures = append(v.failures, f)
 	}
-	const most = 256
-	text := v.failed.err.Error()
-	return "the condition of rule " + strconv.Quote(v.rules[v.failed.rule].name) + " has no value: " + strings.ToValidUTF8(text[:min(len(text), most)], "")
+	v.failures = v.failures[:min(len(v.failures), MaxFailures)]
 }
 
 func (v *verdict) decision() Decision {
+	d := Decision{Failures: v.failures}
 	if v.decider == len(v.rules) {
-		return Decision{Failed: v.failures()}
+		return d
 	}
-	d := Decision{Failed: v.failures(), Rule: v.rules[v.decider].name, Allowed: !v.rules[v.decider].deny}
-	if d.Allowed && v.maxStale >= 0 {
-		stale := v.maxStale
+	d.Rule, d.Allowed = v.rules[v.decider].name, !v.rules[v.decider].deny
+	if d.Allowed && v.maxStale != nil {
+		stale := *v.maxStale
 		d.MaxStale = &stale
 	}
 	return d

@@ -2,7 +2,7 @@ package policy
 
 import (
 	"slices"
-	"strings"
+	"time"
 )
 
 // Finding says what one rule has to do with a request.
@@ -13,8 +13,10 @@ type Finding struct {
 	// Matches: the rule counts.
 	Matches bool
 	// Why it does not match, in a few words; of a deny that matches because its
-	// condition has no value, that.
+	// condition could not be evaluated, that.
 	Why string
+	// MaxStale is the rule's own bound; nil: none.
+	MaxStale *time.Duration
 }
 
 // Explain tells of every rule whether it matches r, denials first, then by name,
@@ -23,53 +25,53 @@ func (p *Policy) Explain(r Request) []Finding {
 	if p == nil {
 		return nil
 	}
-	findings := make([]Finding, len(p.parsed))
-	for i := range p.parsed {
-		findings[i] = p.parsed[i].explain(p.bits[r.Operation], &r)
+	callers := p.callers.find(callerPath(r.Caller.ID), nil)
+	keys := p.keysOf(r.Key, nil)
+	vars := &requestVars{Request: r}
+	findings := make([]Finding, len(p.rules))
+	for i := range p.rules {
+		rule, f := &p.rules[i], &findings[i]
+		*f = Finding{Rule: rule.name, Effect: rule.effect()}
+		if rule.maxStale != nil {
+			bound := *rule.maxStale
+			f.MaxStale = &bound
+		}
+		within := func(s *ruleSet) bool { return s.has(uint32(i)) }
+		switch {
+		case !slices.ContainsFunc(callers, within):
+			f.Why = "is for other callers"
+		case !slices.ContainsFunc(keys, within):
+			f.Why = "is for other keys"
+		case rule.ops&p.bits[r.Operation] == 0:
+			f.Why = "is for other operations"
+		case rule.proofs&proofBit(r.Caller.Proof) == 0:
+			f.Why = "is for callers proven in another way"
+		default:
+			f.Matches, f.Why = rule.met(vars)
+		}
 	}
 	return findings
 }
 
-func (rule *parsedRule) explain(op uint32, r *Request) Finding {
-	f := Finding{Rule: rule.name, Effect: Allow}
-	if rule.deny {
-		f.Effect = Deny
+func (r *rule) effect() string {
+	if r.deny {
+		return Deny
 	}
-	named := func(patterns []pattern, path string) bool {
-		return slices.ContainsFunc(patterns, func(p pattern) bool { return p.matches(path) })
-	}
-	switch {
-	case !named(rule.callers, callerPath(r.Caller.ID)):
-		f.Why = "is for other callers"
-	case r.Key == "" && len(rule.keys) > 0 && !slices.ContainsFunc(rule.keys, pattern.everything), r.Key != "" && !named(rule.keys, r.Key):
-		f.Why = "is for other keys"
-	case rule.ops&op == 0:
-		f.Why = "is for other operations"
-	case rule.proofs&proofBit(r.Caller.Proof) == 0:
-		f.Why = "is for callers proven in another way"
-	case rule.when != nil:
-		yes, err := rule.when.holds(r)
-		if f.Matches = yes; err != nil {
-			f.Matches, f.Why = rule.deny, "its condition has no value: "+err.Error()
-		} else if !yes {
-			f.Why = "its condition is false"
-		}
-	default:
-		f.Matches = true
-	}
-	return f
+	return Allow
 }
 
-// matches is what the index finds, for one pattern.
-func (p pattern) matches(path string) bool {
-	switch {
-	case path == "" || strings.HasPrefix(path, separator) || strings.HasSuffix(path, separator) || strings.Contains(path, separator+separator):
-		return false
-	case p.everything():
-		return true
-	case p.below:
-		return strings.HasPrefix(path, p.path+separator)
-	default:
-		return path == p.path
+// met reports whether the rule matches as far as its condition goes, and why not
+// or why all the same.
+func (r *rule) met(v *requestVars) (matches bool, why string) {
+	if r.when == nil {
+		return true, ""
 	}
+	holds, err := r.when.holds(v)
+	switch {
+	case err != nil:
+		return r.deny, "its condition could not be evaluated: " + err.Error()
+	case !holds:
+		return false, "its condition is false"
+	}
+	return true, ""
 }

@@ -68,3 +68,33 @@ func parseKey(text string) (pattern, error) {
 	}
 	return pattern{path: path, below: below}, nil
 }
+
+// disjoint is patterns without those that another one covers: no two of the
+// rest match the same path.
+func disjoint(patterns []pattern) []pattern {
+	all := make(map[pattern]bool, len(patterns))
+	for _, p := range patterns {
+		all[p] = true
+	}
+	seen := make(map[pattern]bool, len(patterns))
+	var kept []pattern
+	for _, p := range patterns {
+		if !covered(p, all) && !seen[p] {
+			kept = append(kept, p)
+		}
+		seen[p] = true
+	}
+	return kept
+}
+
+// covered reports whether another pattern of all matches all that p matches.
+func covered(p pattern, all map[pattern]bool) bool {
+	if p.everything() {
+		return false
+	}
+	above := all[pattern{below: true}]
+	for i := range p.path {
+		above = above || p.path[i] == '/' && all[pattern{path: p.path[:i], below: true}]
+	}
+	return above
+}

@@ -5,6 +5,9 @@
 package policy
 
 import (
+	"errors"
+	"fmt"
+	"strings"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -40,14 +43,25 @@ type Rule struct {
 	// for what this rule allows. Nil is no bound; zero demands a confirmation
 	// made for the request. Only in an allow.
 	MaxStale *time.Duration `yaml:"max_stale"`
-	// When is a condition in CEL (cel.dev) over the request; the rule matches only
-	// where it is true. Where it has no value, as when it reads a context that is
-	// not there, an allow does not match and a deny does. Empty is true.
-	// docs/policy.md lists what it sees. At most MaxConditionLength bytes.
-	When string `yaml:"when"`
 	// Proof lists how the caller must have been proven for the rule to match;
 	// empty is any proof.
 	Proof []identity.Proof `yaml:"proof"`
+	// When is a condition in CEL that must hold for the rule to match; empty is
+	// none. docs/policy.md lists what it can read. One that cannot be evaluated
+	// for a request does not match in an allow, and matches in a deny.
+	When Condition `yaml:"when"`
+}
+
+// Condition is the text of a condition.
+type Condition string
+
+// UnmarshalText refuses an empty condition, which would be taken for none.
+func (c *Condition) UnmarshalText(text []byte) error {
+	if strings.TrimSpace(string(text)) == "" {
+		return errors.New("the condition is empty; remove it, or write one such as context.tenant == caller.path[1]")
+	}
+	*c = Condition(text)
+	return nil
 }
 
 // Config is what a policy is compiled from. It is read during Compile only.
@@ -68,11 +82,15 @@ type Request struct {
 	// (Operation.Keyless) and only for those.
 	Operation Operation
 	Key       string
-	// Labels of the key, Context and Time describe the request to conditions; no
-	// rule without one reads them. They are read only.
+	// Labels of the key, Context and Time describe the request to conditions and
+	// matter to nothing else. The maps are read during the call only. A context
+	// that is too large for the message format makes conditions fail.
 	Labels  map[string]string
 	Context map[string]string
 	Time    time.Time
+	// PeerUnknown says that nothing is known of the caller's process, so that
+	// conditions that read caller.uid, caller.gid or caller.pid fail.
+	PeerUnknown bool
 }
 
 // Decision answers a Request. The zero value is the default: denied, by no rule.
@@ -82,11 +100,26 @@ type Decision struct {
 	// rules of the deciding effect match it is the one whose name sorts first,
 	// so that it does not depend on the order of the rules.
 	Rule string
-	// Failed tells of the first rule, by name, whose condition had no value, and
-	// why; empty where there was none. It is for the record, not for the caller.
-	Failed string
 	// MaxStale is the smallest bound of all allowing rules that match; nil is
 	// no bound, and always nil in a denial. An allow without a bound does not
 	// lift the bound of another.
 	MaxStale *time.Duration
+	// Failures are the conditions that could not be evaluated, at most
+	// MaxFailures of them. Those of denials, which therefore match, come first.
+	Failures []Failure
+}
+
+// MaxFailures bounds the failures that one decision tells.
+const MaxFailures = 4
+
+// Failure is a condition that could not be evaluated.
+type Failure struct {
+	// Rule that has the condition.
+	Rule string
+	// Why, in words, without any value of the request.
+	Why string
+}
+
+func (f Failure) String() string {
+	return fmt.Sprintf("the condition of rule %q could not be evaluated: %s", f.Rule, f.Why)
 }

@@ -163,7 +163,7 @@ func TestEmptyOrAmbiguousIsDenied(t *testing.T) {
 		}
 	}
 	var none *policy.Policy
-	if none.Decide(good).Allowed || len(none.Operations(good.Caller, "k")) != 0 {
+	if none.Decide(good).Allowed || len(none.Operations(policy.Request{Caller: good.Caller, Key: "k"})) != 0 {
 		t.Error("a nil policy allows")
 	}
 }
@@ -188,7 +188,7 @@ func TestProof(t *testing.T) {
 	for proof, operations := range want {
 		c := caller("spiffe://example.org/a")
 		c.Proof = proof
-		if diff := cmp.Diff(operations, p.Operations(c, "k")); diff != "" {
+		if diff := cmp.Diff(operations, p.Operations(policy.Request{Caller: c, Key: "k"})); diff != "" {
 			t.Errorf("operations of a caller proven by %s (-want +got):\n%s", proof, diff)
 		}
 	}
@@ -225,13 +225,13 @@ func TestKeylessOperations(t *testing.T) {
 		policy.Rule{Name: "archive", Effect: policy.Deny, Callers: []string{"*"}, Keys: []string{"archive"}, Operations: []string{"*"}},
 		policy.Rule{Name: "b-out", Effect: policy.Deny, Callers: []string{"spiffe://example.org/b"}, Keys: []string{"*"}, Operations: []string{"*"}},
 	)
-	if diff := cmp.Diff([]policy.Operation{policy.GenerateRandom}, p.Operations(caller("spiffe://example.org/a"), "")); diff != "" {
+	if diff := cmp.Diff([]policy.Operation{policy.GenerateRandom}, p.Operations(policy.Request{Caller: caller("spiffe://example.org/a"), Key: ""})); diff != "" {
 		t.Errorf("operations without a key (-want +got):\n%s", diff)
 	}
-	if got := p.Operations(caller("spiffe://example.org/b"), ""); len(got) != 0 {
+	if got := p.Operations(policy.Request{Caller: caller("spiffe://example.org/b"), Key: ""}); len(got) != 0 {
 		t.Errorf("caller denied everything: got %v", got)
 	}
-	if got := p.Operations(caller("spiffe://example.org/a"), "k"); len(got) != 0 {
+	if got := p.Operations(policy.Request{Caller: caller("spiffe://example.org/a"), Key: "k"}); len(got) != 0 {
 		t.Errorf("a rule without keys gives %v on a key", got)
 	}
 }

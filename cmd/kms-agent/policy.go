@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -31,8 +32,9 @@ func newPolicy(a *app) *cobra.Command {
 type question struct {
 	Caller    string            `yaml:"caller"`
 	Proof     string            `yaml:"proof"`
-	UID       uint32            `yaml:"uid"`
-	GID       uint32            `yaml:"gid"`
+	UID       *uint32           `yaml:"uid"`
+	GID       *uint32           `yaml:"gid"`
+	PID       int32             `yaml:"pid"`
 	Operation string            `yaml:"operation"`
 	Key       string            `yaml:"key"`
 	Context   map[string]string `yaml:"context"`
@@ -46,8 +48,18 @@ func (q question) request(cfg *agent.Config) (policy.Request, error) {
 		return policy.Request{}, fmt.Errorf("caller %q is not a SPIFFE ID: %w", q.Caller, err)
 	}
 	r := policy.Request{
-		Caller:    identity.Caller{ID: id, Proof: identity.Proof(q.Proof), Peer: identity.Peer{UID: q.UID, GID: q.GID}},
+		Caller:    identity.Caller{ID: id, Proof: identity.Proof(q.Proof)},
 		Operation: policy.Operation(q.Operation), Key: q.Key, Context: q.Context, Time: time.Now(),
+		PeerUnknown: q.UID == nil,
+	}
+	if (q.UID == nil) != (q.GID == nil) {
+		return r, errors.New("uid and gid are given together, or neither: a condition may read both")
+	}
+	if q.UID != nil {
+		r.Caller.Peer = identity.Peer{UID: *q.UID, GID: *q.GID, PID: q.PID}
+	}
+	if id.Path() == "" {
+		return r, fmt.Errorf("caller %q is a trust domain, which calls nothing; add the path of a workload", q.Caller)
 	}
 	if q.Proof == "" {
 		r.Caller.Proof = identity.ProofX509SVID
@@ -57,8 +69,15 @@ func (q question) request(cfg *agent.Config) (policy.Request, error) {
 			return r, fmt.Errorf("time %q is not like 2026-11-23T09:30:00Z", q.Time)
 		}
 	}
-	if !knownOperation(r.Operation) {
+	switch {
+	case !slices.Contains(policy.Operations(), r.Operation):
 		return r, fmt.Errorf("operation %q is not known; there are: %v", q.Operation, policy.Operations())
+	case r.Operation.Keyless() && q.Key != "":
+		return r, fmt.Errorf("operation %q acts on no key; leave the key out", q.Operation)
+	case !r.Operation.Keyless() && q.Key == "":
+		return r, fmt.Errorf("operation %q acts on a key; name one", q.Operation)
+	case !slices.Contains(policy.Proofs(), r.Caller.Proof):
+		return r, fmt.Errorf("proof %q is not known; there are: %v", q.Proof, policy.Proofs())
 	}
 	for _, k := range cfg.Keys {
 		for _, name := range append([]string{k.Name}, k.FormerNames...) {
@@ -70,20 +89,12 @@ func (q question) request(cfg *agent.Config) (policy.Request, error) {
 	return r, nil
 }
 
-func knownOperation(o policy.Operation) bool {
-	for _, known := range policy.Operations() {
-		if o == known {
-			return true
-		}
-	}
-	return false
-}
-
 // policyFlags are a question and where to ask it.
 type policyFlags struct {
 	config   string
 	question question
 	context  pairs
+	uid, gid uint32
 }
 
 func (a *app) policyFlags(c *cobra.Command, f *policyFlags) {
@@ -91,8 +102,9 @@ func (a *app) policyFlags(c *cobra.Command, f *policyFlags) {
 	flags.StringVar(&f.config, "config", defaultConfigPath, "the configuration whose policy is asked")
 	flags.StringVar(&f.question.Caller, "caller", "", "SPIFFE ID of the caller")
 	flags.StringVar(&f.question.Proof, "proof", string(identity.ProofX509SVID), "how the caller was proven: x509-svid, jwt-svid, static-peer")
-	flags.Uint32Var(&f.question.UID, "uid", 0, "user of the caller's process")
-	flags.Uint32Var(&f.question.GID, "gid", 0, "group of the caller's process")
+	flags.Uint32Var(&f.uid, "uid", 0, "user of the caller's process; not known without")
+	flags.Uint32Var(&f.gid, "gid", 0, "group of the caller's process; not known without")
+	flags.Int32Var(&f.question.PID, "pid", 0, "the caller's process; not known without")
 	flags.StringVar(&f.question.Operation, "operation", "", "the operation")
 	flags.StringVar(&f.question.Key, "key", "", "the key; none for operations on no key")
 	flags.StringVar(&f.question.Time, "time", "", "when it is asked, as 2026-11-23T09:30:00Z (default: now)")
@@ -100,7 +112,7 @@ func (a *app) policyFlags(c *cobra.Command, f *policyFlags) {
 	a.outputFlag(c)
 }
 
-func (f *policyFlags) ask(cfg *agent.Config) (policy.Request, error) {
+func (f *policyFlags) ask(c *cobra.Command, cfg *agent.Config) (policy.Request, error) {
 	if f.question.Caller == "" || f.question.Operation == "" {
 		return policy.Request{}, usagef("--caller and --operation are needed")
 	}
@@ -109,6 +121,12 @@ func (f *policyFlags) ask(cfg *agent.Config) (policy.Request, error) {
 		return policy.Request{}, err
 	}
 	f.question.Context = context
+	if c.Flags().Changed("uid") {
+		f.question.UID = &f.uid
+	}
+	if c.Flags().Changed("gid") {
+		f.question.GID = &f.gid
+	}
 	r, err := f.question.request(cfg)
 	if err != nil {
 		return r, usagef("%v", err)
@@ -123,12 +141,15 @@ type policyAnswer struct {
 	Rule string `json:"rule"`
 	// MaxStale is empty without a bound.
 	MaxStale string `json:"max_stale"`
-	// Failed tells of a condition that had no value.
-	Failed string `json:"failed"`
+	// Failed tells of conditions that could not be evaluated.
+	Failed []string `json:"failed"`
 }
 
 func answerOf(d policy.Decision) policyAnswer {
-	answer := policyAnswer{Allowed: d.Allowed, Rule: d.Rule, Failed: d.Failed}
+	answer := policyAnswer{Allowed: d.Allowed, Rule: d.Rule, Failed: []string{}}
+	for _, f := range d.Failures {
+		answer.Failed = append(answer.Failed, f.String())
+	}
 	if d.MaxStale != nil {
 		answer.MaxStale = d.MaxStale.String()
 	}
@@ -147,8 +168,8 @@ func (p policyAnswer) rows(t *table) {
 	if p.MaxStale != "" {
 		t.row("max_stale", p.MaxStale)
 	}
-	if p.Failed != "" {
-		t.row("note", p.Failed)
+	for _, failed := range p.Failed {
+		t.row("note", failed)
 	}
 }
 
@@ -179,7 +200,7 @@ for CI: exit code 5 where one differs. The file is a list such as
 			if file != "" {
 				return a.expectations(c, cfg, file)
 			}
-			r, err := f.ask(cfg)
+			r, err := f.ask(c, cfg)
 			if err != nil {
 				return err
 			}
@@ -309,7 +330,7 @@ every rule whether it matches and which of its parts does not.`,
 			if err != nil {
 				return err
 			}
-			r, err := f.ask(cfg)
+			r, err := f.ask(c, cfg)
 			if err != nil {
 				return err
 			}
