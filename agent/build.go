@@ -24,6 +24,9 @@ func (c *Config) AuditLog() audit.Config {
 		Path: c.Audit.File, StateDir: c.StateDir, InitialKeyPath: c.Audit.InitialKey,
 		Durable: c.Audit.Durable, WriteTimeout: c.Audit.WriteTimeout,
 		ContextValues: audit.ContextValues(c.Audit.ContextValues),
+		Rotation: audit.Rotation{
+			MaxSize: int64(c.Audit.Rotate.MaxSize), MaxAge: c.Audit.Rotate.MaxAge, Retention: c.Audit.Rotate.Retention,
+		},
 	}
 }
 

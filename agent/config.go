@@ -187,18 +187,6 @@ type KeyCacheConfig struct {
 	Partition Partition `yaml:"partition"`
 }
 
-// AuditConfig describes the audit log.
-type AuditConfig struct {
-	File string `yaml:"file"`
-	// InitialKey is the file with the first key of the HMAC chain; made where
-	// it is missing.
-	InitialKey string `yaml:"initial_key"`
-	// Durable waits for the disk before an answer goes out.
-	Durable       bool          `yaml:"durable"`
-	ContextValues ContextValues `yaml:"context_values"`
-	WriteTimeout  time.Duration `yaml:"write_timeout"`
-}
-
 // LimitsConfig bounds what callers may ask of the agent. No field is zero.
 type LimitsConfig struct {
 	// MaxMessage bounds one request on the wire; streams are not bounded by it.

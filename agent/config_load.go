@@ -261,8 +261,7 @@ func (c *Config) setDefaults() {
 	c.RuntimeDir = "/run/kms-agent"
 	c.Listen.Native.Mode = 0o660
 	c.Identity.BundleMaxAge = 24 * time.Hour
-	c.Audit.ContextValues = ContextKeys
-	c.Audit.WriteTimeout = 2 * time.Second
+	c.Audit.setDefaults()
 	c.Limits = LimitsConfig{
 		MaxMessage: 1 << 20, MaxStream: 64 << 30, MaxDeadline: 30 * time.Second, DefaultDeadline: 10 * time.Second,
 		MaxConcurrent: 1024, MaxConcurrentPerCaller: 128, MaxConnections: 4096, MaxConnectionsPerUser: 1024, DataKeyUse: 5 * time.Minute,

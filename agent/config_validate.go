@@ -135,16 +135,6 @@ func adminWords() []string {
 	return append(words, slices.Sorted(maps.Keys(kms.AdminRoles()))...)
 }
 
-func (l *loader) validateAudit() {
-	c := l.cfg.Audit
-	l.required("audit.file", c.File, "the audit log's path, such as /var/log/kms-agent/audit.log")
-	l.required("audit.initial_key", c.InitialKey, "the path of the chain's first key, such as /var/lib/kms-agent/audit.key")
-	if c.File != "" && c.File == c.InitialKey {
-		l.report("audit.initial_key", "is the audit log too; each needs its own file")
-	}
-	l.positive("audit.write_timeout", c.WriteTimeout)
-}
-
 func (l *loader) validateLimits() {
 	c := l.cfg.Limits
 	between(l, "limits.max_message", c.MaxMessage, minMessageSize, maxMessageSize)

@@ -93,6 +93,9 @@ func judge(r *adminv1.StatusResponse) {
 	if r.Audit.LastError != "" {
 		r.Problems = append(r.Problems, "audit: "+r.Audit.LastError)
 	}
+	if r.Audit.RotationError != "" {
+		r.Problems = append(r.Problems, "audit: "+r.Audit.RotationError)
+	}
 	// Without any backend the data keys in the cache are still good for a while;
 	// without those, or without a record, there is no answer for anybody.
 	empty := r.Cache.EncryptionKeys+r.Cache.DecryptionKeys == 0
@@ -173,7 +176,7 @@ func (a *Agent) cacheStatus() *adminv1.CacheStatus {
 
 func (a *Agent) auditStatus(cfg *Config) *adminv1.AuditStatus {
 	s := a.audit.Status()
-	r := &adminv1.AuditStatus{File: cfg.Audit.File, Sequence: s.Sequence, Refused: s.Refused}
+	r := &adminv1.AuditStatus{File: cfg.Audit.File, Sequence: s.Sequence, Refused: s.Refused, RotationError: s.RotationError}
 	if s.Failing {
 		r.LastError = s.LastError
 	}

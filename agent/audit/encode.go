@@ -109,6 +109,9 @@ func appendLogEvent(b []byte, l *LogEvent) []byte {
 	b = appendText(b, "torn_sha256", l.TornSHA256)
 	b = appendUint(b, "gap_from", l.GapFrom)
 	b = appendUint(b, "gap_to", l.GapTo)
+	b = appendText(b, "file", l.File)
+	b = appendUint(b, "expired_from", l.ExpiredFrom)
+	b = appendUint(b, "expired_to", l.ExpiredTo)
 	return closeObject(b, start)
 }
 

@@ -54,6 +54,8 @@ type Config struct {
 	// Sink takes the lines instead of a file; such a log cannot be read back
 	// after a crash, so that a record of the gap stands there then.
 	Sink Sink
+	// Rotation sets the log file aside when it is large or old.
+	Rotation Rotation
 	// StateDir is an existing directory of the agent; its files are private.
 	StateDir string
 	// InitialKeyPath is where the initial key of a new chain is written, or
@@ -100,6 +102,9 @@ func (c Config) withDefaults() (Config, error) {
 	if c.WriteTimeout < 0 || c.SaveEvery < 0 {
 		return c, errors.New("negative audit timeout or save interval; use a positive duration, or 0 for the default")
 	}
+	if c.Rotation.MaxSize < 0 || c.Rotation.MaxAge < 0 || c.Rotation.Retention < 0 {
+		return c, errors.New("negative size, age or retention of the audit log; use a positive one, or 0 for none")
+	}
 	if c.StateDir == "" || (c.Path == "" && c.Sink == nil) {
 		return c, errors.New("audit needs a path for the log and a state directory")
 	}
@@ -138,6 +143,10 @@ type Status struct {
 	LastError     string
 	LastErrorTime time.Time
 	Failing       bool
+	// RotationError is why the log could not be set aside or a file that has
+	// expired could not be deleted; empty when all is well. Records are written
+	// all the same.
+	RotationError string
 }
 
 // Log writes records. It is safe for concurrent use.
@@ -269,6 +278,16 @@ func (l *Log) fault(err error) error {
 	defer l.mu.Unlock()
 	l.status.LastError, l.status.LastErrorTime, l.status.Failing = err.Error(), now, true
 	return err
+}
+
+// rotationFault remembers err, or that there is none, for Status.
+func (l *Log) rotationFault(err error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.status.RotationError = ""
+	if err != nil {
+		l.status.RotationError = err.Error()
+	}
 }
 
 // Status returns the state.

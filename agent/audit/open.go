@@ -53,7 +53,7 @@ func (l *Log) open(state *stateFile) error {
 	l.saver = saver{state: state, sink: sink, every: l.cfg.SaveEvery, after: l.cfg.SaveRecords, fault: l.fault}
 	l.writer = writer{
 		tail: *t, sink: sink, file: f, durable: l.cfg.Durable,
-		encoder: l.encoder, now: l.cfg.Now, saver: &l.saver,
+		encoder: l.encoder, now: l.cfg.Now, saver: &l.saver, rotationFault: l.rotationFault,
 	}
 	l.saver.start(stored)
 	begun := make(chan struct{})
@@ -88,7 +88,7 @@ func (l *Log) openSink() (Sink, *file, error) {
 		s, err := openStdout()
 		return s, nil, err
 	}
-	f, err := openFile(l.cfg.Path, l.cfg.Mode)
+	f, err := openFile(l.cfg.Path, l.cfg.Mode, l.cfg.Rotation, l.cfg.Now)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -194,7 +194,7 @@ func AcceptGap(cfg Config, reason string) error {
 	if err != nil {
 		return err
 	}
-	f, err := openFile(cfg.Path, cfg.Mode)
+	f, err := openFile(cfg.Path, cfg.Mode, Rotation{}, cfg.Now)
 	if err != nil {
 		return errors.Join(err, state.close())
 	}

@@ -123,6 +123,11 @@ type LogEvent struct {
 	// GapFrom and GapTo are the sequence numbers that this log may lack; in EventGap.
 	GapFrom uint64 `json:"gap_from,omitempty"`
 	GapTo   uint64 `json:"gap_to,omitempty"`
+	// File is the name of a rotated file that is deleted with the records from
+	// ExpiredFrom to ExpiredTo; in EventExpired.
+	File        string `json:"file,omitempty"`
+	ExpiredFrom uint64 `json:"expired_from,omitempty"`
+	ExpiredTo   uint64 `json:"expired_to,omitempty"`
 }
 
 // The operations of the events that the log writes about itself.
@@ -138,4 +143,9 @@ const (
 	EventGap = "audit-gap"
 	// EventTruncated says that the log file shrank while it was open.
 	EventTruncated = "audit-truncated"
+	// EventResumed says that records could not be written for a while.
+	EventResumed = "audit-resumed"
+	// EventExpired says that a rotated file is deleted because it is older than
+	// the retention.
+	EventExpired = "audit-expired"
 )

@@ -1,12 +1,15 @@
 package audit
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"sync/atomic"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -71,18 +74,21 @@ func (s *Stream) String() string { return s.f.Name() }
 // file is the sink that can be read back: a regular file, opened anew when it
 // was moved away.
 type file struct {
-	path string
-	mode os.FileMode
-	open atomic.Pointer[os.File]
+	path     string
+	mode     os.FileMode
+	rotation Rotation
+	now      func() time.Time
+	open     atomic.Pointer[os.File]
 
 	// For the writer alone.
 	device, inode uint64
-	size          int64 // where the file ends when nobody else touches it
+	size          int64     // where the file ends when nobody else touches it
+	born          time.Time // of the first record; zero when there is none
 }
 
 // openFile opens and locks the log at path, and creates it empty.
-func openFile(path string, mode os.FileMode) (*file, error) {
-	l := &file{path: path, mode: mode}
+func openFile(path string, mode os.FileMode, r Rotation, now func() time.Time) (*file, error) {
+	l := &file{path: path, mode: mode, rotation: r, now: now}
 	return l, l.reopen()
 }
 
@@ -119,8 +125,32 @@ func (l *file) take(f *os.File, created bool) error {
 	if old := l.open.Swap(f); old != nil {
 		_ = old.Close() // it was synced before, so that nothing can be lost
 	}
-	l.device, l.inode, l.size = st.Dev, st.Ino, st.Size
+	l.device, l.inode, l.size, l.born = st.Dev, st.Ino, st.Size, time.Time{}
+	if st.Size > 0 {
+		l.born = bornOf(f, time.Unix(st.Mtim.Unix()))
+	}
 	return nil
+}
+
+// bornOf is the time that the first line of f tells, in text or in milliseconds;
+// otherwise where it tells none.
+func bornOf(f *os.File, otherwise time.Time) time.Time {
+	line, _, whole, err := newLineReader(io.NewSectionReader(f, 0, 1<<62)).next()
+	var told struct {
+		Time json.RawMessage `json:"time"`
+	}
+	if err != nil || !whole || json.Unmarshal(line, &told) != nil {
+		return otherwise
+	}
+	var at time.Time
+	var millis int64
+	switch {
+	case json.Unmarshal(told.Time, &at) == nil:
+		return at
+	case json.Unmarshal(told.Time, &millis) == nil:
+		return time.UnixMilli(millis)
+	}
+	return otherwise
 }
 
 // look reports whether another file, or none, stands at the path now, and how
@@ -145,6 +175,9 @@ func (l *file) look() (moved bool, lost int64, err error) {
 // Write appends to the file.
 func (l *file) Write(p []byte) (int, error) {
 	n, err := l.open.Load().Write(p)
+	if l.size == 0 && n > 0 {
+		l.born = l.now()
+	}
 	l.size += int64(n)
 	return n, err
 }

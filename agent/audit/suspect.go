@@ -1,5 +1,10 @@
 package audit
 
+import (
+	"fmt"
+	"slices"
+)
+
 // suspect is the first line that did not verify. The lines after it tell why.
 type suspect struct {
 	place   Place
@@ -78,6 +83,8 @@ func (v *verifier) finish() {
 	switch {
 	case r.Records == 0:
 		v.fault(v.place, ReasonRemoved, "there is no record at all; record %d should be the first", v.check.chain.next)
+	case slices.ContainsFunc(r.Expired, func(hole Span) bool { return !covers(v.proven, hole) }):
+		v.fault(v.place, ReasonRemoved, "records are missing that no record says have expired: the one that said so does not verify")
 	case v.options.AtLeast > r.Last:
 		v.fault(v.place, ReasonRemoved, "the log ends with record %d but reached %d", r.Last, v.options.AtLeast)
 	}
@@ -90,7 +97,7 @@ func (v *verifier) unresolved(p *suspect) {
 		v.fault(p.place, ReasonTorn, "the last line is incomplete: the agent was writing it, or ended in the middle; "+
 			"records 1 to %d are not touched by that", next-1)
 	case !p.keyProven:
-		v.fault(p.place, ReasonWrongKey, "no record verifies under the key of chain %s%s; use the initial key that belongs to this log", v.report.Chain, p.claim())
+		v.fault(p.place, ReasonWrongKey, "no record verifies under the key of chain %s%s; use the initial key that belongs to this log%s", v.report.Chain, p.claim(), p.hint(next))
 	case p.genuine && p.line.sequence > next:
 		v.fault(p.place, ReasonRemoved, "records %d to %d are missing before record %d", next, p.line.sequence-1, p.line.sequence)
 	case p.genuine:
@@ -100,6 +107,14 @@ func (v *verifier) unresolved(p *suspect) {
 	default:
 		v.fault(p.place, ReasonEdited, "the line, which should be record %d, is not what was written", next)
 	}
+}
+
+// hint says how to verify a log whose beginning is gone.
+func (p *suspect) hint(next uint64) string {
+	if p.line.sequence <= next {
+		return ""
+	}
+	return fmt.Sprintf("; if the files before record %d are gone on purpose, say --from %[1]d", p.line.sequence)
 }
 
 // claim says which chain the suspect claims to begin.

@@ -25,6 +25,9 @@ type VerifyOptions struct {
 	AtLeast uint64
 	// AllowGaps accepts records that declare others missing.
 	AllowGaps bool
+
+	// expired are the records that the log says have expired, unverified yet.
+	expired []Span
 }
 
 // Report is the result of Verify.
@@ -44,6 +47,11 @@ type Report struct {
 	Recovered []Place `json:"recovered,omitempty"`
 	// Gaps are the records that a record declares missing.
 	Gaps []Gap `json:"gaps,omitempty"`
+	// Expired are the records that were deleted after their retention, as records
+	// say that verified.
+	Expired []Span `json:"expired,omitempty"`
+	// Ignored are files of a directory that hold no records.
+	Ignored []string `json:"ignored,omitempty"`
 	// Fault is the first line that does not verify; nil when all do.
 	Fault *Fault `json:"fault,omitempty"`
 	// TailUnproven says that nothing but the log vouches for its end: records
@@ -145,6 +153,8 @@ type verifier struct {
 	// anyLink: the record before the first one is not known.
 	anyLink bool
 	suspect *suspect
+	// proven are the expired records of which a record has verified.
+	proven []Span
 }
 
 func (v *verifier) file(in Input) error {
@@ -174,8 +184,13 @@ func (v *verifier) line(line []byte, newline, whole bool) {
 		v.stray(signedLine{}, newline)
 		return
 	}
-	if s, ok := parseLine(line); ok && v.anyLink {
-		v.check.chain.previous = s.previous
+	if s, ok := parseLine(line); ok {
+		if v.report.Files[len(v.report.Files)-1].First == 0 {
+			v.expired(s)
+		}
+		if v.anyLink {
+			v.check.chain.previous = s.previous
+		}
 	}
 	result, s := v.check.check(line, newline)
 	switch result {
@@ -216,6 +231,9 @@ func (v *verifier) record(s signedLine) Record {
 	f.Last = s.sequence
 	if v.report.Records == 0 {
 		v.report.First, v.report.FirstTime = s.sequence, r.Time
+	}
+	if r.Kind == KindEvent && r.Operation == EventExpired && r.Log != nil {
+		v.proven = append(v.proven, Span{r.Log.ExpiredFrom, r.Log.ExpiredTo})
 	}
 	v.report.Records++
 	v.report.Last, v.report.LastTime = s.sequence, r.Time

@@ -42,6 +42,14 @@ type writer struct {
 	buffer  []byte
 	ends    []lineEnd
 	working []*entry
+	tried   bool // the sink was asked to take something
+	// resuming: tail.events holds EventResumed.
+	resuming bool
+
+	maintained     time.Time // when rotation and retention were looked at last
+	rotationFailed bool
+	doomed         []string // files to be deleted once that is on record
+	rotationFault  func(error)
 }
 
 // lineEnd is a place in the buffer where a line ends without its newline, and
@@ -51,32 +59,53 @@ type lineEnd struct {
 	chain  chain
 }
 
+// probeEvery is how often a log that fails is tried without a record to write,
+// so that it is known to work again before anybody asks.
+const probeEvery = 5 * time.Second
+
 // run writes the log's own events, then what is queued until the log closes,
 // and then ends it.
 func (l *Log) run(begun chan<- struct{}) {
 	defer close(l.ended)
-	_, err := l.writer.writeGroup(nil)
-	l.wrote(err)
+	l.writeGroup(nil)
 	_ = l.saver.flush() // what fails stands in the status, and is tried again
 	close(begun)
+	tick := time.NewTicker(probeEvery)
+	defer tick.Stop()
 	var group []*entry
-	for {
-		<-l.wake
-		var closed bool
-		group, closed = l.take(group)
-		if len(group) > 0 {
-			if n, err := l.writer.writeGroup(group); n > 0 || err != nil {
-				l.wrote(err)
-			}
+	for closed := false; !closed; {
+		select {
+		case <-l.wake:
+		case <-tick.C:
+			l.probe()
 		}
-		if closed {
-			break
+		if group, closed = l.take(group); len(group) > 0 || !closed {
+			l.writeGroup(group)
 		}
 	}
-	err = errors.Join(l.saver.stop(len(l.writer.tail.events) == 0), l.writer.sink.Close())
+	err := errors.Join(l.saver.stop(len(l.writer.tail.events) == 0), l.writer.sink.Close())
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.closing = err
+}
+
+// probe leaves a record, with the next write that succeeds, of a time in which
+// records could not be written.
+func (l *Log) probe() {
+	s := l.Status()
+	if !s.Failing || l.writer.resuming {
+		return
+	}
+	l.writer.resuming = true
+	l.writer.tail.events = append(l.writer.tail.events, &Record{Kind: KindEvent, Operation: EventResumed,
+		Detail: fmt.Sprintf("records could be written again; before: %s", s.LastError)})
+}
+
+// writeGroup writes a group and brings the status up to date.
+func (l *Log) writeGroup(group []*entry) {
+	if tried, err := l.writer.writeGroup(group); tried {
+		l.wrote(err)
+	}
 }
 
 // take swaps the queue for the emptied group of before.
@@ -101,11 +130,11 @@ func (l *Log) wrote(err error) {
 	}
 }
 
-// writeGroup writes the entries in one write, tells each its result, and returns
-// how many were still waited for. The error is that of the entries that were
-// refused.
-func (w *writer) writeGroup(group []*entry) (int, error) {
-	w.working = w.working[:0]
+// writeGroup writes the entries in one write and tells each its result. It
+// returns whether there was anything to write, and the error of the entries that
+// were refused.
+func (w *writer) writeGroup(group []*entry) (tried bool, err error) {
+	w.working, w.tried = w.working[:0], false
 	for _, e := range group {
 		if e.state.CompareAndSwap(entryWaiting, entryTaken) {
 			w.working = append(w.working, e)
@@ -123,17 +152,18 @@ func (w *writer) writeGroup(group []*entry) (int, error) {
 		}
 	}
 	clear(w.working)
-	return len(w.working), err
+	return w.tried || err != nil, err
 }
 
 // write returns how many of the entries the sink has.
 func (w *writer) write(entries []*entry) (int, error) {
-	if len(entries) == 0 && len(w.tail.events) == 0 && w.tail.torn.empty() {
-		return 0, nil
-	}
 	if err := w.prepare(len(entries)); err != nil {
 		return 0, err
 	}
+	if len(entries) == 0 && len(w.tail.events) == 0 && w.tail.torn.empty() {
+		return 0, nil
+	}
+	w.tried = true
 	events := w.encode(entries)
 	n, err := w.sink.Write(w.buffer)
 	lines := w.commit(n)
@@ -141,10 +171,16 @@ func (w *writer) write(entries []*entry) (int, error) {
 	if err == nil && n < len(w.buffer) {
 		err = fmt.Errorf("%s took %d of %d bytes", w.sink, n, len(w.buffer))
 	}
+	if lines > 0 {
+		w.resuming = w.resuming && len(w.tail.events) > 0
+	}
 	if lines > 0 && w.durable {
 		if syncErr := w.sink.Sync(); syncErr != nil {
 			return 0, errors.Join(err, syncErr)
 		}
+	}
+	if err == nil {
+		w.bury()
 	}
 	return max(lines-events, 0), err
 }
@@ -175,14 +211,10 @@ func (w *writer) turn() error {
 		}
 	}
 	if !moved {
+		w.maintain()
 		return nil
 	}
-	// The state is stored first: after a crash the new file alone is then
-	// enough to find the end of the chain.
-	if err := w.file.Sync(); err != nil {
-		return err
-	}
-	if err := w.saver.flush(); err != nil {
+	if err := w.settle(); err != nil {
 		return err
 	}
 	if err := w.file.reopen(); err != nil {

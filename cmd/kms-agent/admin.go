@@ -218,6 +218,9 @@ func statusTable(t *table, r *adminv1.StatusResponse) {
 	if log.GetLastError() != "" {
 		t.row("", "last error: "+log.GetLastError())
 	}
+	if log.GetRotationError() != "" {
+		t.row("", log.GetRotationError())
+	}
 }
 
 func backendLine(b *adminv1.BackendStatus) string {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 
 	"github.com/spf13/cobra"
 
@@ -22,16 +23,22 @@ func newAudit(a *app) *cobra.Command {
 	c := group("audit", "Verify the audit log, or let it go on after a loss", "")
 	v := auditVerify{}
 	verify := &cobra.Command{
-		Use:   "verify [LOG...]",
+		Use:   "verify [FILE|DIRECTORY...]",
 		Short: "Check that an audit log is whole and unchanged",
 		Long: `Checks every record of an audit log against the initial key of its chain: that
-none was changed, removed, inserted or put into another order. Give rotated
-files in the order in which they were written; - is standard input.
+none was changed, removed, inserted or put into another order. Name the files of
+the log in any order, or their directory; .gz files are decompressed. With
+--config alone, the log and its rotated files beside it are taken. - is standard
+input, and must be alone.
+
+Records of files that the agent deleted after their retention are told apart
+from others that are missing: a later record must say so.
 
 That the newest records were not cut off, only something outside the log can
 tell: --at-least takes a sequence number that the log is known to have reached
 (kms-agent status prints it).`,
 		Example: `  kms-agent audit verify --initial-key audit.key /var/log/kms-agent/audit.log
+  kms-agent audit verify --initial-key audit.key /var/log/kms-agent
   kms-agent audit verify --config /etc/kms-agent/config.yaml`,
 		Args: cobra.ArbitraryArgs,
 		RunE: func(c *cobra.Command, args []string) error { return a.verifyAudit(c.Context(), v, args) },
@@ -87,7 +94,9 @@ func (a *app) verifyAudit(ctx context.Context, v auditVerify, logs []string) err
 			v.initialKey = cfg.Audit.InitialKey
 		}
 		if len(logs) == 0 {
-			logs = []string{cfg.Audit.File}
+			if logs, err = audit.LogFiles(cfg.Audit.File); err != nil {
+				return err
+			}
 		}
 	}
 	if v.initialKey == "" || len(logs) == 0 {
@@ -103,36 +112,26 @@ func (a *app) verifyAudit(ctx context.Context, v auditVerify, logs []string) err
 		return &codedError{code: exitInvalid, prefix: "initial key " + v.initialKey + ": ", err: err}
 	}
 	defer clear(key)
-	inputs, closeAll, err := a.auditInputs(ctx, logs)
+	report, err := interruptible(ctx, func() (audit.Report, error) { return a.verifyFiles(ctx, key, v.options, logs) })
 	if err != nil {
-		return err
-	}
-	report, err := interruptible(ctx, func() (audit.Report, error) { return audit.Verify(key, v.options, inputs...) })
-	if err = errors.Join(err, closeAll()); err != nil {
 		return err
 	}
 	return a.reportAudit(report)
 }
 
-func (a *app) auditInputs(ctx context.Context, logs []string) ([]audit.Input, func() error, error) {
-	var inputs []audit.Input
-	var opened []*input
-	closeAll := func() error {
-		var err error
-		for _, in := range opened {
-			err = errors.Join(err, in.Close())
-		}
-		return err
+func (a *app) verifyFiles(ctx context.Context, key []byte, o audit.VerifyOptions, logs []string) (audit.Report, error) {
+	if !slices.Contains(logs, "-") {
+		return audit.VerifyFiles(key, o, logs...)
 	}
-	for _, path := range logs {
-		in, err := a.openInput(ctx, path)
-		if err != nil {
-			return nil, nil, errors.Join(err, closeAll())
-		}
-		opened = append(opened, in)
-		inputs = append(inputs, audit.Input{Name: path, Reader: in})
+	if len(logs) > 1 {
+		return audit.Report{}, usagef("- is the whole log on standard input; name files alone, or nothing but -")
 	}
-	return inputs, closeAll, nil
+	in, err := a.openInput(ctx, "-")
+	if err != nil {
+		return audit.Report{}, err
+	}
+	report, err := audit.Verify(key, o, audit.Input{Name: "-", Reader: in})
+	return report, errors.Join(err, in.Close())
 }
 
 func (a *app) reportAudit(report audit.Report) error {
@@ -142,6 +141,12 @@ func (a *app) reportAudit(report audit.Report) error {
 		if report.Records > 0 {
 			t.row("first", fmt.Sprintf("%d  %s", report.First, when(report.FirstTime)))
 			t.row("last", fmt.Sprintf("%d  %s", report.Last, when(report.LastTime)))
+		}
+		for _, e := range report.Expired {
+			t.row("expired", fmt.Sprintf("records %d to %d: deleted after their retention, as a record says", e.From, e.To))
+		}
+		for _, name := range report.Ignored {
+			t.row("ignored", name+": no audit log")
 		}
 		for _, g := range report.Gaps {
 			t.row("gap", fmt.Sprintf("%s:%d: records %d to %d may be missing: %s", g.File, g.Line, g.From, g.To, g.Reason))

@@ -1200,7 +1200,9 @@ type AuditStatus struct {
 	Sequence uint64                 `protobuf:"varint,2,opt,name=sequence,proto3" json:"sequence,omitempty"`
 	Refused  uint64                 `protobuf:"varint,3,opt,name=refused,proto3" json:"refused,omitempty"`
 	// Why records cannot be written now; empty when they can.
-	LastError     string `protobuf:"bytes,4,opt,name=last_error,json=lastError,proto3" json:"last_error,omitempty"`
+	LastError string `protobuf:"bytes,4,opt,name=last_error,json=lastError,proto3" json:"last_error,omitempty"`
+	// Why the log could not be rotated, or an expired file deleted.
+	RotationError string `protobuf:"bytes,5,opt,name=rotation_error,json=rotationError,proto3" json:"rotation_error,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1259,6 +1261,13 @@ func (x *AuditStatus) GetRefused() uint64 {
 func (x *AuditStatus) GetLastError() string {
 	if x != nil {
 		return x.LastError
+	}
+	return ""
+}
+
+func (x *AuditStatus) GetRotationError() string {
+	if x != nil {
+		return x.RotationError
 	}
 	return ""
 }
@@ -1361,13 +1370,14 @@ const file_admin_v1_admin_proto_rawDesc = "" +
 	"\x06misses\x18\x06 \x01(\x04R\x06misses\x12\x1c\n" +
 	"\trefreshes\x18\a \x01(\x04R\trefreshes\x12\x1c\n" +
 	"\tevictions\x18\b \x01(\x04R\tevictions\x12\x16\n" +
-	"\x06memory\x18\t \x01(\tR\x06memory\"v\n" +
+	"\x06memory\x18\t \x01(\tR\x06memory\"\x9d\x01\n" +
 	"\vAuditStatus\x12\x12\n" +
 	"\x04file\x18\x01 \x01(\tR\x04file\x12\x1a\n" +
 	"\bsequence\x18\x02 \x01(\x04R\bsequence\x12\x18\n" +
 	"\arefused\x18\x03 \x01(\x04R\arefused\x12\x1d\n" +
 	"\n" +
-	"last_error\x18\x04 \x01(\tR\tlastError2\x87\x04\n" +
+	"last_error\x18\x04 \x01(\tR\tlastError\x12%\n" +
+	"\x0erotation_error\x18\x05 \x01(\tR\rrotationError2\x87\x04\n" +
 	"\x05Admin\x12M\n" +
 	"\x06Status\x12 .kmsagent.admin.v1.StatusRequest\x1a!.kmsagent.admin.v1.StatusResponse\x12J\n" +
 	"\x05Evict\x12\x1f.kmsagent.admin.v1.EvictRequest\x1a .kmsagent.admin.v1.EvictResponse\x12M\n" +
