@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"crypto/aes"
 	"crypto/cipher"
+	"crypto/fips140"
 	"crypto/rand"
 	"encoding/binary"
 	"fmt"
@@ -57,7 +58,8 @@ func gcm(t *testing.T, key []byte) cipher.AEAD {
 	if err != nil {
 		t.Fatal(err)
 	}
-	aead, err := cipher.NewGCM(block)
+	var aead cipher.AEAD
+	fips140.WithoutEnforcement(func() { aead, err = cipher.NewGCM(block) }) // the other side chooses its IVs too
 	if err != nil {
 		t.Fatal(err)
 	}
