@@ -144,6 +144,7 @@ func (a *Agent) applyLocked(ctx context.Context, cfg *Config) error {
 	a.generation++
 	a.rejected = ""
 	a.mu.Unlock()
+	a.recordConfiguration(ctx, cfg)
 	if level, err := zapcore.ParseLevel(string(cfg.Log.Level)); err == nil {
 		a.level.configure(level)
 	}
@@ -154,4 +155,21 @@ func (a *Agent) applyLocked(ctx context.Context, cfg *Config) error {
 		}
 	}
 	return nil
+}
+
+// eventConfiguration is on the audit record whenever a configuration has been
+// put to use, so that records tell under which policy they were decided.
+const eventConfiguration = "configuration-in-use"
+
+// recordConfiguration does not hold up the configuration where records cannot be
+// written: it may be what takes a permission away, and without records nobody is
+// given an answer anyway.
+func (a *Agent) recordConfiguration(ctx context.Context, cfg *Config) {
+	err := a.audit.Write(context.WithoutCancel(ctx), &audit.Record{
+		Kind: audit.KindEvent, Operation: eventConfiguration,
+		Detail: fmt.Sprintf("generation %d of %s, SHA-256 of its files %s", a.generation, a.path, cfg.Digest()),
+	})
+	if err != nil {
+		a.logger.Error("the new configuration is in use and not on the audit record", zap.Error(err))
+	}
 }

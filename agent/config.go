@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"hash"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -49,7 +50,9 @@ type Config struct {
 	Tracing TracingConfig `yaml:"tracing"`
 
 	compiled *policy.Policy
-	files    []string
+	// digest has taken name and content of every file that was read.
+	digest hash.Hash
+	files  []string
 	// read is the fingerprint of what the configuration was read from, from
 	// before it was.
 	read string

@@ -1,6 +1,8 @@
 package agent
 
 import (
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -70,6 +72,8 @@ func (l *loader) result() (*Config, error) {
 func newLoader(name string, data []byte, stamped string, elsewhere bool) *loader {
 	cfg := &Config{}
 	cfg.setDefaults()
+	cfg.digest = sha256.New()
+	cfg.takeFile(name, data)
 	main := decodeYAML(name, data, cfg, elsewhere)
 	l := &loader{cfg: cfg, main: main, dir: filepath.Dir(name)}
 	l.cfg.files = []string{name}
@@ -102,6 +106,15 @@ func (l *loader) faults() Faults {
 // files, the directories in which policy files may appear, and the files that
 // plugins' environments come from. Paths are absolute.
 func (c *Config) Files() []string { return slices.Clone(c.files) }
+
+// Digest identifies what the configuration was read from: SHA-256, in
+// hexadecimal, over name, size and content of its file and of each policy file.
+func (c *Config) Digest() string { return hex.EncodeToString(c.digest.Sum(nil)) }
+
+func (c *Config) takeFile(name string, data []byte) {
+	_, _ = fmt.Fprintf(c.digest, "%s\x00%d\x00", name, len(data))
+	_, _ = c.digest.Write(data)
+}
 
 // CompiledPolicy returns the policy that Policy, PolicyFiles and Roles make.
 func (c *Config) CompiledPolicy() *policy.Policy { return c.compiled }
@@ -215,6 +228,7 @@ func (l *loader) loadPolicyFile(at, name string) {
 		l.main.report(at, "%v", err)
 		return
 	}
+	l.cfg.takeFile(name, data)
 	var rules []policy.Rule
 	file := decodeYAML(name, data, &rules, false)
 	l.policyFiles = append(l.policyFiles, file)

@@ -256,3 +256,26 @@ func TestRuntimeDirectoryLetsCallersThrough(t *testing.T) {
 		}
 	}
 }
+
+// Records tell under which configuration they were decided.
+func TestConfigurationIsOnRecord(t *testing.T) {
+	r := newRig(t, administrator())
+	r.start()
+	if _, err := r.admin().Reload(t.Context(), &adminv1.ReloadRequest{}); err != nil {
+		t.Fatal(err)
+	}
+	r.write(administrator() + "# changed\n")
+	if _, err := r.admin().Reload(t.Context(), &adminv1.ReloadRequest{}); err != nil {
+		t.Fatal(err)
+	}
+	var digests []string
+	for line := range strings.Lines(r.auditLog()) {
+		if strings.Contains(line, `"operation":"configuration-in-use"`) {
+			_, digest, _ := strings.Cut(line, "SHA-256 of its files ")
+			digests = append(digests, digest[:64])
+		}
+	}
+	if len(digests) < 3 || digests[0] != digests[1] || digests[len(digests)-1] == digests[0] {
+		t.Errorf("digests on record: %v, want the same twice and then another", digests)
+	}
+}
