@@ -111,7 +111,7 @@ func makeDirectories(cfg *Config) error {
 	if err := os.MkdirAll(cfg.RuntimeDir, runtimeMode); err != nil {
 		return err
 	}
-	return os.Chmod(cfg.RuntimeDir, runtimeMode) //nolint:gosec // whatever the umask
+	return os.Chmod(cfg.RuntimeDir, runtimeMode) // whatever the umask
 }
 
 // bootTime is CLOCK_BOOTTIME: it runs on while the host is suspended.
