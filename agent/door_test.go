@@ -16,6 +16,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/encoding/gzip"
+	"google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 
@@ -144,6 +145,29 @@ func TestHalfSentRequestsCount(t *testing.T) {
 		}
 	}
 	t.Errorf("after the end of one: %v", err)
+}
+
+// Anybody may ask for health, and nobody holds more than a bounded number of such
+// requests half sent.
+func TestHalfSentHealthRequestsCount(t *testing.T) {
+	r := newRig(t, strings.Replace(configText(), "limits: {", "limits: { max_concurrent_per_caller: 1,", 1))
+	r.start()
+	c := grpc_health_v1.NewHealthClient(r.plain())
+	becomes := func(want codes.Code) {
+		t.Helper()
+		var err error
+		for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
+			if _, err = c.Check(t.Context(), &grpc_health_v1.HealthCheckRequest{}); status.Code(err) == want {
+				return
+			}
+		}
+		t.Errorf("health: %v, want %v", err, want)
+	}
+	conn := r.raw()
+	request(t, conn, grpc_health_v1.Health_Check_FullMethodName, append([]byte{0, 0, 0, 4, 0}, make([]byte, 100)...))
+	becomes(codes.ResourceExhausted)
+	_ = conn.Close()
+	becomes(codes.OK)
 }
 
 // What no client would send harms nobody.

@@ -34,7 +34,10 @@ type Door struct {
 	// identify says who is at the other end, or why nobody known is.
 	identify func(context.Context) (identity.Caller, error)
 
-	gate   *Gate
+	gate *Gate
+	// healthGate counts requests about health by user.
+	healthGate *Gate
+
 	prefix string
 	next   atomic.Uint64
 	// streams counts handlers that run beside their RPC.
@@ -51,7 +54,7 @@ func NewDoor(name string, s *kms.Service, l Limits, identify func(context.Contex
 	_, _ = rand.Read(id[:]) // never fails: crypto/rand
 	return &Door{
 		Name: name, Service: s, Limits: l, Logger: logger, identify: identify,
-		gate: NewGate(l), prefix: hex.EncodeToString(id[:]) + "-",
+		gate: NewGate(l), healthGate: NewGate(l), prefix: hex.EncodeToString(id[:]) + "-",
 	}
 }
 

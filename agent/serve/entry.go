@@ -4,12 +4,14 @@ import (
 	"context"
 	"errors"
 	"runtime/debug"
+	"strconv"
 
 	"go.uber.org/zap"
 	"google.golang.org/grpc/status"
 	"google.golang.org/grpc/tap"
 
 	"github.com/kms-agent/kms-agent/agent/kms"
+	"github.com/kms-agent/kms-agent/identity"
 )
 
 // entry is one request that the door has let in.
@@ -47,7 +49,7 @@ func (e *entry) leave() { e.gate.Leave(e.caller) }
 // and holds up nobody else.
 func (d *Door) tap(ctx context.Context, info *tap.Info) (_ context.Context, err error) {
 	if isHealth(info.FullMethodName) {
-		return ctx, nil
+		return ctx, d.admitHealth(ctx)
 	}
 	call := d.newCall()
 	// Unlike in a handler, a panic here would end the process.
@@ -60,6 +62,22 @@ func (d *Door) tap(ctx context.Context, info *tap.Info) (_ context.Context, err 
 	// A request may end before it has a handler: cut off, or of no known method.
 	e.disarm = context.AfterFunc(ctx, e.leave)
 	return ctx, nil
+}
+
+// admitHealth counts a request about health, which anybody may make. It counts by
+// the host's user, and apart from the operations: neither does one user pin memory
+// with requests that are half sent, nor do they keep callers out.
+func (d *Door) admitHealth(ctx context.Context) error {
+	peer, ok := identity.PeerFromContext(ctx)
+	if !ok {
+		return Status(&kms.Error{Reason: kms.ReasonUnidentified, Message: "the kernel does not say whose connection this is"}, "")
+	}
+	user := strconv.FormatUint(uint64(peer.UID), 10)
+	if err := d.healthGate.Enter(user); err != nil {
+		return Status(err, "")
+	}
+	context.AfterFunc(ctx, func() { d.healthGate.Leave(user) })
+	return nil
 }
 
 // admit identifies the caller and counts the call.
