@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kms-agent/kms-agent/plugins"
+	"github.com/kms-agent/kms-agent/plugins/host"
 )
 
 // A process is replaced under load and no call fails.
@@ -56,6 +57,32 @@ func TestReplaceUnderLoad(t *testing.T) {
 	if got := s.Status().Restarts; got != 3 {
 		t.Errorf("%d restarts, want 3", got)
 	}
+}
+
+// What the new process answers while the old one still ends counts.
+func TestReplaceSeesFaultsAtOnce(t *testing.T) {
+	cfg := config(t, puppetSettings{})
+	cfg.PingInterval = time.Hour // a Check in between would tell, too
+	s, _ := start(t, cfg)
+	if err := s.Ready(bounded(t)); err != nil {
+		t.Fatal(err)
+	}
+	answer := make(chan error, 1)
+	go func() {
+		_, err := s.Describe(t.Context(), "do:sleep 1s")
+		answer <- err
+	}()
+	eventually(t, "the call", func() bool { return s.Status().Calls > 0 })
+	if err := s.Replace(bounded(t)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := order(t, s, "Internal"); plugins.ClassOf(err) != plugins.Internal {
+		t.Fatalf("a broken answer: got %v, want Internal", err)
+	}
+	if err := <-answer; err != nil {
+		t.Errorf("the call in flight: %v", err)
+	}
+	eventually(t, "the state degraded", func() bool { return s.Status().State == host.Degraded })
 }
 
 // A call that the old process still serves may finish there.

@@ -164,8 +164,8 @@ func (s *Supervisor) watch(ctx context.Context, p *process) (*request, error) {
 	tick := time.NewTicker(s.cfg.PingInterval)
 	defer tick.Stop()
 	idle := idleness{}
-	_, fault, _ := p.verdict()
-	for degraded := fault != nil; ; {
+	// What was told, not what is: calls have come in since.
+	for degraded := s.Status().State == Degraded; ; {
 		select {
 		case <-ctx.Done():
 			return nil, nil
