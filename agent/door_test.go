@@ -88,6 +88,25 @@ func trailer(t *testing.T, framer *http2.Framer) map[string]string {
 	}
 }
 
+// held begins a request of 1024 bytes, sends some of them and returns when the
+// agent has let it in or refused it: it answers the frames of a connection in turn.
+func held(t *testing.T, conn net.Conn, method string) {
+	t.Helper()
+	framer := request(t, conn, method, append([]byte{0, 0, 0, 4, 0}, make([]byte, 100)...))
+	if err := framer.WritePing(false, [8]byte{1}); err != nil {
+		t.Fatal(err)
+	}
+	for {
+		frame, err := framer.ReadFrame()
+		if err != nil {
+			t.Fatalf("no answer: %v", err)
+		}
+		if p, ok := frame.(*http2.PingFrame); ok && p.IsAck() {
+			return
+		}
+	}
+}
+
 // half is the beginning of a message of a gigabyte.
 func half() []byte {
 	b := make([]byte, 5, 1000)
@@ -126,15 +145,9 @@ func TestHalfSentRequestsCount(t *testing.T) {
 		return err
 	}
 	first, second := r.raw(), r.raw()
-	small := append([]byte{0, 0, 0, 4, 0}, make([]byte, 100)...) // of 1024 bytes
-	request(t, first, encryptMethod, small)
-	request(t, second, encryptMethod, small)
-	var err error
-	for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
-		if err = encrypt(); err != nil {
-			break
-		}
-	}
+	held(t, first, encryptMethod)
+	held(t, second, encryptMethod)
+	err := encrypt()
 	if status.Code(err) != codes.ResourceExhausted {
 		t.Errorf("a third request: %v, want RESOURCE_EXHAUSTED", err)
 	}
@@ -153,21 +166,23 @@ func TestHalfSentHealthRequestsCount(t *testing.T) {
 	r := newRig(t, strings.Replace(configText(), "limits: {", "limits: { max_concurrent_per_caller: 1,", 1))
 	r.start()
 	c := grpc_health_v1.NewHealthClient(r.plain())
-	becomes := func(want codes.Code) {
-		t.Helper()
-		var err error
-		for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
-			if _, err = c.Check(t.Context(), &grpc_health_v1.HealthCheckRequest{}); status.Code(err) == want {
-				return
-			}
-		}
-		t.Errorf("health: %v, want %v", err, want)
+	check := func() error {
+		_, err := c.Check(t.Context(), &grpc_health_v1.HealthCheckRequest{})
+		return err
 	}
 	conn := r.raw()
-	request(t, conn, grpc_health_v1.Health_Check_FullMethodName, append([]byte{0, 0, 0, 4, 0}, make([]byte, 100)...))
-	becomes(codes.ResourceExhausted)
+	held(t, conn, grpc_health_v1.Health_Check_FullMethodName)
+	err := check()
+	if status.Code(err) != codes.ResourceExhausted {
+		t.Errorf("a second request: %v, want RESOURCE_EXHAUSTED", err)
+	}
 	_ = conn.Close()
-	becomes(codes.OK)
+	for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
+		if err = check(); err == nil {
+			return
+		}
+	}
+	t.Errorf("after the end of the first: %v", err)
 }
 
 // What no client would send harms nobody.
