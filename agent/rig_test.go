@@ -47,12 +47,13 @@ func TestMain(m *testing.M) {
 // rig is a running agent with a real issuer, a real plugin process and real
 // sockets.
 type rig struct {
-	t      testing.TB
-	dir    string
-	config string
-	cancel context.CancelFunc
-	done   chan error
-	level  *zap.AtomicLevel // of the agent's logger, where a test looks at it
+	t       testing.TB
+	dir     string
+	config  string
+	cancel  context.CancelFunc
+	done    chan error
+	level   *zap.AtomicLevel // of the agent's logger, where a test looks at it
+	svidTTL time.Duration    // of the issuer's X.509-SVIDs; 0 is its default
 	// between runs after the configuration was read and before the agent is built.
 	between func()
 }
@@ -99,12 +100,18 @@ func staticPeer() string {
 // newRig prepares a directory; start runs an agent in it.
 func newRig(t testing.TB, config string) *rig {
 	t.Helper()
+	return newRigWithSVIDs(t, config, 0)
+}
+
+// newRigWithSVIDs is newRig with X.509-SVIDs of a lifetime.
+func newRigWithSVIDs(t testing.TB, config string, ttl time.Duration) *rig {
+	t.Helper()
 	dir, err := os.MkdirTemp("", "agent") // t.TempDir is too long for a socket
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = os.RemoveAll(dir) })
-	r := &rig{t: t, dir: dir, config: filepath.Join(dir, "kms-agent.yaml")}
+	r := &rig{t: t, dir: dir, config: filepath.Join(dir, "kms-agent.yaml"), svidTTL: ttl}
 	r.write(config)
 	seal := local.Seal{KeyFile: filepath.Join(dir, "keystore.key")}
 	if err := local.CreateKeyFile(seal.KeyFile); err != nil {
@@ -130,7 +137,7 @@ func (r *rig) runIssuer() {
 	for _, name := range []string{"agent", "orders", "stranger"} {
 		sockets[filepath.Join(r.dir, "api", name+".sock")] = spiffeid.RequireFromPath(td, "/"+name)
 	}
-	ca, err := issuer.New(issuer.Config{TrustDomain: td, Sockets: sockets, JWTTTL: 3 * time.Second})
+	ca, err := issuer.New(issuer.Config{TrustDomain: td, Sockets: sockets, TTL: r.svidTTL, JWTTTL: 3 * time.Second})
 	if err != nil {
 		r.t.Fatal(err)
 	}
