@@ -195,7 +195,7 @@ type LimitsConfig struct {
 	// MaxMessage bounds one request on the wire; streams are not bounded by it.
 	MaxMessage Size `yaml:"max_message"`
 	// MaxStream bounds the plaintext of one stream. A stream that does not say
-	// how long it may become counts as so much against its data key.
+	// how long it may become counts as so much against its data key until it ends.
 	MaxStream              Size          `yaml:"max_stream"`
 	MaxDeadline            time.Duration `yaml:"max_deadline"`
 	DefaultDeadline        time.Duration `yaml:"default_deadline"`

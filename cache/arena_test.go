@@ -149,7 +149,7 @@ func TestUseReleaseTwice(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer a.close()
-	u := &Use{secret: mustPut(t, a, 1)}
+	u := &Use{entry: &entry{secret: mustPut(t, a, 1)}}
 	u.Release()
 	other := mustPut(t, a, 2)
 	defer other.release()

@@ -203,6 +203,47 @@ func TestLargeMessageInAnOutage(t *testing.T) {
 	})
 }
 
+// TestGiveBack: what is given back may be used again, no more than was taken,
+// by no use twice, and not by what only decrypts.
+func TestGiveBack(t *testing.T) {
+	bubble(t, func(r *rig) {
+		take := func(bytes uint64) *cache.Use {
+			t.Helper()
+			u, err := r.Encrypt(r.t.Context(), r.encryption(func(req *cache.EncryptRequest) { req.Limits.MaxBytes, req.Bytes = 1000, bytes }))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer u.Release()
+			return u
+		}
+		want := func(u *cache.Use, fill int) {
+			t.Helper()
+			if u.Origin() != fill {
+				t.Errorf("data key of fill %v, want %d", u.Origin(), fill)
+			}
+		}
+		first := take(400)
+		second := take(600)
+		r.GiveBack(second, 500)
+		third := take(500)
+		want(third, 1)
+		r.GiveBack(second, 1<<63) // 100 are left of it
+		want(take(100), 1)
+		r.GiveBack(second, 100)
+		large := take(101)
+		want(large, 2)
+		r.GiveBack(first, 400) // of a data key that is gone
+		want(take(899), 2)
+		want(take(1), 3)
+		opened, err := r.Decrypt(r.t.Context(), r.decryption(1))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer opened.Release()
+		r.GiveBack(opened, 1)
+	})
+}
+
 // TestSpentDataKeysAreDestroyed: one that may encrypt nothing more does not
 // wait for the next message to go.
 func TestSpentDataKeysAreDestroyed(t *testing.T) {

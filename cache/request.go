@@ -135,7 +135,7 @@ func (c *Cache) serveLocked(r *request, now time.Duration) *Use {
 	}
 	a.usedLocked(r.limits.MaxAge, now)
 	e.secret.hold()
-	return &Use{secret: e.secret, origin: e.origin, freshness: Freshness{Source: Cached, Age: max(0, now-a.confirmed)}}
+	return &Use{entry: e, bytes: r.bytes, freshness: Freshness{Source: Cached, Age: max(0, now-a.confirmed)}}
 }
 
 func (a *authority) usedLocked(maxAge, now time.Duration) {

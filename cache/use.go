@@ -42,18 +42,18 @@ type Freshness struct {
 
 // Use is a data key in use. It must be released.
 type Use struct {
-	secret    *secret
-	origin    any
+	entry     *entry // its secret and origin never change
 	freshness Freshness
+	bytes     uint64 // counted for it; guarded by Cache.mu
 	released  atomic.Bool
 }
 
 // DataKey returns the data key: DataKeySize bytes of protected memory, valid
 // until Release and not to be changed or copied.
-func (u *Use) DataKey() []byte { return u.secret.bytes }
+func (u *Use) DataKey() []byte { return u.entry.secret.bytes }
 
 // Origin returns what came with the data key's Material.
-func (u *Use) Origin() any { return u.origin }
+func (u *Use) Origin() any { return u.entry.origin }
 
 // Freshness returns how fresh the data key was when it was handed out.
 func (u *Use) Freshness() Freshness { return u.freshness }
@@ -61,6 +61,17 @@ func (u *Use) Freshness() Freshness { return u.freshness }
 // Release ends the use. It is idempotent.
 func (u *Use) Release() {
 	if u.released.CompareAndSwap(false, true) {
-		u.secret.release()
+		u.entry.secret.release()
 	}
+}
+
+// GiveBack takes bytes off what EncryptRequest.Bytes counted for a Use: those
+// that nothing was, nor will be, encrypted of. More than were counted for it
+// are never given back.
+func (c *Cache) GiveBack(u *Use, bytes uint64) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	bytes = min(bytes, u.bytes)
+	u.bytes -= bytes
+	u.entry.bytes -= bytes
 }

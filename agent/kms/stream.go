@@ -101,7 +101,8 @@ type EncryptStreamRequest struct {
 	Key     string
 	Context map[string]string
 	// LengthLimit is how many bytes of plaintext may follow; 0: the configured
-	// bound for streams. It is counted against the data key's limit at once.
+	// bound for streams. It is counted against the data key's limit at once, and
+	// what was not used of it is given back at the end.
 	LengthLimit uint64
 }
 
@@ -150,11 +151,13 @@ func (t *transaction) beginEncrypt(ctx context.Context, req EncryptStreamRequest
 		keyUse:    t.used(k, origin.version, use.Freshness()),
 	}}
 	if err := t.openStream(ctx, &st.stream); err != nil {
+		st.giveBack()
 		use.Release()
 		return nil, err
 	}
 	st.w, err = envelope.NewWriter(countingWriter{w, &t.record.BytesOut}, use.DataKey(), []envelope.EDK{origin.edk}, req.Context)
 	if err != nil {
+		st.giveBack()
 		use.Release()
 		return nil, &Error{Reason: ReasonInternal, Key: k.Name, Message: "the message could not be begun", Cause: err}
 	}
@@ -171,9 +174,15 @@ func (s *EncryptStream) Write(p []byte) (int, error) {
 		return 0, &Error{Reason: ReasonTooLarge, Key: s.k.Name, Message: "the stream is longer than its length limit; the message is not complete"}
 	}
 	n, err := s.w.Write(p)
-	s.left -= uint64(n)
+	s.left -= uint64(len(p)) // what could not be written may have been encrypted
 	s.t.record.BytesIn += uint64(n)
 	return n, err
+}
+
+// giveBack ends what may be written, and the data key is no longer charged for it.
+func (s *EncryptStream) giveBack() {
+	s.t.service.cache.GiveBack(s.use, s.left)
+	s.left = 0
 }
 
 // Close ends the message when cause is nil, and leaves it incomplete when it is
@@ -182,6 +191,7 @@ func (s *EncryptStream) Close(ctx context.Context, cause error) error {
 	if cause == nil && !s.ended {
 		cause = s.finish()
 	}
+	s.giveBack()
 	return s.end(ctx, streamFailure(ctx, s.k.Name, cause))
 }
 

@@ -148,6 +148,40 @@ func TestStreamLengthLimits(t *testing.T) {
 	wantReason(t, st.Close(t.Context(), err), kms.ReasonTooLarge)
 }
 
+// What a stream reserved and did not use may be used by others, however it ended.
+func TestStreamGivesBackWhatItReserved(t *testing.T) {
+	r := newRig(t)
+	r.config.Keys[0].Limits.MaxBytes = r.config.MaxStream + 2500
+	r.apply()
+	c := caller(t, orders)
+	begin := func() *kms.EncryptStream {
+		t.Helper()
+		st, err := r.EncryptStream(t.Context(), c, kms.EncryptStreamRequest{Key: "orders"}, io.Discard)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return st
+	}
+	for _, cause := range []error{nil, io.ErrUnexpectedEOF, nil} {
+		st := begin()
+		if _, err := st.Write(make([]byte, 1000)); err != nil {
+			t.Fatal(err)
+		}
+		_ = st.Close(t.Context(), cause)
+		if _, err := st.Write([]byte("x")); err == nil {
+			t.Error("a stream that has ended takes plaintext")
+		}
+	}
+	if wraps, _ := r.backend.counts(); wraps != 1 {
+		t.Errorf("%d data keys for 3000 bytes, want 1", wraps)
+	}
+	st := begin()
+	defer func() { _ = st.Close(t.Context(), io.ErrUnexpectedEOF) }()
+	if wraps, _ := r.backend.counts(); wraps != 2 {
+		t.Errorf("%d data keys where the first has not room for a whole stream, want 2", wraps)
+	}
+}
+
 func TestStreamWithoutAudit(t *testing.T) {
 	r := newRig(t)
 	c := caller(t, orders)

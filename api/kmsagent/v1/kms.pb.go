@@ -666,7 +666,8 @@ type EncryptStreamStart struct {
 	Context  map[string]string      `protobuf:"bytes,2,rep,name=context,proto3" json:"context,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	MaxStale *durationpb.Duration   `protobuf:"bytes,3,opt,name=max_stale,json=maxStale,proto3,oneof" json:"max_stale,omitempty"`
 	// At most this many bytes of plaintext will follow; they are counted against
-	// the data key's limit. 0 means the agent's own bound for streams.
+	// the data key's limit until the stream ends. 0 means the agent's own bound
+	// for streams.
 	LengthLimit   uint64 `protobuf:"varint,4,opt,name=length_limit,json=lengthLimit,proto3" json:"length_limit,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
