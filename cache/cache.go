@@ -205,7 +205,8 @@ type Cache struct {
 
 	mu          sync.Mutex // guards what follows
 	entries     map[place]*entry
-	fills       map[place]*flight
+	fills       map[place]*flight    // that more requests may wait for
+	filling     map[*flight]struct{} // all that are under way
 	authorities map[Authority]*authority
 	callers     map[string]*share
 	asking      map[string]int // confirmations in flight, by backend
@@ -228,7 +229,7 @@ func New(cfg Config) (*Cache, error) {
 		return nil, err
 	}
 	return &Cache{
-		cfg: cfg, arena: a, entries: map[place]*entry{}, fills: map[place]*flight{},
+		cfg: cfg, arena: a, entries: map[place]*entry{}, fills: map[place]*flight{}, filling: map[*flight]struct{}{},
 		authorities: map[Authority]*authority{}, callers: map[string]*share{}, asking: map[string]int{},
 	}, nil
 }
@@ -243,7 +244,7 @@ func (c *Cache) Close() {
 	c.mu.Lock()
 	c.closed = true
 	c.evictLocked(func(Slot) bool { return true })
-	for _, f := range c.fills {
+	for f := range c.filling {
 		f.cancel()
 	}
 	for _, a := range c.authorities {

@@ -153,9 +153,10 @@ func (c *Cache) evictLocked(match func(Slot) bool) int {
 			}
 		}
 	}
-	for p, f := range c.fills {
-		if match(p.Slot) {
+	for f := range c.filling {
+		if match(f.place.Slot) {
 			f.dropped = true
+			c.closeFillLocked(f)
 		}
 	}
 	c.stats.Evictions += uint64(n)

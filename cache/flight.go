@@ -13,9 +13,13 @@ type flight struct {
 	ctx    context.Context //nolint:containedctx // the call's own, not a caller's
 	cancel context.CancelFunc
 	began  time.Duration
+	// place and caller are what a fill is for, and whose share it counts on;
+	// those of a confirmation are zero.
+	place  place
+	caller string
 	// waiters are served when the call lands, in the order in which they came.
 	waiters list.List
-	// dropped: the answer is for those who wait only to ask again.
+	// dropped: the answer is for those who wait only to ask again; nobody joins.
 	dropped bool
 	landed  bool
 	err     error

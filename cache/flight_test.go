@@ -2,6 +2,7 @@ package cache_test
 
 import (
 	"context"
+	"fmt"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -87,6 +88,63 @@ func TestCancelledLeader(t *testing.T) {
 		cancel()
 		wg.Wait()
 		r.wantCalls(1, 0)
+	})
+}
+
+// TestAnothersError: what upstream says to the caller that asked first, and
+// means that caller only, is not what the others hear.
+func TestAnothersError(t *testing.T) {
+	slow := func(err error) cache.Fill {
+		return func(context.Context) (cache.Material, error) {
+			time.Sleep(time.Second)
+			return cache.Material{}, err
+		}
+	}
+	for _, tc := range []struct {
+		say   error // to mallory
+		alice error // what alice hears
+		fills int
+	}{{errOther, nil, 3}, {errDown, errDown, 0}} {
+		bubble(t, func(r *rig) {
+			var wg sync.WaitGroup
+			wg.Go(func() {
+				_, _, err := r.decrypt(1, as("mallory"), func(req *cache.DecryptRequest) { req.Fill = slow(tc.say) })
+				refused(t, err, tc.say)
+			})
+			synctest.Wait()
+			for _, caller := range []string{"alice", "alice", "bob"} {
+				wg.Go(func() {
+					_, _, err := r.decrypt(1, as(caller))
+					refused(t, err, tc.alice)
+				})
+			}
+			wg.Wait()
+			if fills, _ := r.up.counts(); fills > tc.fills || tc.fills > 0 && fills == 0 {
+				t.Errorf("%d fills, want %d at most", fills, tc.fills)
+			}
+			if s := r.Stats(); tc.alice == nil && s.DecryptionKeys != 1 {
+				t.Errorf("%d data keys in one place", s.DecryptionKeys)
+			}
+		})
+	}
+}
+
+// TestOwnErrorAfterAnothers: nobody asks for ever.
+func TestOwnErrorAfterAnothers(t *testing.T) {
+	bubble(t, func(r *rig) {
+		r.up.takes(time.Second)
+		r.up.say(errOther, nil)
+		var wg sync.WaitGroup
+		for c := range 10 {
+			wg.Go(func() {
+				_, _, err := r.decrypt(1, as(fmt.Sprint(c)))
+				refused(t, err, errOther)
+			})
+		}
+		wg.Wait()
+		if fills, _ := r.up.counts(); fills > 10 {
+			t.Errorf("%d fills for 10 callers", fills)
+		}
 	})
 }
 

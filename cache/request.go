@@ -15,6 +15,9 @@ type request struct {
 	// began is when the cache was asked. notBefore is the time that max_stale
 	// wants the last confirmation not to be before.
 	began, notBefore time.Duration
+	// alone: another caller's question was answered for that caller only, so
+	// that this request asks for itself.
+	alone bool
 }
 
 func newRequest(p place, caller string, l Limits, bytes uint64, fill Fill, now time.Duration, maxStale *time.Duration, arrived time.Duration) request {
@@ -84,6 +87,9 @@ func (c *Cache) fetchLocked(ctx context.Context, r *request) (*Use, error) {
 			return nil, err
 		}
 		u, err := c.waitLocked(ctx, f, r)
+		if err != nil && c.anothersLocked(ctx, f, r, err) {
+			r.alone, err = true, nil
+		}
 		if err != nil {
 			return nil, c.explainLocked(ctx, r, err)
 		}
@@ -155,7 +161,7 @@ func (c *Cache) callLocked(ctx context.Context, r *request) (*flight, error) {
 	case cached && a.standing == good:
 		return c.askLocked(ctx, a), nil
 	case cached:
-	case c.fills[r.place] != nil:
+	case c.fills[r.place] != nil && !r.alone:
 		return c.fills[r.place], nil
 	case a.standing == good:
 		return c.fillLocked(ctx, a, r)
@@ -186,14 +192,19 @@ func (c *Cache) fillLocked(ctx context.Context, a *authority, r *request) (*flig
 	a.fills++
 	c.stats.Misses++
 	f := c.newFlight(ctx)
-	c.fills[r.place] = f
+	f.place, f.caller = r.place, r.caller
+	c.filling[f] = struct{}{}
+	if c.fills[r.place] == nil {
+		c.fills[r.place] = f
+	}
 	c.work.Go(func() {
 		material, err := r.fill(f.ctx)
 		defer clear(material.DataKey)
 		verdict := c.verdict(err)
 		c.mu.Lock()
 		defer c.mu.Unlock()
-		delete(c.fills, r.place)
+		delete(c.filling, f)
+		c.closeFillLocked(f)
 		switch verdict {
 		case Yes:
 			err = c.filledLocked(a, s, r, f, material)
@@ -207,6 +218,21 @@ func (c *Cache) fillLocked(ctx context.Context, a *authority, r *request) (*flig
 		c.landLocked(f, err)
 	})
 	return f, nil
+}
+
+// closeFillLocked has no more requests wait for a fill.
+func (c *Cache) closeFillLocked(f *flight) {
+	if c.fills[f.place] == f {
+		delete(c.fills, f.place)
+	}
+}
+
+// anothersLocked tells whether an error concerns the caller only that a fill
+// was begun for, who is not r's: its upstream calls wait for their turn behind
+// its others, or its configuration is gone. Asking once more, and for itself,
+// is the most that costs.
+func (c *Cache) anothersLocked(ctx context.Context, f *flight, r *request, err error) bool {
+	return f.caller != "" && f.caller != r.caller && !r.alone && f.landed && ctx.Err() == nil && c.verdict(err) == Other
 }
 
 // filledLocked takes a data key in. That upstream gave it is a confirmation.

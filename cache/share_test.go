@@ -281,6 +281,33 @@ func TestEvictWhileBeingFilled(t *testing.T) {
 	})
 }
 
+// TestNobodyJoinsWhatIsDropped: a question from before an eviction may be one
+// to a backend that is not configured any more.
+func TestNobodyJoinsWhatIsDropped(t *testing.T) {
+	bubble(t, func(r *rig) {
+		r.up.takes(3 * time.Second)
+		var wg sync.WaitGroup
+		wg.Go(func() {
+			f, n, err := r.encrypt()
+			served(t, f, n, err)
+		})
+		synctest.Wait()
+		r.EvictKey("orders")
+		r.up.takes(0)
+		began := time.Now()
+		f, n, err := r.encrypt()
+		served(t, f, n, err)
+		if waited := time.Since(began); waited != 0 || n != 2 {
+			t.Errorf("data key of fill %d after %v, want 2 at once", n, waited)
+		}
+		wg.Wait()
+		if f, n, err = r.encrypt(); n != 2 {
+			t.Errorf("data key of fill %d, %v, %v; want 2", n, f, err)
+		}
+		r.wantCalls(2, 0)
+	})
+}
+
 // TestMemoryIsBounded: data keys that are evicted while in use hold memory,
 // which ends; what is released is there again.
 func TestMemoryIsBounded(t *testing.T) {
