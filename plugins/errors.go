@@ -76,6 +76,11 @@ func (e *Error) Error() string {
 // Unwrap returns the cause.
 func (e *Error) Unwrap() error { return e.Err }
 
+// ErrCrowded is wrapped by the errors of calls that did not reach the backend,
+// since calls that came before took all of its room or of the time. It says
+// nothing of the backend, nor of what other callers would hear.
+var ErrCrowded = errors.New("too many calls wait for the backend, or it is slow: send fewer at once, or raise its max_concurrent")
+
 // Errorf returns an Error of the class. What %w wraps is its cause.
 func Errorf(class Class, format string, a ...any) *Error {
 	err := fmt.Errorf(format, a...)

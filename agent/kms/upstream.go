@@ -21,7 +21,7 @@ func verdictOf(err error) cache.Verdict {
 		return cache.Yes
 	}
 	var own *Error
-	if errors.Is(err, context.Canceled) || errors.As(err, &own) {
+	if errors.Is(err, context.Canceled) || errors.Is(err, plugins.ErrCrowded) || errors.As(err, &own) {
 		return cache.Other
 	}
 	switch class := plugins.ClassOf(err); {

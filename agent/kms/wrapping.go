@@ -111,7 +111,7 @@ func (s *Service) describe(ctx context.Context, w *wrapping, maxAge time.Duratio
 // askDescription asks upstream, once for all who wait.
 func (s *Service) askDescription(ctx context.Context, w *wrapping) (*described, error) {
 	result := w.flight.DoChan("", func() (any, error) {
-		return s.askForItself(context.WithoutCancel(ctx), w)
+		return s.askForItself(forAll(context.WithoutCancel(ctx)), w)
 	})
 	select {
 	case r := <-result:
@@ -121,6 +121,10 @@ func (s *Service) askDescription(ctx context.Context, w *wrapping) (*described, 
 		return nil, ctx.Err()
 	}
 }
+
+// forAll marks a call whose answer is for every caller of a key: it is nobody's,
+// so that it does not wait behind the others of whoever happened to be first.
+func forAll(ctx context.Context) context.Context { return plugins.WithCaller(ctx, "") }
 
 // askForItself asks upstream with a question of its own. An answer to an older
 // question does not replace one to a newer.
@@ -251,6 +255,7 @@ func (s *Service) confirm(ctx context.Context, a cache.Authority, sample any) er
 	if w == nil {
 		return reconfigured(nil)
 	}
+	ctx = forAll(ctx)
 	if a.Direction == cache.Encrypt {
 		return s.confirmWrap(ctx, w, a.Version)
 	}

@@ -73,14 +73,22 @@ func try[T any](ctx context.Context, s *Supervisor, m method[T]) (T, error) {
 		return answer, nil
 	}
 	if ctx.Err() == nil && bounded.Err() != nil {
-		// The cause must not look like the end of the caller's own context.
-		err = plugins.Errorf(plugins.Unavailable, "backend %s gave no answer within %s", s.cfg.Name, s.cfg.CallTimeout)
+		err = s.overdue(err)
 	}
 	if ctx.Err() == nil && isFailure(err) {
 		s.failures.Add(1)
 	}
 	var none T
 	return none, err
+}
+
+// overdue is the error of a call whose time is up. Its cause must not look like
+// the end of the caller's own context.
+func (s *Supervisor) overdue(err error) error {
+	if errors.Is(err, plugins.ErrCrowded) {
+		return plugins.Errorf(plugins.Unavailable, "backend %s: %w", s.cfg.Name, plugins.ErrCrowded)
+	}
+	return plugins.Errorf(plugins.Unavailable, "backend %s gave no answer within %s", s.cfg.Name, s.cfg.CallTimeout)
 }
 
 // attempt waits for the caller's turn and makes the call.

@@ -2,6 +2,7 @@ package host
 
 import (
 	"context"
+	"fmt"
 	"slices"
 	"sync"
 	"time"
@@ -48,7 +49,7 @@ func (q *queue) acquire(ctx context.Context, caller string) error {
 		return err
 	case <-ctx.Done():
 		q.leave(caller, w)
-		return &plugins.Error{Class: plugins.Unavailable, Detail: "waiting for other calls of the backend", Err: ctx.Err()}
+		return &plugins.Error{Class: plugins.Unavailable, Err: fmt.Errorf("%w: %w", plugins.ErrCrowded, ctx.Err())}
 	}
 }
 
@@ -92,10 +93,7 @@ func (q *queue) makeRoom(caller string) bool {
 }
 
 func errNoRoom() error {
-	return &plugins.Error{
-		Class: plugins.Unavailable, RetryAfter: shedRetry,
-		Detail: "too many calls wait for the backend: send fewer at once, or raise its max_concurrent",
-	}
+	return &plugins.Error{Class: plugins.Unavailable, RetryAfter: shedRetry, Err: plugins.ErrCrowded}
 }
 
 // release lets the next call run.

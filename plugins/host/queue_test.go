@@ -92,7 +92,7 @@ func TestQueueRefusalsSayWhenToRetry(t *testing.T) {
 	q.lines["x"] = []*waiter{{}}
 	q.free = 0
 	var e *plugins.Error
-	if err := q.acquire(t.Context(), "x"); !errors.As(err, &e) || e.Class != plugins.Unavailable || e.RetryAfter <= 0 {
+	if err := q.acquire(t.Context(), "x"); !errors.As(err, &e) || e.Class != plugins.Unavailable || e.RetryAfter <= 0 || !errors.Is(err, plugins.ErrCrowded) {
 		t.Errorf("got %v, want Unavailable with a time to retry", err)
 	}
 }
@@ -106,7 +106,7 @@ func TestQueueWaitersLeave(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
 		err := q.acquire(ctx, "second")
-		if plugins.ClassOf(err) != plugins.Unavailable || !errors.Is(err, context.DeadlineExceeded) {
+		if plugins.ClassOf(err) != plugins.Unavailable || !errors.Is(err, context.DeadlineExceeded) || !errors.Is(err, plugins.ErrCrowded) {
 			t.Errorf("got %v, want Unavailable because of the deadline", err)
 		}
 		if q.waiting != 0 || len(q.lines) != 0 || len(q.turn) != 0 {
@@ -153,4 +153,20 @@ func TestQueueLosesNothing(t *testing.T) {
 			}
 		})
 	})
+}
+
+// TestOverdue: a call that never had its turn in its time says so, which is no
+// answer of the backend; neither looks like the end of the caller's context.
+func TestOverdue(t *testing.T) {
+	s := &Supervisor{cfg: Config{Name: "b", CallTimeout: time.Second}}
+	waiting := &plugins.Error{Class: plugins.Unavailable, Err: fmt.Errorf("%w: %w", plugins.ErrCrowded, context.DeadlineExceeded)}
+	for _, err := range []error{waiting, context.DeadlineExceeded} {
+		got := s.overdue(err)
+		if plugins.ClassOf(got) != plugins.Unavailable || errors.Is(got, context.DeadlineExceeded) {
+			t.Errorf("got %v, want Unavailable and no end of a context", got)
+		}
+		if errors.Is(got, plugins.ErrCrowded) != errors.Is(err, plugins.ErrCrowded) {
+			t.Errorf("got %v of %v", got, err)
+		}
+	}
 }
