@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -54,6 +55,11 @@ type Config struct {
 	// Sink takes the lines instead of a file; such a log cannot be read back
 	// after a crash, so that a record of the gap stands there then.
 	Sink Sink
+	// Sinks get the records too. They are for those who read them: it is the log
+	// that proves itself, and that Open goes on with.
+	Sinks []SinkConfig
+	// Version is the agent's, for formats that tell it.
+	Version string
 	// Rotation sets the log file aside when it is large or old.
 	Rotation Rotation
 	// StateDir is an existing directory of the agent; its files are private.
@@ -105,6 +111,13 @@ func (c Config) withDefaults() (Config, error) {
 	if c.Rotation.MaxSize < 0 || c.Rotation.MaxAge < 0 || c.Rotation.Retention < 0 {
 		return c, errors.New("negative size, age or retention of the audit log; use a positive one, or 0 for none")
 	}
+	for i, s := range c.Sinks {
+		if s.Format != "" && s.Format != FormatJSON && s.Format != FormatOCSF {
+			return c, fmt.Errorf("unknown format %q of an audit sink; use %q or %q", s.Format, FormatJSON, FormatOCSF)
+		}
+		c.Sinks = slices.Clone(c.Sinks)
+		setDefault(&c.Sinks[i].Format, FormatJSON)
+	}
 	if c.StateDir == "" || (c.Path == "" && c.Sink == nil) {
 		return c, errors.New("audit needs a path for the log and a state directory")
 	}
@@ -143,6 +156,8 @@ type Status struct {
 	LastError     string
 	LastErrorTime time.Time
 	Failing       bool
+	// Sinks are the further sinks, in the order of their configuration.
+	Sinks []SinkStatus
 	// RotationError is why the log could not be set aside or a file that has
 	// expired could not be deleted; empty when all is well. Records are written
 	// all the same.
@@ -156,6 +171,9 @@ type Log struct {
 	notes   []string
 	entries sync.Pool // of *entry
 	refused atomic.Uint64
+
+	producer producer
+	outlets  []*outlet
 
 	wake   chan struct{} // the queue is not empty, or the log closes; holds one
 	ended  chan struct{} // closed when the writer has ended
@@ -296,6 +314,9 @@ func (l *Log) Status() Status {
 	defer l.mu.Unlock()
 	s := l.status
 	s.Refused, s.Queued = l.refused.Load(), len(l.queue)
+	for _, o := range l.outlets {
+		s.Sinks = append(s.Sinks, o.state())
+	}
 	return s
 }
 

@@ -48,14 +48,25 @@ func (l *Log) open(state *stateFile) error {
 	if err != nil {
 		return errors.Join(err, sink.Close())
 	}
+	if err := l.openOutlets(); err != nil {
+		return errors.Join(err, sink.Close())
+	}
+	l.producer.chain = state.id
 	l.notes = append(l.notes, t.notes...)
 	l.status = Status{Path: sink.String(), Chain: state.id, Sequence: t.chain.next - 1}
 	l.saver = saver{state: state, sink: sink, every: l.cfg.SaveEvery, after: l.cfg.SaveRecords, fault: l.fault}
 	l.writer = writer{
 		tail: *t, sink: sink, file: f, durable: l.cfg.Durable,
-		encoder: l.encoder, now: l.cfg.Now, saver: &l.saver, rotationFault: l.rotationFault,
+		encoder: l.encoder, now: l.cfg.Now, saver: &l.saver, rotationFault: l.rotationFault, outlets: l.outlets,
 	}
 	l.saver.start(stored)
+	for _, o := range l.outlets {
+		if o.required {
+			close(o.ended)
+		} else {
+			go o.run()
+		}
+	}
 	begun := make(chan struct{})
 	go l.run(begun)
 	timer := time.NewTimer(l.cfg.WriteTimeout)

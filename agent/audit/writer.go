@@ -34,12 +34,14 @@ type writer struct {
 	tail    tail
 	sink    Sink
 	file    *file // the sink, when it is a file
+	outlets []*outlet
 	durable bool
 	encoder encoder
 	now     func() time.Time
 	saver   *saver
 
 	buffer  []byte
+	begin   int // of the first line in buffer
 	ends    []lineEnd
 	working []*entry
 	tried   bool // the sink was asked to take something
@@ -83,6 +85,7 @@ func (l *Log) run(begun chan<- struct{}) {
 			l.writeGroup(group)
 		}
 	}
+	closeOutlets(l.outlets, l.cfg.WriteTimeout/4)
 	err := errors.Join(l.saver.stop(len(l.writer.tail.events) == 0), l.writer.sink.Close())
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -167,6 +170,7 @@ func (w *writer) write(entries []*entry) (int, error) {
 	events := w.encode(entries)
 	n, err := w.sink.Write(w.buffer)
 	lines := w.commit(n)
+	missed := w.distribute(lines)
 	w.forget()
 	if err == nil && n < len(w.buffer) {
 		err = fmt.Errorf("%s took %d of %d bytes", w.sink, n, len(w.buffer))
@@ -175,9 +179,12 @@ func (w *writer) write(entries []*entry) (int, error) {
 		w.resuming = w.resuming && len(w.tail.events) > 0
 	}
 	if lines > 0 && w.durable {
-		if syncErr := w.sink.Sync(); syncErr != nil {
+		if syncErr := w.sync(); syncErr != nil {
 			return 0, errors.Join(err, syncErr)
 		}
+	}
+	if missed != nil {
+		return 0, errors.Join(err, missed)
 	}
 	if err == nil {
 		w.bury()
@@ -185,8 +192,41 @@ func (w *writer) write(entries []*entry) (int, error) {
 	return max(lines-events, 0), err
 }
 
-// prepare looks after the file and the stored state before records are written.
+// distribute brings the first lines of the buffer to the further sinks. The
+// error is that of those that are required.
+func (w *writer) distribute(lines int) error {
+	if lines == 0 {
+		return nil
+	}
+	var err error
+	for _, o := range w.outlets {
+		err = errors.Join(err, o.take(w.buffer[w.begin:w.ends[lines-1].offset]))
+	}
+	return err
+}
+
+// sync makes what was written durable, wherever records are required to be.
+func (w *writer) sync() error {
+	err := w.sink.Sync()
+	for _, o := range w.outlets {
+		if o.required {
+			err = errors.Join(err, o.sink.Sync())
+		}
+	}
+	return err
+}
+
+// prepare looks after the file, the stored state and what required sinks lack
+// before records are written: while such a sink is out, the log gets none either.
 func (w *writer) prepare(records int) error {
+	for _, o := range w.outlets {
+		if !o.required {
+			continue
+		}
+		if err := o.flush(); err != nil {
+			return err
+		}
+	}
 	if err := w.turn(); err != nil {
 		return err
 	}
@@ -237,6 +277,7 @@ func (w *writer) encode(entries []*entry) (events int) {
 	if w.tail.unsealed {
 		w.buffer = append(w.buffer, '\n')
 	}
+	w.begin = len(w.buffer)
 	var fields []byte
 	if !w.tail.torn.empty() {
 		r := Record{Kind: KindEvent, Operation: EventRecovered, Log: w.tail.torn.event(),
