@@ -69,6 +69,10 @@ func (e *encoder) append(b []byte, r *Record, now time.Time) []byte {
 	b = appendUint(b, "bytes_in", r.BytesIn)
 	b = appendUint(b, "bytes_out", r.BytesOut)
 	b = appendUint(b, "count", r.Count)
+	if !r.Since.IsZero() {
+		b = append(b, `,"since":"`...)
+		b = append(r.Since.UTC().AppendFormat(b, time.RFC3339Nano), '"')
+	}
 	return appendLogEvent(b, r.Log)
 }
 

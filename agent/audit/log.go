@@ -26,6 +26,17 @@ const (
 	ContextClear ContextValues = "clear"
 )
 
+// OnFailure says what becomes of an operation that cannot be recorded.
+type OnFailure string
+
+// The answers to a record that cannot be written: no answer (the default), or
+// an answer without a record, of which a record says how many there were once
+// it can.
+const (
+	RefuseOnFailure OnFailure = "refuse"
+	AnswerOnFailure OnFailure = "answer"
+)
+
 // Why a Write was refused. Every error of Log.Write wraps one of these, or the
 // error of its context.
 var (
@@ -55,6 +66,16 @@ type Config struct {
 	// Sink takes the lines instead of a file; such a log cannot be read back
 	// after a crash, so that a record of the gap stands there then.
 	Sink Sink
+	// OnFailure is one of the constants; empty is RefuseOnFailure.
+	OnFailure OnFailure
+	// CoalesceDenials is how long equal denials are counted before a record tells
+	// how many; 0 writes each.
+	CoalesceDenials time.Duration
+	// Checkpoints is where the chain's state is told, in JSON whatever its
+	// Format, every CheckpointEvery and when the log closes; 0 is a minute. It is
+	// no required sink. The zero value is nowhere.
+	Checkpoints     SinkConfig
+	CheckpointEvery time.Duration
 	// Sinks get the records too. They are for those who read them: it is the log
 	// that proves itself, and that Open goes on with.
 	Sinks []SinkConfig
@@ -105,7 +126,10 @@ func (c Config) withDefaults() (Config, error) {
 	if c.MaxQueue < 0 || c.MaxQueue > maxMaxQueue {
 		return c, fmt.Errorf("audit queue of %d records; use 1 to %d", c.MaxQueue, maxMaxQueue)
 	}
-	if c.WriteTimeout < 0 || c.SaveEvery < 0 {
+	if c.OnFailure != "" && c.OnFailure != RefuseOnFailure && c.OnFailure != AnswerOnFailure {
+		return c, fmt.Errorf("unknown way %q to go on without a record; use %q or %q", c.OnFailure, RefuseOnFailure, AnswerOnFailure)
+	}
+	if c.WriteTimeout < 0 || c.SaveEvery < 0 || c.CoalesceDenials < 0 || c.CheckpointEvery < 0 {
 		return c, errors.New("negative audit timeout or save interval; use a positive duration, or 0 for the default")
 	}
 	if c.Rotation.MaxSize < 0 || c.Rotation.MaxAge < 0 || c.Rotation.Retention < 0 {
@@ -125,6 +149,7 @@ func (c Config) withDefaults() (Config, error) {
 	setDefault(&c.MaxQueue, 4096)
 	setDefault(&c.SaveEvery, time.Second)
 	setDefault(&c.SaveRecords, 16384)
+	setDefault(&c.CheckpointEvery, time.Minute)
 	setDefault(&c.Mode, 0o600)
 	if c.Now == nil {
 		c.Now = time.Now
@@ -156,6 +181,13 @@ type Status struct {
 	LastError     string
 	LastErrorTime time.Time
 	Failing       bool
+	// Unrecorded counts the operations that were answered without a record, which
+	// only happens with AnswerOnFailure, and Coalesced the denials that were
+	// counted instead of being written, since Open.
+	Unrecorded, Coalesced uint64
+	// Checkpoints is the sink of the checkpoints, whose records they are; nil
+	// where none are configured.
+	Checkpoints *SinkStatus
 	// Sinks are the further sinks, in the order of their configuration.
 	Sinks []SinkStatus
 	// RotationError is why the log could not be set aside or a file that has
@@ -172,8 +204,15 @@ type Log struct {
 	entries sync.Pool // of *entry
 	refused atomic.Uint64
 
+	// failing is status.Failing, stuck that a write has timed out since one ended.
+	failing, stuck atomic.Bool
+	unrecorded     atomic.Uint64
+	coalescer      coalescer
+
 	producer producer
 	outlets  []*outlet
+	// checkpoints is nil where none are configured.
+	checkpoints *outlet
 
 	wake   chan struct{} // the queue is not empty, or the log closes; holds one
 	ended  chan struct{} // closed when the writer has ended
@@ -186,6 +225,9 @@ type Log struct {
 	closed  bool
 	status  Status // but Refused and Queued
 	closing error  // of Close, once ended
+
+	summarized sync.Once
+	uncounted  error // of the last summaries, once summarized
 }
 
 // Notes are sentences for the operator's log: what Open found and did.
@@ -198,29 +240,54 @@ func (l *Log) Notes() []string { return l.notes }
 // its context, only WriteTimeout ends the wait. After ErrTimeout, and after a
 // failed sync with Durable, the record may stand in the log all the same.
 //
+// There are two exceptions, both by configuration. With CoalesceDenials, a
+// denial whose equal is on record is counted, and r.Sequence stays as it is;
+// not while records cannot be written. With AnswerOnFailure, nil may mean that
+// there is no record, and this is counted.
+//
 // r and what it points to are read during the call only.
 func (l *Log) Write(ctx context.Context, r *Record) error {
+	coalescible := l.coalescer.coalescible(r)
+	if coalescible && !l.failing.Load() && l.coalescer.add(r, l.timeOf(r)) {
+		return nil
+	}
 	err := l.write(ctx, r)
-	if err != nil {
+	switch {
+	case err == nil && coalescible:
+		l.coalescer.wrote(r)
+	case err != nil && l.mayAnswer(ctx, err):
+		l.unrecorded.Add(1)
+		return nil
+	case err != nil:
 		l.refused.Add(1)
 	}
 	return err
+}
+
+func (l *Log) timeOf(r *Record) time.Time {
+	if r.Time.IsZero() {
+		return l.cfg.Now()
+	}
+	return r.Time
+}
+
+// mayAnswer says whether an operation whose record failed with err is answered
+// all the same. What a caller could bring about alone is not.
+func (l *Log) mayAnswer(ctx context.Context, err error) bool {
+	return l.cfg.OnFailure == AnswerOnFailure && ctx.Err() == nil && !errors.Is(err, ErrTooLong) && !errors.Is(err, ErrClosed)
 }
 
 func (l *Log) write(ctx context.Context, r *Record) error {
 	if err := ctx.Err(); err != nil {
 		return fmt.Errorf("audit record not queued: %w", err)
 	}
-	e := l.entries.Get().(*entry)
-	now := l.cfg.Now()
-	own := *r
-	own.Log = nil
-	e.fields = l.encoder.append(e.fields[:0], &own, now)
-	if len(e.fields) > MaxRecordSize {
-		return fmt.Errorf("%w: %d bytes; %d are the limit", ErrTooLong, len(e.fields), MaxRecordSize)
+	if l.cfg.OnFailure == AnswerOnFailure && l.stuck.Load() {
+		return fmt.Errorf("%w: an earlier write still blocks", ErrTimeout)
 	}
-	if err := l.enqueue(e); err != nil {
-		return l.fault(err)
+	now := l.cfg.Now()
+	e, err := l.queueRecord(r, now)
+	if err != nil {
+		return err
 	}
 	if err := l.wait(e); err != nil {
 		return err
@@ -231,6 +298,21 @@ func (l *Log) write(ctx context.Context, r *Record) error {
 	}
 	l.recycle(e)
 	return nil
+}
+
+// queueRecord hands a record to the writer.
+func (l *Log) queueRecord(r *Record, now time.Time) (*entry, error) {
+	e := l.entries.Get().(*entry)
+	own := *r
+	own.Log = nil
+	e.fields = l.encoder.append(e.fields[:0], &own, now)
+	if len(e.fields) > MaxRecordSize {
+		return nil, fmt.Errorf("%w: %d bytes; %d are the limit", ErrTooLong, len(e.fields), MaxRecordSize)
+	}
+	if err := l.enqueue(e); err != nil {
+		return nil, l.fault(err)
+	}
+	return e, nil
 }
 
 // maxRecycled is the largest buffer that is kept for another record.
@@ -279,6 +361,7 @@ func (l *Log) wait(e *entry) error {
 		if e.state.CompareAndSwap(entryWaiting, entryAbandoned) {
 			after = "it was not written"
 		}
+		l.stuck.Store(true)
 		return l.fault(fmt.Errorf("%w: waited %v for %s; %s", ErrTimeout, l.cfg.WriteTimeout, l.statusPath(), after))
 	}
 }
@@ -292,9 +375,10 @@ func (l *Log) statusPath() string {
 // fault remembers err for Status and returns it.
 func (l *Log) fault(err error) error {
 	now := l.cfg.Now()
+	l.failing.Store(true)
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.status.LastError, l.status.LastErrorTime, l.status.Failing = err.Error(), now, true
+	l.status.LastError, l.status.LastErrorTime = err.Error(), now
 	return err
 }
 
@@ -313,17 +397,24 @@ func (l *Log) Status() Status {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	s := l.status
+	s.Failing = l.failing.Load()
 	s.Refused, s.Queued = l.refused.Load(), len(l.queue)
+	s.Unrecorded, s.Coalesced = l.unrecorded.Load(), l.coalescer.counted()
+	if l.checkpoints != nil {
+		c := l.checkpoints.state()
+		s.Checkpoints = &c
+	}
 	for _, o := range l.outlets {
 		s.Sinks = append(s.Sinks, o.state())
 	}
 	return s
 }
 
-// Close writes the records that wait, stores the state and closes the sink. It
-// waits for WriteTimeout at most; a sink that blocks longer is left behind and
-// reported. Later calls return the same.
+// Close writes the records that wait, stores the state and closes the sinks. It
+// waits for twice WriteTimeout at most; a sink that blocks longer is left behind
+// and reported. Later calls return the same.
 func (l *Log) Close() error {
+	l.summarized.Do(func() { l.uncounted = l.coalescer.finish() })
 	l.mu.Lock()
 	if !l.closed {
 		l.closed = true
@@ -339,5 +430,5 @@ func (l *Log) Close() error {
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return l.closing
+	return errors.Join(l.closing, l.uncounted)
 }

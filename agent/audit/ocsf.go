@@ -170,6 +170,9 @@ func (p *producer) ocsf(r *Record, s signedLine) ([]byte, error) {
 			BytesIn: r.BytesIn, BytesOut: r.BytesOut, Log: r.Log, MAC: hex.EncodeToString(s.mac[:]),
 		},
 	}
+	if !r.Since.IsZero() {
+		e.StartTime = r.Since.UnixMilli()
+	}
 	if r.Caller != (Caller{}) {
 		e.Unmapped.GID = &r.Caller.GID
 	}

@@ -28,7 +28,12 @@ func Open(cfg Config) (*Log, error) {
 	if err != nil {
 		return nil, err
 	}
-	l := &Log{cfg: cfg, wake: make(chan struct{}, 1), ended: make(chan struct{}), entries: sync.Pool{New: newEntry}}
+	l := &Log{
+		coalescer: coalescer{
+			window: cfg.CoalesceDenials, table: map[denialKey]*denial{}, wake: make(chan struct{}, 1), ended: make(chan struct{}),
+		},
+		cfg: cfg, wake: make(chan struct{}, 1), ended: make(chan struct{}), entries: sync.Pool{New: newEntry},
+	}
 	if err := l.open(state); err != nil {
 		return nil, errors.Join(err, state.close())
 	}
@@ -54,12 +59,19 @@ func (l *Log) open(state *stateFile) error {
 	l.producer.chain = state.id
 	l.notes = append(l.notes, t.notes...)
 	l.status = Status{Path: sink.String(), Chain: state.id, Sequence: t.chain.next - 1}
-	l.saver = saver{state: state, sink: sink, every: l.cfg.SaveEvery, after: l.cfg.SaveRecords, fault: l.fault}
+	l.saver = saver{state: state, sink: sink, every: l.cfg.SaveEvery, after: l.cfg.SaveRecords, fault: l.fault,
+		checkpoints: l.checkpoints, checkpointEvery: l.cfg.CheckpointEvery, now: l.cfg.Now}
 	l.writer = writer{
 		tail: *t, sink: sink, file: f, durable: l.cfg.Durable,
-		encoder: l.encoder, now: l.cfg.Now, saver: &l.saver, rotationFault: l.rotationFault, outlets: l.outlets,
+		encoder: l.encoder, now: l.cfg.Now, saver: &l.saver, rotationFault: l.rotationFault, outlets: l.outlets, unrecorded: &l.unrecorded,
 	}
 	l.saver.start(stored)
+	if l.checkpoints != nil {
+		go l.checkpoints.run()
+	}
+	if l.coalescer.window > 0 {
+		go l.summarize()
+	}
 	for _, o := range l.outlets {
 		if o.required {
 			close(o.ended)

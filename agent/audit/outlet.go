@@ -88,17 +88,29 @@ func (l *Log) openOutlets() error {
 	}
 	l.producer = producer{host: host, version: l.cfg.Version, pid: os.Getpid()}
 	for _, c := range l.cfg.Sinks {
-		o := &outlet{
-			format: c.Format, syslog: c.Syslog != "", required: c.Required, producer: &l.producer,
-			wake: make(chan struct{}, 1), stop: make(chan struct{}), ended: make(chan struct{}),
-		}
-		if o.sink, err = l.cfg.openSink(c, l.rotationFault); err != nil {
+		o, err := l.newOutlet(c)
+		if err != nil {
 			return err
 		}
-		o.status = SinkStatus{Name: o.sink.String(), Format: c.Format, Required: c.Required}
 		l.outlets = append(l.outlets, o)
 	}
-	return nil
+	if c := l.cfg.Checkpoints; c != (SinkConfig{}) {
+		c.Format, c.Required = FormatJSON, false
+		l.checkpoints, err = l.newOutlet(c)
+	}
+	return err
+}
+
+func (l *Log) newOutlet(c SinkConfig) (*outlet, error) {
+	sink, err := l.cfg.openSink(c, l.rotationFault)
+	if err != nil {
+		return nil, err
+	}
+	return &outlet{
+		sink: sink, format: c.Format, syslog: c.Syslog != "", required: c.Required, producer: &l.producer,
+		wake: make(chan struct{}, 1), stop: make(chan struct{}), ended: make(chan struct{}),
+		status: SinkStatus{Name: sink.String(), Format: c.Format, Required: c.Required},
+	}, nil
 }
 
 func (c Config) openSink(s SinkConfig, fault func(error)) (Sink, error) {
@@ -173,6 +185,11 @@ func (o *outlet) render(lines []byte) error {
 		return nil
 	}
 	for line := range bytes.SplitSeq(lines, []byte("\n")) {
+		if c, ok := parseCheckpoint(line); ok && bytes.HasPrefix(line, []byte(checkpointPrefix)) {
+			about := Record{Kind: "checkpoint", Time: c.Time, Operation: "audit-checkpoint"}
+			o.backlog = append(append(o.producer.appendSyslog(o.backlog, &about, c.Sequence), line...), '\n')
+			continue
+		}
 		s, ok := parseLine(line)
 		if !ok {
 			return errors.New("a line of the log is no record")

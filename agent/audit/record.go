@@ -79,6 +79,8 @@ type Record struct {
 	BytesOut       uint64 `json:"bytes_out,omitempty"`
 	// Count is how many equal requests this record stands for; 0 is one.
 	Count uint64 `json:"count,omitempty"`
+	// Since is when the first of them was, Time when the last; zero for one.
+	Since time.Time `json:"since,omitzero"`
 	// Log is set in the events that the log writes about itself, and ignored
 	// by Log.Write.
 	Log *LogEvent `json:"log,omitempty"`
@@ -145,6 +147,9 @@ const (
 	EventTruncated = "audit-truncated"
 	// EventResumed says that records could not be written for a while.
 	EventResumed = "audit-resumed"
+	// EventUnrecorded says how many operations were answered without a record,
+	// which only happens with AnswerOnFailure.
+	EventUnrecorded = "audit-unrecorded"
 	// EventExpired says that a rotated file is deleted because it is older than
 	// the retention.
 	EventExpired = "audit-expired"

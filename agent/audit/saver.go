@@ -13,6 +13,13 @@ type saver struct {
 	after uint64
 	fault func(error) error
 
+	checkpoints     *outlet // nil: none
+	checkpointEvery time.Duration
+	now             func() time.Time
+	told            uint64    // next of the chain at the last checkpoint
+	toldAt          time.Time // by the monotonic clock
+	tell            *time.Timer
+
 	due      chan struct{}     // something is to be stored; holds one
 	full     chan struct{}     // ... and at once; holds one
 	requests chan chan<- error // store at once and tell
@@ -34,12 +41,23 @@ func (s *saver) start(c chain) {
 func (s *saver) run() {
 	timer := time.NewTimer(s.every)
 	timer.Stop()
+	s.tell = time.NewTimer(s.every)
+	s.tell.Stop()
+	defer s.tell.Stop()
 	for {
 		select {
 		case <-s.due:
 			timer.Reset(s.every)
 		case <-timer.C:
 			_ = s.save() // it told the status
+		case <-s.tell.C:
+			_ = s.save() // it told the status
+			s.mu.Lock()
+			c, stored := s.latest, s.stored
+			s.mu.Unlock()
+			if c.next == stored {
+				s.checkpoint(&c, false)
+			}
 		case <-s.full:
 			_ = s.save() // it told the status
 		case reply := <-s.requests:
@@ -72,7 +90,22 @@ func (s *saver) save() error {
 	s.mu.Lock()
 	s.stored = c.next
 	s.mu.Unlock()
+	s.checkpoint(&c, false)
 	return nil
+}
+
+// checkpoint tells the state that has just been stored, when it is time; last
+// says that it is.
+func (s *saver) checkpoint(c *chain, last bool) {
+	if s.checkpoints == nil || c.next == s.told || c.next == 1 {
+		return
+	}
+	if wait := s.checkpointEvery - time.Since(s.toldAt); !last && !s.toldAt.IsZero() && wait > 0 {
+		s.tell.Reset(wait)
+		return
+	}
+	s.told, s.toldAt = c.next, time.Now()
+	_ = s.checkpoints.take(c.appendCheckpoint(nil, s.state.id, s.now())) // it waits in memory, or is counted as lost
 }
 
 // final asks for the last save; closed says that the log holds all it should.
@@ -88,6 +121,9 @@ func (s *saver) last(closed bool) error {
 	err := s.sink.Sync()
 	if err == nil {
 		err = s.state.save(&c, closed)
+	}
+	if err == nil {
+		s.checkpoint(&c, true)
 	}
 	if closeErr := s.state.close(); err == nil {
 		err = closeErr

@@ -76,7 +76,10 @@ func (v *verifier) finish() {
 	if r.Fault == nil && v.suspect != nil {
 		v.unresolved(v.suspect)
 	}
-	r.TailUnproven = r.Last == 0 || v.options.AtLeast < r.Last
+	if r.Fault == nil {
+		v.beyond()
+	}
+	r.TailUnproven = r.Last == 0 || max(v.options.AtLeast, r.Proven) < r.Last
 	if r.Fault != nil {
 		return
 	}
@@ -85,6 +88,8 @@ func (v *verifier) finish() {
 		v.fault(v.place, ReasonRemoved, "there is no record at all; record %d should be the first", v.check.chain.next)
 	case slices.ContainsFunc(r.Expired, func(hole Span) bool { return !covers(v.proven, hole) }):
 		v.fault(v.place, ReasonRemoved, "records are missing that no record says have expired: the one that said so does not verify")
+	case r.Proven > r.Last:
+		v.fault(v.place, ReasonRemoved, "the log ends with record %d, and a checkpoint proves that it reached %d", r.Last, r.Proven)
 	case v.options.AtLeast > r.Last:
 		v.fault(v.place, ReasonRemoved, "the log ends with record %d but reached %d", r.Last, v.options.AtLeast)
 	}

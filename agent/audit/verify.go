@@ -25,6 +25,9 @@ type VerifyOptions struct {
 	AtLeast uint64
 	// AllowGaps accepts records that declare others missing.
 	AllowGaps bool
+	// Checkpoints of this log, and of others, in any order, as ParseCheckpoints
+	// returns them.
+	Checkpoints []Checkpoint
 
 	// expired are the records that the log says have expired, unverified yet.
 	expired []Span
@@ -54,8 +57,15 @@ type Report struct {
 	Ignored []string `json:"ignored,omitempty"`
 	// Fault is the first line that does not verify; nil when all do.
 	Fault *Fault `json:"fault,omitempty"`
+	// Checkpoints is how many checkpoints agree with the log, CheckpointsIgnored
+	// how many belong to another chain or to nobody. Proven is the last record
+	// that one of them is about.
+	Checkpoints        int    `json:"checkpoints,omitempty"`
+	CheckpointsIgnored int    `json:"checkpoints_ignored,omitempty"`
+	Proven             uint64 `json:"proven,omitempty"`
 	// TailUnproven says that nothing but the log vouches for its end: records
-	// after Last could have been removed. It is false when AtLeast is Last.
+	// after Last could have been removed. It is false when AtLeast is Last, or
+	// a checkpoint is about that record.
 	TailUnproven bool `json:"tail_unproven"`
 
 	allowGaps bool
@@ -132,6 +142,7 @@ func Verify(initialKey []byte, o VerifyOptions, inputs ...Input) (Report, error)
 	}
 	v := verifier{initial: initial, check: checker{chain: initial}, options: o}
 	v.report = Report{Chain: initial.id(), allowGaps: o.AllowGaps}
+	v.checkpoints, v.report.CheckpointsIgnored = sortedCheckpoints(o.Checkpoints, v.report.Chain)
 	v.check.chain.skip(max(o.From, 1))
 	v.anyLink = o.From > 1
 	for _, in := range inputs {
@@ -155,6 +166,8 @@ type verifier struct {
 	suspect *suspect
 	// proven are the expired records of which a record has verified.
 	proven []Span
+	// checkpoints are those whose record is still to come.
+	checkpoints checkpoints
 }
 
 func (v *verifier) file(in Input) error {
@@ -237,5 +250,6 @@ func (v *verifier) record(s signedLine) Record {
 	}
 	v.report.Records++
 	v.report.Last, v.report.LastTime = s.sequence, r.Time
+	v.reached(s)
 	return r
 }

@@ -3,6 +3,7 @@ package audit
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"sync/atomic"
 	"time"
 )
@@ -52,6 +53,10 @@ type writer struct {
 	rotationFailed bool
 	doomed         []string // files to be deleted once that is on record
 	rotationFault  func(error)
+
+	unrecorded *atomic.Uint64 // operations answered without a record
+	declared   uint64         // of which records have told or are about to
+	declaring  *Record        // that record
 }
 
 // lineEnd is a place in the buffer where a line ends without its newline, and
@@ -85,8 +90,13 @@ func (l *Log) run(begun chan<- struct{}) {
 			l.writeGroup(group)
 		}
 	}
-	closeOutlets(l.outlets, l.cfg.WriteTimeout/4)
-	err := errors.Join(l.saver.stop(len(l.writer.tail.events) == 0), l.writer.sink.Close())
+	err := l.saver.stop(len(l.writer.tail.events) == 0)
+	outlets := l.outlets
+	if l.checkpoints != nil {
+		outlets = append(slices.Clip(outlets), l.checkpoints)
+	}
+	closeOutlets(outlets, l.cfg.WriteTimeout/4)
+	err = errors.Join(err, l.writer.sink.Close())
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.closing = err
@@ -124,10 +134,11 @@ func (l *Log) take(before []*entry) (group []*entry, closed bool) {
 func (l *Log) wrote(err error) {
 	l.mu.Lock()
 	l.status.Sequence = l.writer.tail.chain.next - 1
-	if err == nil {
-		l.status.Failing = false
-	}
 	l.mu.Unlock()
+	l.stuck.Store(false)
+	if err == nil {
+		l.failing.Store(false)
+	}
 	if err != nil {
 		_ = l.fault(err)
 	}
@@ -230,7 +241,23 @@ func (w *writer) prepare(records int) error {
 	if err := w.turn(); err != nil {
 		return err
 	}
+	w.declare()
 	return w.saver.reserve(&w.tail.chain, uint64(records+len(w.tail.events)+1))
+}
+
+// declare has a record tell how many operations were answered without one.
+func (w *writer) declare() {
+	n := w.unrecorded.Load()
+	if n == w.declared {
+		return
+	}
+	if w.declaring == nil || !slices.Contains(w.tail.events, w.declaring) {
+		w.declaring = &Record{Kind: KindEvent, Operation: EventUnrecorded,
+			Detail: "operations were answered that are not on record, because audit.on_failure says so"}
+		w.tail.events = append(w.tail.events, w.declaring)
+	}
+	w.declaring.Count += n - w.declared
+	w.declared = n
 }
 
 // turn goes on in a new file when the log was moved away, and notices when it
