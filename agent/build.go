@@ -10,25 +10,12 @@ import (
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
 
-	"github.com/kms-agent/kms-agent/agent/audit"
 	"github.com/kms-agent/kms-agent/agent/kms"
 	"github.com/kms-agent/kms-agent/agent/serve"
 	"github.com/kms-agent/kms-agent/cache"
 	"github.com/kms-agent/kms-agent/identity"
 	"github.com/kms-agent/kms-agent/plugins"
 )
-
-// AuditLog is what the configuration asks of the audit log.
-func (c *Config) AuditLog() audit.Config {
-	return audit.Config{
-		Path: c.Audit.File, StateDir: c.StateDir, InitialKeyPath: c.Audit.InitialKey,
-		Durable: c.Audit.Durable, WriteTimeout: c.Audit.WriteTimeout,
-		ContextValues: audit.ContextValues(c.Audit.ContextValues),
-		Rotation: audit.Rotation{
-			MaxSize: int64(c.Audit.Rotate.MaxSize), MaxAge: c.Audit.Rotate.MaxAge, Retention: c.Audit.Rotate.Retention,
-		},
-	}
-}
 
 func (a *Agent) buildIdentity(cfg *Config) error {
 	if cfg.Identity.WorkloadAPI != "" {

@@ -62,7 +62,8 @@ func (h *hostCheck) run() {
 	h.wayToSocket()
 	h.socketGroup()
 	h.workloadAPI()
-	h.auditFile()
+	h.auditFile("audit.file", h.cfg.Audit.File)
+	h.auditSinks()
 	h.initialKey()
 	for i := range h.cfg.Backends {
 		h.backend(fmt.Sprintf("backends[%d]", i), &h.cfg.Backends[i])
@@ -198,10 +199,35 @@ func (h *hostCheck) workloadAPI() {
 	}
 }
 
-func (h *hostCheck) auditFile() {
-	const path = "audit.file"
-	file := h.cfg.Audit.File
-	if file == audit.Stdout || !h.directory(path, filepath.Dir(file)) {
+// auditSinks tests where records go besides. A file is made at the first record;
+// a syslog daemon may start later.
+func (h *hostCheck) auditSinks() {
+	c := h.cfg.Audit
+	sockets := map[string]string{"audit.checkpoints.syslog": c.Checkpoints.Syslog}
+	h.auditFile("audit.checkpoints.file", c.Checkpoints.File)
+	for i, s := range c.Sinks {
+		path := fmt.Sprintf("audit.sinks[%d].", i)
+		h.auditFile(path+"file", s.File)
+		sockets[path+"syslog"] = s.Syslog
+	}
+	for path, socket := range sockets {
+		if socket == "" {
+			continue
+		}
+		info, err := os.Stat(socket)
+		switch {
+		case err != nil:
+			h.warn(path, "%s cannot be looked at: %v; start the syslog daemon, or correct the path", socket, bare(err))
+		case info.Mode().Type() != fs.ModeSocket:
+			h.warn(path, "%s is no socket; write that of a syslog daemon, such as /dev/log", socket)
+		case !permitted(socket, unix.W_OK):
+			h.warn(path, "uid %d may not connect to %s (%v); let it, or its group", os.Geteuid(), socket, info.Mode())
+		}
+	}
+}
+
+func (h *hostCheck) auditFile(path, file string) {
+	if file == "" || file == audit.Stdout || !h.directory(path, filepath.Dir(file)) {
 		return
 	}
 	info, err := os.Stat(file)

@@ -14,7 +14,6 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/kms-agent/kms-agent/agent/audit"
 	"github.com/kms-agent/kms-agent/agent/policy"
 )
 
@@ -137,11 +136,11 @@ type rulePlace struct {
 
 func (l *loader) resolvePaths() {
 	c := l.cfg
-	for _, path := range []*string{&c.StateDir, &c.RuntimeDir, &c.Listen.Native.Socket, &c.Admin.Socket, &c.Audit.InitialKey} {
+	for _, path := range []*string{&c.StateDir, &c.RuntimeDir, &c.Listen.Native.Socket, &c.Admin.Socket} {
 		l.resolve(path)
 	}
-	if c.Audit.File != audit.Stdout {
-		l.resolve(&c.Audit.File)
+	for _, path := range l.auditPaths() {
+		l.resolve(path)
 	}
 	if c.Listen.Native.Socket == "" && c.RuntimeDir != "" {
 		c.Listen.Native.Socket = filepath.Join(c.RuntimeDir, "kms.sock")

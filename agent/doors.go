@@ -106,8 +106,10 @@ func (a *Agent) tellHealth(ctx context.Context, doors []*door) error {
 	tick := time.NewTicker(healthEvery)
 	defer tick.Stop()
 	var last *adminv1.StatusResponse
+	records := auditWatch{logger: a.logger}
 	for {
 		now := a.Status()
+		records.look(now.GetAudit())
 		a.logChange(last, now)
 		last = now
 		state := grpc_health_v1.HealthCheckResponse_SERVING

@@ -90,17 +90,12 @@ func judge(r *adminv1.StatusResponse) {
 	case "stale", "expired": // never heard is no problem: not every Workload API has them
 		r.Problems = append(r.Problems, "JWT bundles are "+r.Identity.JwtBundles+": "+r.Identity.JwtBundlesError)
 	}
-	if r.Audit.LastError != "" {
-		r.Problems = append(r.Problems, "audit: "+r.Audit.LastError)
-	}
-	if r.Audit.RotationError != "" {
-		r.Problems = append(r.Problems, "audit: "+r.Audit.RotationError)
-	}
+	r.Problems = append(r.Problems, auditProblems(r.Audit)...)
 	// Without any backend the data keys in the cache are still good for a while;
 	// without those, or without a record, there is no answer for anybody.
 	empty := r.Cache.EncryptionKeys+r.Cache.DecryptionKeys == 0
 	switch {
-	case r.Audit.LastError != "", len(r.Backends) > 0 && down == len(r.Backends) && empty:
+	case silent(r.Audit), len(r.Backends) > 0 && down == len(r.Backends) && empty:
 		r.State = stateNotServing
 	case len(r.Problems) > 0:
 		r.State = stateDegraded
@@ -172,13 +167,4 @@ func (a *Agent) cacheStatus() *adminv1.CacheStatus {
 		LockedBytes: s.LockedBytes, Hits: s.Hits, Misses: s.Misses, Refreshes: s.Refreshes, Evictions: s.Evictions,
 		Memory: s.Memory,
 	}
-}
-
-func (a *Agent) auditStatus(cfg *Config) *adminv1.AuditStatus {
-	s := a.audit.Status()
-	r := &adminv1.AuditStatus{File: cfg.Audit.File, Sequence: s.Sequence, Refused: s.Refused, RotationError: s.RotationError}
-	if s.Failing {
-		r.LastError = s.LastError
-	}
-	return r
 }

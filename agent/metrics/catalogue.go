@@ -65,6 +65,11 @@ const (
 	auditRecords     = "kms_agent_audit_last_sequence"
 	auditRefused     = "kms_agent_audit_refused_total"
 	auditFailing     = "kms_agent_audit_failing"
+	auditUnrecorded  = "kms_agent_audit_unrecorded_total"
+	auditCoalesced   = "kms_agent_audit_coalesced_denials_total"
+	auditWritten     = "kms_agent_audit_sink_records_total"
+	auditLost        = "kms_agent_audit_sink_lost_records_total"
+	auditSinkFailing = "kms_agent_audit_sink_failing"
 )
 
 // Catalogue lists every metric of the agent's own, in the order of the
@@ -115,5 +120,10 @@ func statusMetrics() []Metric {
 		{auditRecords, Gauge, nil, "Number of the last audit record in its chain."},
 		{auditRefused, Counter, nil, "Operations refused because their audit record could not be written."},
 		{auditFailing, Gauge, nil, "1 while audit records cannot be written, so that every operation is refused."},
+		{auditUnrecorded, Counter, nil, "Operations that were answered without an audit record, which only audit.on_failure: answer allows."},
+		{auditCoalesced, Counter, nil, "Denials that were counted in a summary instead of having an audit record each."},
+		{auditWritten, Counter, []string{"sink"}, "Records that a further sink of the audit log has taken, or checkpoints."},
+		{auditLost, Counter, []string{"sink"}, "Records that a further sink will never have; the audit log has them."},
+		{auditSinkFailing, Gauge, []string{"sink"}, "1 while a further sink of the audit log takes no records."},
 	}
 }

@@ -72,7 +72,10 @@ func fullStatus() *adminv1.StatusResponse {
 			{Name: "fresh"},
 		},
 		Cache: &adminv1.CacheStatus{EncryptionKeys: 1, DecryptionKeys: 2, MaxEntries: 10, LockedBytes: 4096, Hits: 5, Misses: 6, Refreshes: 7, Evictions: 8},
-		Audit: &adminv1.AuditStatus{Sequence: 9, Refused: 1, LastError: "x"},
+		Audit: &adminv1.AuditStatus{Sequence: 9, Refused: 1, LastError: "x", Unrecorded: 4, Coalesced: 5,
+			Sinks:       []*adminv1.AuditSink{{Name: "syslog /dev/log", Written: 7, Lost: 2, LastError: "x"}, {Name: "/a", Written: 9}},
+			Checkpoints: &adminv1.AuditSink{Name: "syslog /dev/log", Written: 1},
+		},
 	}
 }
 
@@ -119,6 +122,11 @@ func TestOperationsAndCalls(t *testing.T) {
 		{"kms_agent_key_confirmation_age_seconds", []string{"key=orders", "direction=decrypt"}, 5},
 		{"kms_agent_cache_data_keys", []string{"direction=decrypt"}, 2},
 		{"kms_agent_audit_failing", nil, 1},
+		{"kms_agent_audit_unrecorded_total", nil, 4},
+		{"kms_agent_audit_coalesced_denials_total", nil, 5},
+		{"kms_agent_audit_sink_records_total", []string{"sink=syslog /dev/log"}, 8},
+		{"kms_agent_audit_sink_lost_records_total", []string{"sink=syslog /dev/log"}, 2},
+		{"kms_agent_audit_sink_failing", []string{"sink=/a"}, 0},
 		{"kms_agent_config_rejected", nil, 1},
 	} {
 		if got := value(t, f, want.name, want.labels...); got != want.value {

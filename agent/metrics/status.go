@@ -1,6 +1,7 @@
 package metrics
 
 import (
+	"slices"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -72,6 +73,31 @@ func (c *statusCollector) Collect(out chan<- prometheus.Metric) {
 	e.emit(auditRecords, float64(r.GetAudit().GetSequence()))
 	e.emit(auditRefused, float64(r.GetAudit().GetRefused()))
 	e.is(auditFailing, r.GetAudit().GetLastError() != "")
+	e.emit(auditUnrecorded, float64(r.GetAudit().GetUnrecorded()))
+	e.emit(auditCoalesced, float64(r.GetAudit().GetCoalesced()))
+	e.sinks(r.GetAudit())
+}
+
+// sinks tells of each sink once: names are those of places, and a place may be
+// the sink of records and of checkpoints.
+func (e emitter) sinks(r *adminv1.AuditStatus) {
+	type counts struct {
+		written, lost uint64
+		failing       bool
+	}
+	byName := map[string]counts{}
+	for _, s := range append(slices.Clip(r.GetSinks()), r.GetCheckpoints()) {
+		if s == nil {
+			continue
+		}
+		c := byName[s.GetName()]
+		byName[s.GetName()] = counts{c.written + s.GetWritten(), c.lost + s.GetLost(), c.failing || s.GetLastError() != ""}
+	}
+	for name, c := range byName {
+		e.emit(auditWritten, float64(c.written), name)
+		e.emit(auditLost, float64(c.lost), name)
+		e.is(auditSinkFailing, c.failing, name)
+	}
 }
 
 type emitter struct {

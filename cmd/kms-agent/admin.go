@@ -221,6 +221,26 @@ func statusTable(t *table, r *adminv1.StatusResponse) {
 	if log.GetRotationError() != "" {
 		t.row("", log.GetRotationError())
 	}
+	if log.GetCoalesced() > 0 {
+		t.row("", fmt.Sprintf("%d denials were counted in summaries", log.GetCoalesced()))
+	}
+	for _, s := range log.GetSinks() {
+		t.row("audit sink", sinkLine(s))
+	}
+	if s := log.GetCheckpoints(); s != nil {
+		t.row("audit checkpoints", sinkLine(s))
+	}
+}
+
+func sinkLine(s *adminv1.AuditSink) string {
+	line := fmt.Sprintf("%s, %s, %d written, %d lost", s.GetName(), s.GetFormat(), s.GetWritten(), s.GetLost())
+	if s.GetRequired() {
+		line += ", required"
+	}
+	if s.GetLastError() != "" {
+		line += ": " + s.GetLastError()
+	}
+	return line
 }
 
 func backendLine(b *adminv1.BackendStatus) string {

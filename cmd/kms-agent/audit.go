@@ -15,8 +15,8 @@ import (
 
 // auditVerify is what audit verify was asked for.
 type auditVerify struct {
-	initialKey, config string
-	options            audit.VerifyOptions
+	initialKey, config, checkpoints string
+	options                         audit.VerifyOptions
 }
 
 func newAudit(a *app) *cobra.Command {
@@ -35,8 +35,9 @@ Records of files that the agent deleted after their retention are told apart
 from others that are missing: a later record must say so.
 
 That the newest records were not cut off, only something outside the log can
-tell: --at-least takes a sequence number that the log is known to have reached
-(kms-agent status prints it).`,
+tell: --checkpoints takes a file with the checkpoints that the agent sent away
+(audit.checkpoints), as the receiver stored them; --at-least takes a sequence
+number that the log is known to have reached (kms-agent status prints it).`,
 		Example: `  kms-agent audit verify --initial-key audit.key /var/log/kms-agent/audit.log
   kms-agent audit verify --initial-key audit.key /var/log/kms-agent
   kms-agent audit verify --config /etc/kms-agent/config.yaml`,
@@ -45,6 +46,7 @@ tell: --at-least takes a sequence number that the log is known to have reached
 	}
 	verify.Flags().StringVar(&v.initialKey, "initial-key", "", "file with the first key of the chain")
 	verify.Flags().StringVar(&v.config, "config", "", "take the log and its initial key from this configuration")
+	verify.Flags().StringVar(&v.checkpoints, "checkpoints", "", "file with checkpoints of the log, among other lines or not")
 	verify.Flags().Uint64Var(&v.options.From, "from", 1, "sequence number of the first record given")
 	verify.Flags().Uint64Var(&v.options.AtLeast, "at-least", 0, "sequence number that the log is known to have reached")
 	verify.Flags().BoolVar(&v.options.AllowGaps, "allow-gaps", false, "report gaps that an administrator accepted, and go on behind them")
@@ -112,11 +114,32 @@ func (a *app) verifyAudit(ctx context.Context, v auditVerify, logs []string) err
 		return &codedError{code: exitInvalid, prefix: "initial key " + v.initialKey + ": ", err: err}
 	}
 	defer clear(key)
+	if v.checkpoints != "" {
+		if v.options.Checkpoints, err = a.readCheckpoints(ctx, v.checkpoints); err != nil {
+			return err
+		}
+	}
 	report, err := interruptible(ctx, func() (audit.Report, error) { return a.verifyFiles(ctx, key, v.options, logs) })
 	if err != nil {
 		return err
 	}
 	return a.reportAudit(report)
+}
+
+func (a *app) readCheckpoints(ctx context.Context, path string) ([]audit.Checkpoint, error) {
+	in, err := a.openInput(ctx, path)
+	if err != nil {
+		return nil, err
+	}
+	found, err := audit.ParseCheckpoints(in)
+	if err = errors.Join(err, in.Close()); err != nil {
+		return nil, fmt.Errorf("read the checkpoints: %w", err)
+	}
+	if len(found) == 0 {
+		return nil, &codedError{code: exitInvalid, err: fmt.Errorf("%s holds no checkpoint", path),
+			hint: "a checkpoint is the JSON that begins with {\"checkpoint\": as the agent sent it"}
+	}
+	return found, nil
 }
 
 func (a *app) verifyFiles(ctx context.Context, key []byte, o audit.VerifyOptions, logs []string) (audit.Report, error) {
@@ -142,6 +165,9 @@ func (a *app) reportAudit(report audit.Report) error {
 			t.row("first", fmt.Sprintf("%d  %s", report.First, when(report.FirstTime)))
 			t.row("last", fmt.Sprintf("%d  %s", report.Last, when(report.LastTime)))
 		}
+		if n := report.Checkpoints + report.CheckpointsIgnored; n > 0 {
+			t.row("checkpoints", fmt.Sprintf("%d agree, %d of another log or forged", report.Checkpoints, report.CheckpointsIgnored))
+		}
 		for _, e := range report.Expired {
 			t.row("expired", fmt.Sprintf("records %d to %d: deleted after their retention, as a record says", e.From, e.To))
 		}
@@ -154,6 +180,8 @@ func (a *app) reportAudit(report audit.Report) error {
 		switch {
 		case !report.OK():
 			t.row("result", "NOT VALID")
+		case report.TailUnproven && report.Proven > 0:
+			t.row("result", fmt.Sprintf("whole and unchanged up to the last record, and proven up to record %d; tail unproven: records after the last may have been cut off", report.Proven))
 		case report.TailUnproven:
 			t.row("result", "whole and unchanged up to the last record; tail unproven: records after it may have been cut off")
 		default:

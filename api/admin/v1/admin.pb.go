@@ -1203,6 +1203,15 @@ type AuditStatus struct {
 	LastError string `protobuf:"bytes,4,opt,name=last_error,json=lastError,proto3" json:"last_error,omitempty"`
 	// Why the log could not be rotated, or an expired file deleted.
 	RotationError string `protobuf:"bytes,5,opt,name=rotation_error,json=rotationError,proto3" json:"rotation_error,omitempty"`
+	// "refuse" or "answer": what becomes of an operation that cannot be recorded.
+	OnFailure string `protobuf:"bytes,6,opt,name=on_failure,json=onFailure,proto3" json:"on_failure,omitempty"`
+	// Operations that were answered without a record.
+	Unrecorded uint64 `protobuf:"varint,7,opt,name=unrecorded,proto3" json:"unrecorded,omitempty"`
+	// Denials that were counted instead of being written one by one.
+	Coalesced uint64 `protobuf:"varint,8,opt,name=coalesced,proto3" json:"coalesced,omitempty"`
+	// The further sinks, and that of the checkpoints.
+	Sinks         []*AuditSink `protobuf:"bytes,9,rep,name=sinks,proto3" json:"sinks,omitempty"`
+	Checkpoints   *AuditSink   `protobuf:"bytes,10,opt,name=checkpoints,proto3" json:"checkpoints,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1268,6 +1277,128 @@ func (x *AuditStatus) GetLastError() string {
 func (x *AuditStatus) GetRotationError() string {
 	if x != nil {
 		return x.RotationError
+	}
+	return ""
+}
+
+func (x *AuditStatus) GetOnFailure() string {
+	if x != nil {
+		return x.OnFailure
+	}
+	return ""
+}
+
+func (x *AuditStatus) GetUnrecorded() uint64 {
+	if x != nil {
+		return x.Unrecorded
+	}
+	return 0
+}
+
+func (x *AuditStatus) GetCoalesced() uint64 {
+	if x != nil {
+		return x.Coalesced
+	}
+	return 0
+}
+
+func (x *AuditStatus) GetSinks() []*AuditSink {
+	if x != nil {
+		return x.Sinks
+	}
+	return nil
+}
+
+func (x *AuditStatus) GetCheckpoints() *AuditSink {
+	if x != nil {
+		return x.Checkpoints
+	}
+	return nil
+}
+
+type AuditSink struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// "json" or "ocsf".
+	Format   string `protobuf:"bytes,2,opt,name=format,proto3" json:"format,omitempty"`
+	Required bool   `protobuf:"varint,3,opt,name=required,proto3" json:"required,omitempty"`
+	// Records that it has taken, and that it will never have, since the start.
+	Written uint64 `protobuf:"varint,4,opt,name=written,proto3" json:"written,omitempty"`
+	Lost    uint64 `protobuf:"varint,5,opt,name=lost,proto3" json:"lost,omitempty"`
+	// Why it takes none now; empty when it does.
+	LastError     string `protobuf:"bytes,6,opt,name=last_error,json=lastError,proto3" json:"last_error,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AuditSink) Reset() {
+	*x = AuditSink{}
+	mi := &file_admin_v1_admin_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AuditSink) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AuditSink) ProtoMessage() {}
+
+func (x *AuditSink) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_v1_admin_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AuditSink.ProtoReflect.Descriptor instead.
+func (*AuditSink) Descriptor() ([]byte, []int) {
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *AuditSink) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *AuditSink) GetFormat() string {
+	if x != nil {
+		return x.Format
+	}
+	return ""
+}
+
+func (x *AuditSink) GetRequired() bool {
+	if x != nil {
+		return x.Required
+	}
+	return false
+}
+
+func (x *AuditSink) GetWritten() uint64 {
+	if x != nil {
+		return x.Written
+	}
+	return 0
+}
+
+func (x *AuditSink) GetLost() uint64 {
+	if x != nil {
+		return x.Lost
+	}
+	return 0
+}
+
+func (x *AuditSink) GetLastError() string {
+	if x != nil {
+		return x.LastError
 	}
 	return ""
 }
@@ -1370,14 +1501,31 @@ const file_admin_v1_admin_proto_rawDesc = "" +
 	"\x06misses\x18\x06 \x01(\x04R\x06misses\x12\x1c\n" +
 	"\trefreshes\x18\a \x01(\x04R\trefreshes\x12\x1c\n" +
 	"\tevictions\x18\b \x01(\x04R\tevictions\x12\x16\n" +
-	"\x06memory\x18\t \x01(\tR\x06memory\"\x9d\x01\n" +
+	"\x06memory\x18\t \x01(\tR\x06memory\"\xee\x02\n" +
 	"\vAuditStatus\x12\x12\n" +
 	"\x04file\x18\x01 \x01(\tR\x04file\x12\x1a\n" +
 	"\bsequence\x18\x02 \x01(\x04R\bsequence\x12\x18\n" +
 	"\arefused\x18\x03 \x01(\x04R\arefused\x12\x1d\n" +
 	"\n" +
 	"last_error\x18\x04 \x01(\tR\tlastError\x12%\n" +
-	"\x0erotation_error\x18\x05 \x01(\tR\rrotationError2\x87\x04\n" +
+	"\x0erotation_error\x18\x05 \x01(\tR\rrotationError\x12\x1d\n" +
+	"\n" +
+	"on_failure\x18\x06 \x01(\tR\tonFailure\x12\x1e\n" +
+	"\n" +
+	"unrecorded\x18\a \x01(\x04R\n" +
+	"unrecorded\x12\x1c\n" +
+	"\tcoalesced\x18\b \x01(\x04R\tcoalesced\x122\n" +
+	"\x05sinks\x18\t \x03(\v2\x1c.kmsagent.admin.v1.AuditSinkR\x05sinks\x12>\n" +
+	"\vcheckpoints\x18\n" +
+	" \x01(\v2\x1c.kmsagent.admin.v1.AuditSinkR\vcheckpoints\"\xa0\x01\n" +
+	"\tAuditSink\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
+	"\x06format\x18\x02 \x01(\tR\x06format\x12\x1a\n" +
+	"\brequired\x18\x03 \x01(\bR\brequired\x12\x18\n" +
+	"\awritten\x18\x04 \x01(\x04R\awritten\x12\x12\n" +
+	"\x04lost\x18\x05 \x01(\x04R\x04lost\x12\x1d\n" +
+	"\n" +
+	"last_error\x18\x06 \x01(\tR\tlastError2\x87\x04\n" +
 	"\x05Admin\x12M\n" +
 	"\x06Status\x12 .kmsagent.admin.v1.StatusRequest\x1a!.kmsagent.admin.v1.StatusResponse\x12J\n" +
 	"\x05Evict\x12\x1f.kmsagent.admin.v1.EvictRequest\x1a .kmsagent.admin.v1.EvictResponse\x12M\n" +
@@ -1398,7 +1546,7 @@ func file_admin_v1_admin_proto_rawDescGZIP() []byte {
 	return file_admin_v1_admin_proto_rawDescData
 }
 
-var file_admin_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 18)
+var file_admin_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 19)
 var file_admin_v1_admin_proto_goTypes = []any{
 	(*EvictRequest)(nil),          // 0: kmsagent.admin.v1.EvictRequest
 	(*EvictResponse)(nil),         // 1: kmsagent.admin.v1.EvictResponse
@@ -1418,42 +1566,45 @@ var file_admin_v1_admin_proto_goTypes = []any{
 	(*KeyStatus)(nil),             // 15: kmsagent.admin.v1.KeyStatus
 	(*CacheStatus)(nil),           // 16: kmsagent.admin.v1.CacheStatus
 	(*AuditStatus)(nil),           // 17: kmsagent.admin.v1.AuditStatus
-	(*durationpb.Duration)(nil),   // 18: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil), // 19: google.protobuf.Timestamp
+	(*AuditSink)(nil),             // 18: kmsagent.admin.v1.AuditSink
+	(*durationpb.Duration)(nil),   // 19: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil), // 20: google.protobuf.Timestamp
 }
 var file_admin_v1_admin_proto_depIdxs = []int32{
-	18, // 0: kmsagent.admin.v1.SetLogLevelRequest.for:type_name -> google.protobuf.Duration
-	18, // 1: kmsagent.admin.v1.ProfileRequest.duration:type_name -> google.protobuf.Duration
-	19, // 2: kmsagent.admin.v1.StatusResponse.started:type_name -> google.protobuf.Timestamp
+	19, // 0: kmsagent.admin.v1.SetLogLevelRequest.for:type_name -> google.protobuf.Duration
+	19, // 1: kmsagent.admin.v1.ProfileRequest.duration:type_name -> google.protobuf.Duration
+	20, // 2: kmsagent.admin.v1.StatusResponse.started:type_name -> google.protobuf.Timestamp
 	12, // 3: kmsagent.admin.v1.StatusResponse.configuration:type_name -> kmsagent.admin.v1.Configuration
 	13, // 4: kmsagent.admin.v1.StatusResponse.identity:type_name -> kmsagent.admin.v1.Identity
 	14, // 5: kmsagent.admin.v1.StatusResponse.backends:type_name -> kmsagent.admin.v1.BackendStatus
 	15, // 6: kmsagent.admin.v1.StatusResponse.keys:type_name -> kmsagent.admin.v1.KeyStatus
 	16, // 7: kmsagent.admin.v1.StatusResponse.cache:type_name -> kmsagent.admin.v1.CacheStatus
 	17, // 8: kmsagent.admin.v1.StatusResponse.audit:type_name -> kmsagent.admin.v1.AuditStatus
-	19, // 9: kmsagent.admin.v1.Configuration.loaded:type_name -> google.protobuf.Timestamp
-	19, // 10: kmsagent.admin.v1.Identity.expires:type_name -> google.protobuf.Timestamp
-	19, // 11: kmsagent.admin.v1.Identity.updated:type_name -> google.protobuf.Timestamp
-	19, // 12: kmsagent.admin.v1.BackendStatus.since:type_name -> google.protobuf.Timestamp
-	18, // 13: kmsagent.admin.v1.KeyStatus.encrypt_confirmed:type_name -> google.protobuf.Duration
-	18, // 14: kmsagent.admin.v1.KeyStatus.decrypt_confirmed:type_name -> google.protobuf.Duration
-	10, // 15: kmsagent.admin.v1.Admin.Status:input_type -> kmsagent.admin.v1.StatusRequest
-	0,  // 16: kmsagent.admin.v1.Admin.Evict:input_type -> kmsagent.admin.v1.EvictRequest
-	2,  // 17: kmsagent.admin.v1.Admin.Reload:input_type -> kmsagent.admin.v1.ReloadRequest
-	4,  // 18: kmsagent.admin.v1.Admin.RestartPlugin:input_type -> kmsagent.admin.v1.RestartPluginRequest
-	6,  // 19: kmsagent.admin.v1.Admin.SetLogLevel:input_type -> kmsagent.admin.v1.SetLogLevelRequest
-	8,  // 20: kmsagent.admin.v1.Admin.Profile:input_type -> kmsagent.admin.v1.ProfileRequest
-	11, // 21: kmsagent.admin.v1.Admin.Status:output_type -> kmsagent.admin.v1.StatusResponse
-	1,  // 22: kmsagent.admin.v1.Admin.Evict:output_type -> kmsagent.admin.v1.EvictResponse
-	3,  // 23: kmsagent.admin.v1.Admin.Reload:output_type -> kmsagent.admin.v1.ReloadResponse
-	5,  // 24: kmsagent.admin.v1.Admin.RestartPlugin:output_type -> kmsagent.admin.v1.RestartPluginResponse
-	7,  // 25: kmsagent.admin.v1.Admin.SetLogLevel:output_type -> kmsagent.admin.v1.SetLogLevelResponse
-	9,  // 26: kmsagent.admin.v1.Admin.Profile:output_type -> kmsagent.admin.v1.ProfileResponse
-	21, // [21:27] is the sub-list for method output_type
-	15, // [15:21] is the sub-list for method input_type
-	15, // [15:15] is the sub-list for extension type_name
-	15, // [15:15] is the sub-list for extension extendee
-	0,  // [0:15] is the sub-list for field type_name
+	20, // 9: kmsagent.admin.v1.Configuration.loaded:type_name -> google.protobuf.Timestamp
+	20, // 10: kmsagent.admin.v1.Identity.expires:type_name -> google.protobuf.Timestamp
+	20, // 11: kmsagent.admin.v1.Identity.updated:type_name -> google.protobuf.Timestamp
+	20, // 12: kmsagent.admin.v1.BackendStatus.since:type_name -> google.protobuf.Timestamp
+	19, // 13: kmsagent.admin.v1.KeyStatus.encrypt_confirmed:type_name -> google.protobuf.Duration
+	19, // 14: kmsagent.admin.v1.KeyStatus.decrypt_confirmed:type_name -> google.protobuf.Duration
+	18, // 15: kmsagent.admin.v1.AuditStatus.sinks:type_name -> kmsagent.admin.v1.AuditSink
+	18, // 16: kmsagent.admin.v1.AuditStatus.checkpoints:type_name -> kmsagent.admin.v1.AuditSink
+	10, // 17: kmsagent.admin.v1.Admin.Status:input_type -> kmsagent.admin.v1.StatusRequest
+	0,  // 18: kmsagent.admin.v1.Admin.Evict:input_type -> kmsagent.admin.v1.EvictRequest
+	2,  // 19: kmsagent.admin.v1.Admin.Reload:input_type -> kmsagent.admin.v1.ReloadRequest
+	4,  // 20: kmsagent.admin.v1.Admin.RestartPlugin:input_type -> kmsagent.admin.v1.RestartPluginRequest
+	6,  // 21: kmsagent.admin.v1.Admin.SetLogLevel:input_type -> kmsagent.admin.v1.SetLogLevelRequest
+	8,  // 22: kmsagent.admin.v1.Admin.Profile:input_type -> kmsagent.admin.v1.ProfileRequest
+	11, // 23: kmsagent.admin.v1.Admin.Status:output_type -> kmsagent.admin.v1.StatusResponse
+	1,  // 24: kmsagent.admin.v1.Admin.Evict:output_type -> kmsagent.admin.v1.EvictResponse
+	3,  // 25: kmsagent.admin.v1.Admin.Reload:output_type -> kmsagent.admin.v1.ReloadResponse
+	5,  // 26: kmsagent.admin.v1.Admin.RestartPlugin:output_type -> kmsagent.admin.v1.RestartPluginResponse
+	7,  // 27: kmsagent.admin.v1.Admin.SetLogLevel:output_type -> kmsagent.admin.v1.SetLogLevelResponse
+	9,  // 28: kmsagent.admin.v1.Admin.Profile:output_type -> kmsagent.admin.v1.ProfileResponse
+	23, // [23:29] is the sub-list for method output_type
+	17, // [17:23] is the sub-list for method input_type
+	17, // [17:17] is the sub-list for extension type_name
+	17, // [17:17] is the sub-list for extension extendee
+	0,  // [0:17] is the sub-list for field type_name
 }
 
 func init() { file_admin_v1_admin_proto_init() }
@@ -1467,7 +1618,7 @@ func file_admin_v1_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_admin_v1_admin_proto_rawDesc), len(file_admin_v1_admin_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   18,
+			NumMessages:   19,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
