@@ -119,7 +119,7 @@ const encryptMethod = "/kmsagent.v1.KMS/Encrypt"
 // Who is not known is refused before the payload is there, on the record, and is
 // told so in the terms of the API.
 func TestRefusedBeforeThePayload(t *testing.T) {
-	r := newRig(t, configText())
+	r := newRig(t, withAudit("coalesce_denials: 0s"))
 	r.start()
 	got := trailer(t, request(t, r.raw(), encryptMethod, half()))
 	if got["grpc-status"] != fmt.Sprint(int(codes.Unauthenticated)) {
