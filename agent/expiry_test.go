@@ -127,7 +127,7 @@ func TestNothingOutlivesItsSVID(t *testing.T) {
 	if _, err := c.WhoAmI(ctx, &kmsagentv1.WhoAmIRequest{}); err == nil {
 		t.Error("a call on the connection is served after its SVID expired")
 	}
-	if who, err := orders.WhoAmI(t.Context()); err != nil || who.GetProof() != "x509-svid" {
+	if who, err := r.as("orders").WhoAmI(t.Context()); err != nil || who.GetProof() != "x509-svid" {
 		t.Errorf("with its successor: %v, %v", who, err)
 	}
 	r.stop()

@@ -22,6 +22,12 @@ import (
 	"github.com/kms-agent/kms-agent/identity"
 )
 
+// maxConnectionAge is how long a connection takes new requests: its client then
+// makes another and shows the SVID that it has by then, long before the first one
+// expires and without a failed call. gRPC spreads it by a tenth; streams that are
+// open go on.
+const maxConnectionAge = 10 * time.Minute
+
 // Door is one gRPC listener's way in: every call is identified, counted, bounded
 // and given a request ID before its payload is read.
 type Door struct {
@@ -72,7 +78,7 @@ func (d *Door) Server(creds credentials.TransportCredentials, more ...grpc.Serve
 		// Goroutines that have grown their stacks already, for ordinary calls.
 		grpc.NumStreamWorkers(uint32(2*runtime.GOMAXPROCS(0))),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 10 * time.Second, PermitWithoutStream: true}),
-		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 2 * time.Minute, Timeout: 20 * time.Second}),
+		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 2 * time.Minute, Timeout: 20 * time.Second, MaxConnectionAge: maxConnectionAge}),
 		grpc.InTapHandle(d.tap),
 		grpc.UnaryInterceptor(d.unary),
 		grpc.StreamInterceptor(d.stream),
