@@ -169,8 +169,10 @@ func (s *Service) descriptionFailed(w *wrapping, err error, began time.Duration)
 // knows tells whether upstream has said that the version exists. A version
 // that nobody knows may be a new one: the list is asked for again, at most
 // once in describePause, but the version itself is never tried upstream on a
-// caller's word.
+// caller's word. While the list cannot be asked for, nobody says that there is
+// no such version.
 func (s *Service) knows(ctx context.Context, w *wrapping, version string) error {
+	began := s.now()
 	known, err := s.describe(ctx, w, time.Duration(1<<62))
 	if err != nil {
 		return err
@@ -181,10 +183,16 @@ func (s *Service) knows(ctx context.Context, w *wrapping, version string) error 
 	if known, err = s.describe(ctx, w, 0); err != nil {
 		return err
 	}
-	if findVersion(known.Description, version) == nil {
-		return plugins.Errorf(plugins.KeyNotFound, "%s has no version %q", w.id.uri, version)
+	switch {
+	case findVersion(known.Description, version) != nil:
+		return nil
+	case known.at < began:
+		return &plugins.Error{
+			Class: plugins.Unavailable, RetryAfter: describePause,
+			Detail: fmt.Sprintf("version %q of %s is not among those last heard of, and the backend has not been asked since", version, w.id.uri),
+		}
 	}
-	return nil
+	return plugins.Errorf(plugins.KeyNotFound, "%s has no version %q", w.id.uri, version)
 }
 
 func findVersion(d plugins.Description, version string) *plugins.KeyVersion {
