@@ -68,10 +68,11 @@ func (f Faults) sorted() Faults {
 }
 
 // Lengths beyond which a value is shortened in a message, and is not compared
-// with known words.
+// with known words; and how many of those it is compared with.
 const (
-	maxQuoted  = 80
-	maxGuessed = 40
+	maxQuoted   = 80
+	maxGuessed  = 40
+	maxCompared = 2000
 )
 
 // quote writes text in quotes, shortened.
@@ -88,7 +89,7 @@ func nearest(text string, known []string) string {
 	if len(text) > maxGuessed {
 		return ""
 	}
-	for _, word := range known {
+	for _, word := range known[:min(len(known), maxCompared)] {
 		if d := editDistance(text, word); d <= bestDistance && d < len(word) {
 			if d < bestDistance || best == "" {
 				best, bestDistance = word, d

@@ -9,6 +9,8 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -235,6 +237,44 @@ func TestLoadConfigRefusesFiles(t *testing.T) {
 		if _, err := agent.LoadConfig(path); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("LoadConfig(%s) = %v, want %q", path, err, want)
 		}
+	}
+}
+
+// A file of the largest size is judged in seconds, whatever is in it. Lists may
+// be as long as a file.
+func TestLargeConfigs(t *testing.T) {
+	many := func(head, format string, size int) string {
+		var b strings.Builder
+		b.WriteString(head)
+		for i := 0; b.Len() < size; i++ {
+			b.WriteString(strings.ReplaceAll(format, "%d", strconv.Itoa(i)))
+		}
+		return b.String()
+	}
+	const size = 1 << 20
+	const tooMany = "more than 1000 entries"
+	keys := many(smallest+"backends: [{ name: b, plugin: local, settings: { keystore: k, seal: { key_file: f } } }]\nkeys:\n",
+		"- { name: k%d, backend: b, wrapping_key: \"local:k%d\" }\n", size)
+	for name, c := range map[string]struct{ text, want, not string }{
+		"fields":           {many(smallest, "f%d:\n", size), tooMany, ""},
+		"roles":            {many(smallest+"roles:\n", "  r%d: # a role\n    - encrypt\n", size), tooMany, ""},
+		"labels":           {many(smallest+"keys:\n- name: k\n  labels:\n", "    \"l%d\": v\n", size), tooMany, ""},
+		"unknown keys":     {many(keys+"policy:\n", "- name: r%d\n  keys: [ke%d]\n", 2*size), "is not known", tooMany},
+		"as many as go":    {smallest + "roles:\n" + strings.Join(slices.Repeat([]string{"  r: [encrypt]\n"}, 1000), ""), "given twice", tooMany},
+		"one more":         {smallest + "roles:\n" + strings.Join(slices.Repeat([]string{"  r: [encrypt]\n"}, 1001), ""), tooMany, ""},
+		"settings of many": {many(smallest+"backends:\n", "- name: b%d\n  settings:\n    a: 1\n    b: { c: 1, d: 2 }\n", size), "has no program", tooMany},
+	} {
+		t.Run(name, func(t *testing.T) {
+			began := time.Now()
+			_, err := agent.ParseConfig("/etc/kms-agent/config.yaml", []byte(c.text))
+			if took := time.Since(began); took > 20*time.Second {
+				t.Errorf("took %v", took)
+			}
+			text := fmt.Sprint(err)
+			if !strings.Contains(text, c.want) || c.not != "" && strings.Contains(text, c.not) {
+				t.Errorf("got %.300s, want %q and not %q", text, c.want, c.not)
+			}
+		})
 	}
 }
 

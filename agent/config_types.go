@@ -223,7 +223,10 @@ func unknownWord(text string, known []string) string {
 	}
 	var listed []string
 	for _, word := range known {
-		if word != "" && !slices.Contains(listed, word) && len(listed) < maxListed {
+		if len(listed) == maxListed {
+			break
+		}
+		if word != "" && !slices.Contains(listed, word) {
 			listed = append(listed, word)
 		}
 	}

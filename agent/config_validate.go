@@ -258,17 +258,21 @@ func (l *loader) validateKeyCache(at string, c KeyCacheConfig) {
 // validatePolicy compiles the rules; what is wrong with one is told where it is
 // written.
 func (l *loader) validatePolicy() {
-	var known, former []string
+	var known []string
+	present, former := map[string]bool{}, map[string]bool{}
 	for _, key := range l.cfg.Keys {
-		known, former = append(known, key.Name), append(former, key.FormerNames...)
+		known, present[key.Name] = append(known, key.Name), true
+		for _, name := range key.FormerNames {
+			former[name] = true
+		}
 	}
 	for i, rule := range l.cfg.Policy {
 		for j, name := range rule.Keys {
 			place := l.rules[i]
 			path := fmt.Sprintf("%s.keys[%d]", place.path, j)
 			switch {
-			case strings.Contains(name, "*") || slices.Contains(known, name):
-			case slices.Contains(former, name):
+			case strings.Contains(name, "*") || present[name] || place.document.full():
+			case former[name]:
 				place.document.report(path, "%s is a former name; write the key's present one", quote(name))
 			default:
 				place.document.report(path, "the key %s", unknownWord(name, known))

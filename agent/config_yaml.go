@@ -26,6 +26,9 @@ import (
 const (
 	maxFlowDepth   = 32
 	maxBlockColumn = 200
+	// maxEntries bounds a block mapping: the parser's time grows with the square
+	// of its entries. Lists are as long as the file.
+	maxEntries = 1000
 )
 
 // location is a place in a file.
@@ -83,11 +86,14 @@ func (d *document) report(path, format string, a ...any) {
 }
 
 func (d *document) reportAt(at location, path, format string, a ...any) {
-	if len(d.faults) == maxFaults {
+	if d.full() {
 		return
 	}
 	d.faults = append(d.faults, Fault{d.file, at.line, at.column, path, fmt.Sprintf(format, a...)})
 }
+
+// full says that no more faults are told of the document.
+func (d *document) full() bool { return len(d.faults) == maxFaults }
 
 // locate finds the place of path: its own, else that of its nearest parent.
 func (d *document) locate(path string) location {
@@ -130,6 +136,7 @@ func (d *document) parse(data []byte) ast.Node {
 // would exhaust the parser, before anything recurses.
 func (d *document) checkTokens(tokens token.Tokens) bool {
 	depth, before := 0, len(d.faults)
+	var open blockMappings
 	for _, t := range tokens {
 		switch t.Type {
 		case token.AnchorType, token.AliasType, token.MergeKeyType, token.TagType, token.DirectiveType:
@@ -146,6 +153,10 @@ func (d *document) checkTokens(tokens token.Tokens) bool {
 			if depth == 0 && t.Position.Column > maxBlockColumn {
 				depth = maxFlowDepth + 1
 			}
+			if depth == 0 && open.met(t) > maxEntries {
+				d.reportAt(position(t), "", "this mapping has more than %d entries", maxEntries)
+				return false
+			}
 		default:
 		}
 		if depth > maxFlowDepth {
@@ -154,6 +165,29 @@ func (d *document) checkTokens(tokens token.Tokens) bool {
 		}
 	}
 	return len(d.faults) == before
+}
+
+// blockMappings are those that the next token may belong to, outermost first.
+type blockMappings []struct{ column, entries int }
+
+// met takes the mark of an entry, and returns how many the mapping has so far.
+func (b *blockMappings) met(mark *token.Token) int {
+	at := mark.Position
+	if key := mark.Prev; mark.Type == token.MappingValueType && key != nil && key.Position.Line == at.Line {
+		at = key.Position
+	}
+	for len(*b) > 0 && (*b)[len(*b)-1].column > at.Column {
+		*b = (*b)[:len(*b)-1]
+	}
+	if mark.Type != token.MappingValueType {
+		return 0
+	}
+	if n := len(*b); n == 0 || (*b)[n-1].column < at.Column {
+		*b = append(*b, struct{ column, entries int }{at.Column, 0})
+	}
+	last := &(*b)[len(*b)-1]
+	last.entries++
+	return last.entries
 }
 
 // describe says what a value of type t looks like.

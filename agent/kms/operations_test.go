@@ -429,6 +429,9 @@ func TestFormerNamesAndConfiguration(t *testing.T) {
 	m := r.material()
 	ctx, c := t.Context(), caller(t, orders)
 	t.Run("renamed key opens its old messages", func(t *testing.T) {
+		if _, err := r.Decrypt(ctx, c, kms.DecryptRequest{Message: m.message}); err != nil {
+			t.Fatal(err)
+		}
 		renamed := r.config
 		renamed.Keys = append([]kms.Key(nil), r.config.Keys...)
 		renamed.Keys[0].Name, renamed.Keys[0].FormerNames = "shop-orders", []string{"orders"}
@@ -438,6 +441,10 @@ func TestFormerNamesAndConfiguration(t *testing.T) {
 		if err := r.Apply(renamed); err != nil {
 			t.Fatal(err)
 		}
+		r.backend.fail(unreachable())
+		_, err := r.Decrypt(ctx, c, kms.DecryptRequest{Message: m.message})
+		wantReason(t, err, kms.ReasonBackendDown) // what was cached went with the name
+		r.backend.fail(nil)
 		got, err := r.Decrypt(ctx, c, kms.DecryptRequest{Message: m.message})
 		if err != nil || got.KeyUse.Key != "shop-orders" {
 			t.Errorf("decrypt under %q: %v", got.KeyUse.Key, err)
