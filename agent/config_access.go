@@ -21,6 +21,14 @@ func (c *Confinement) UnmarshalText(text []byte) error {
 	return oneOf(c, string(text), Confinement(host.ConfineAlways), Confinement(host.ConfineNever), "best-effort")
 }
 
+// String returns the word of the configuration.
+func (c Confinement) String() string {
+	if c == Confinement(host.ConfineWhereKnown) {
+		return "best-effort"
+	}
+	return string(c)
+}
+
 // AccessConfig names what a confined plugin reaches beyond the system's programs
 // and libraries, name resolution, certificates and its own socket.
 type AccessConfig struct {

@@ -22,7 +22,7 @@ import (
 	"github.com/kms-agent/kms-agent/agent"
 )
 
-var update = flag.Bool("update", false, "write what was got into testdata/config")
+var update = flag.Bool("update", false, "write what was got into testdata/config and docs/configuration.md")
 
 // TestConfigFaults reads testdata/config/*.txtar: a configuration, perhaps with
 // policy files, and the file "faults" with everything that is to be said of it.
@@ -317,23 +317,19 @@ func TestDefaultConfigShowsDefaults(t *testing.T) {
 	}
 }
 
-// TestConfigurationIsDocumented holds docs/configuration.md and the annotated
-// file to the struct: every field stands in both.
+// TestConfigurationIsDocumented holds the reference and the annotated file to the
+// struct, every field stands in both, and docs/configuration.md to the reference.
 func TestConfigurationIsDocumented(t *testing.T) {
-	page, err := os.ReadFile("../docs/configuration.md")
-	if err != nil {
-		t.Fatal(err)
-	}
 	documented := map[string]bool{}
-	for line := range strings.Lines(string(page)) {
-		if cells := strings.Split(line, "`"); strings.HasPrefix(line, "| `") {
-			documented[cells[1]] = true
+	for _, f := range agent.ExplainConfig("") {
+		if documented[f.Path] || f.Value == "" || f.Default == "" || f.Meaning == "" {
+			t.Errorf("the reference describes %s twice, or not wholly", f.Path)
 		}
+		documented[f.Path] = true
 	}
-	paths := fieldPaths(reflect.TypeFor[agent.Config](), "")
-	for _, path := range paths {
+	for _, path := range fieldPaths(reflect.TypeFor[agent.Config](), "") {
 		if !documented[path] {
-			t.Errorf("docs/configuration.md has no row for %s", path)
+			t.Errorf("agent/config_reference.md has no row for %s", path)
 		}
 		name := path[strings.LastIndexAny(path, ".]")+1:]
 		if !bytes.Contains(agent.DefaultConfig(), []byte(name+":")) && !strings.HasPrefix(path, "policy[]") {
@@ -342,7 +338,80 @@ func TestConfigurationIsDocumented(t *testing.T) {
 		delete(documented, path)
 	}
 	for path := range documented {
-		t.Errorf("docs/configuration.md documents %s, which is no field", path)
+		t.Errorf("agent/config_reference.md describes %s, which is no field", path)
+	}
+	const path = "../docs/configuration.md"
+	page, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	before, after, found := strings.Cut(string(page), "## Fields\n")
+	switch {
+	case !found:
+		t.Fatalf("%s has no fields", path)
+	case *update:
+		if err := os.WriteFile(path, []byte(before+agent.ConfigReference()), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	case "## Fields\n"+after != agent.ConfigReference():
+		t.Errorf("%s is not what agent/config_reference.md says: go test ./agent -run TestConfigurationIsDocumented -update", path)
+	}
+}
+
+// The defaults in the reference are those of the code.
+func TestReferenceTellsDefaults(t *testing.T) {
+	cfg, err := agent.ParseConfig("/etc/kms-agent/config.yaml", []byte(smallest+
+		"backends: [{ name: b, plugin: local, settings: { keystore: k, seal: { key_file: f } } }]\n"+
+		"keys: [{ name: k, backend: b, wrapping_key: \"local:k\" }]\n"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	checked := 0
+	for _, f := range agent.ExplainConfig("") {
+		want, literal := strings.CutPrefix(f.Default, "`")
+		want, end := strings.CutSuffix(want, "`")
+		value, set := fieldAt(reflect.ValueOf(*cfg), f.Path)
+		if !literal || !end || strings.Contains(want, "`") || !set {
+			continue
+		}
+		if got := defaultText(value); got != strings.Trim(want, `"`) {
+			t.Errorf("%s: the reference says %s, the default is %s", f.Path, f.Default, got)
+		}
+		checked++
+	}
+	if checked < 35 {
+		t.Errorf("only %d defaults were compared", checked)
+	}
+}
+
+// fieldAt returns the value of a field; false where it is in a list that is empty.
+func fieldAt(v reflect.Value, path string) (reflect.Value, bool) {
+	for name := range strings.SplitSeq(path, ".") {
+		name, list := strings.CutSuffix(name, "[]")
+		for field, value := range v.Fields() {
+			if field.Tag.Get("yaml") == name {
+				v = value
+				break
+			}
+		}
+		if list {
+			if v.Len() == 0 {
+				return v, false
+			}
+			v = v.Index(0)
+		}
+	}
+	return v, true
+}
+
+func defaultText(v reflect.Value) string {
+	switch value := v.Interface().(type) {
+	case time.Duration:
+		return strings.NewReplacer("h0m0s", "h", "m0s", "m").Replace(value.String())
+	case agent.Mode:
+		return fmt.Sprintf("%04o", uint32(value))
+	default:
+		return fmt.Sprint(value)
 	}
 }
 

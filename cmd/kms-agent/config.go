@@ -4,6 +4,8 @@ import (
 	"context"
 	"fmt"
 	"path/filepath"
+	"regexp"
+	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -16,7 +18,8 @@ const (
 )
 
 func newConfig(a *app) *cobra.Command {
-	c := group("config", "Write a configuration to start from", "")
+	c := group("config", "Write a configuration to start from, and explain its fields", "")
+	c.AddCommand(newConfigExplain(a))
 	c.AddCommand(&cobra.Command{
 		Use: "default", Short: "Print an annotated configuration", Args: exactly(),
 		Example: "  kms-agent config default > /etc/kms-agent/config.yaml",
@@ -26,6 +29,52 @@ func newConfig(a *app) *cobra.Command {
 		},
 	})
 	return c
+}
+
+// newConfigExplain makes config explain.
+func newConfigExplain(a *app) *cobra.Command {
+	c := &cobra.Command{
+		Use: "explain [FIELD]", Short: "Tell what a field of the configuration means",
+		Long: `Prints the values, the default and the meaning of a field, or of every field
+below it; without FIELD of all. Paths are as check reports them: keys[0].cache.max_age
+and keys.cache.max_age are one.`,
+		Example: "  kms-agent config explain audit.sinks\n  kms-agent config explain 'keys[].cache.max_age' --output json",
+		Args:    cobra.MaximumNArgs(1),
+		ValidArgsFunction: func(_ *cobra.Command, args []string, begun string) ([]string, cobra.ShellCompDirective) {
+			var paths []string
+			for _, f := range agent.ExplainConfig("") {
+				if len(args) == 0 && strings.HasPrefix(f.Path, begun) {
+					paths = append(paths, f.Path)
+				}
+			}
+			return paths, cobra.ShellCompDirectiveNoFileComp
+		},
+		RunE: func(_ *cobra.Command, args []string) error {
+			path := strings.Join(args, "")
+			fields := agent.ExplainConfig(path)
+			if len(fields) == 0 {
+				return &codedError{code: exitUsage, err: fmt.Errorf("the configuration has no field %q", path), hint: "kms-agent config explain lists them all"}
+			}
+			return a.print(fields, func(t *table) {
+				for i, f := range fields {
+					if i > 0 {
+						t.row("", "")
+					}
+					t.row(f.Path, plainText(f.Meaning))
+					t.row("  value", plainText(f.Value))
+					t.row("  default", plainText(f.Default))
+				}
+			})
+		},
+	}
+	a.outputFlag(c)
+	return c
+}
+
+// plainText takes the marks of Markdown out of a text.
+func plainText(text string) string {
+	text = regexp.MustCompile(`\[([^]]*)\]\(([^)]*)\)`).ReplaceAllString(text, "$1")
+	return strings.ReplaceAll(text, "`", "")
 }
 
 // checkResult is what check prints.
