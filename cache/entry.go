@@ -26,6 +26,8 @@ type entry struct {
 	messages, bytes uint64
 	owner           *share
 	element         *list.Element // of owner.entries
+	// other is the last caller that used it and is not the owner.
+	other string
 }
 
 // over tells whether an entry may serve nobody any more, by the limits.
@@ -109,23 +111,32 @@ func (c *Cache) makeRoomLocked(owner *share) {
 	c.evictOldestLocked(most)
 }
 
+// evictOldestLocked destroys the least recently used entry of a share. One that
+// somebody with less uses too goes over to that share instead: what one caller
+// needs does not go when another who had it first floods its own.
 func (c *Cache) evictOldestLocked(s *share) {
-	if oldest := s.entries.Back(); oldest != nil {
+	for oldest := s.entries.Back(); oldest != nil; oldest = s.entries.Back() {
 		e, _ := oldest.Value.(*entry)
-		c.removeLocked(e)
-		c.stats.Evictions++
+		if !c.handOverLocked(e) {
+			c.removeLocked(e)
+			c.stats.Evictions++
+			return
+		}
 	}
 }
 
-// adoptLocked gives an entry to another caller that uses it, when that one has
-// less: what it needs does not go when the first owner floods its share.
-func (c *Cache) adoptLocked(e *entry, caller string) {
-	s := c.shareLocked(caller)
+func (c *Cache) handOverLocked(e *entry) bool {
+	if e.other == "" {
+		return false
+	}
+	s := c.shareLocked(e.other)
+	e.other = ""
 	if s.entries.Len()+1 >= e.owner.entries.Len() {
-		return
+		return false
 	}
 	e.owner.entries.Remove(e.element)
 	e.owner, e.element = s, s.entries.PushFront(e)
+	return true
 }
 
 // removeLocked takes an entry out. Its data key is destroyed when it is no

@@ -131,7 +131,7 @@ func (c *Cache) serveLocked(r *request, now time.Duration) *Use {
 		return nil
 	}
 	if e.owner.caller != r.caller {
-		c.adoptLocked(e, r.caller)
+		e.other = r.caller
 	}
 	e.owner.entries.MoveToFront(e.element)
 	e.used, e.limits = max(now, e.used), r.limits

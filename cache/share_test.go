@@ -145,6 +145,21 @@ func TestSharedDataKeys(t *testing.T) {
 	})
 }
 
+// TestTakenDataKeys: who uses what another has, and then floods, does not take
+// it from the other.
+func TestTakenDataKeys(t *testing.T) {
+	bubble(t, func(r *rig) {
+		r.hits("alice", 0, 40)
+		for range 3 {
+			r.hits("mallory", 0, 40)
+		}
+		r.hits("mallory", 1000, 1000)
+		if hits := r.hits("alice", 0, 40); hits != 40 {
+			t.Errorf("%d of 40 data keys survived their use by another", hits)
+		}
+	})
+}
+
 func TestMisses(t *testing.T) {
 	bubble(t, func(r *rig) {
 		r.up.takes(time.Second)
