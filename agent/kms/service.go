@@ -75,6 +75,7 @@ type Service struct {
 	// that they tell nobody who the writer was.
 	partitionKey [32]byte
 	state        atomic.Pointer[state]
+	frames       largeFrames
 
 	mu        sync.Mutex // guards wrappings
 	wrappings map[wrappingID]*wrapping
@@ -88,7 +89,7 @@ func New(o Options) (*Service, error) {
 	}
 	s := &Service{
 		audit: o.Audit, now: o.Now, recheck: o.RecheckInterval, alarm: o.Alarm, ended: o.Observe,
-		wrappings: map[wrappingID]*wrapping{},
+		wrappings: map[wrappingID]*wrapping{}, frames: largeFrames{byCaller: map[string]uint64{}},
 	}
 	if s.recheck <= 0 {
 		s.recheck = 5 * time.Second

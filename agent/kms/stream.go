@@ -208,6 +208,8 @@ func (s *EncryptStream) finish() error {
 type DecryptStream struct {
 	stream
 	r *envelope.Reader
+	// free gives the memory for frames back.
+	free func()
 }
 
 // countingReader and countingWriter add the bytes of a message to a record.
@@ -256,20 +258,33 @@ func (t *transaction) beginDecrypt(ctx context.Context, expected map[string]stri
 	if err != nil {
 		return nil, err
 	}
-	use, edk, err := t.unlock(ctx, k, edks, reader.Unlock)
+	free, err := t.service.frames.reserve(t.call.Caller.ID.String(), reader.Header())
 	if err != nil {
 		return nil, err
 	}
-	st := &DecryptStream{r: reader, stream: stream{
-		t: t, k: k, op: policy.Decrypt, context: reader.Header().Context, use: use,
-		authority: k.wrapping.authority(edk.version, cache.Decrypt),
-		keyUse:    t.used(k, edk.version, use.Freshness()),
-	}}
-	if err := t.openStream(ctx, &st.stream); err != nil {
-		use.Release()
+	st := &DecryptStream{r: reader, free: free}
+	if err := t.unlockStream(ctx, k, edks, st); err != nil {
+		free()
 		return nil, err
 	}
 	return st, nil
+}
+
+func (t *transaction) unlockStream(ctx context.Context, k *key, edks []sealed, st *DecryptStream) error {
+	use, edk, err := t.unlock(ctx, k, edks, st.r.Unlock)
+	if err != nil {
+		return err
+	}
+	st.stream = stream{
+		t: t, k: k, op: policy.Decrypt, context: st.r.Header().Context, use: use,
+		authority: k.wrapping.authority(edk.version, cache.Decrypt),
+		keyUse:    t.used(k, edk.version, use.Freshness()),
+	}
+	if err := t.openStream(ctx, &st.stream); err != nil {
+		use.Release()
+		return err
+	}
+	return nil
 }
 
 // Context returns the message's encryption context.
@@ -291,6 +306,9 @@ func (s *DecryptStream) Read(p []byte) (int, error) {
 // Close ends the stream with the error that ended it, or nil after io.EOF. The
 // end record is written before it returns.
 func (s *DecryptStream) Close(ctx context.Context, cause error) error {
+	if !s.ended {
+		s.free()
+	}
 	return s.end(ctx, streamFailure(ctx, s.k.Name, cause))
 }
 

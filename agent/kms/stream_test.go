@@ -182,6 +182,65 @@ func TestStreamGivesBackWhatItReserved(t *testing.T) {
 	}
 }
 
+// Whoever may decrypt cannot have the agent hold any number of the largest
+// frames; others still may, and ordinary streams are not touched.
+func TestStreamsWithLargeFrames(t *testing.T) {
+	r := newRig(t)
+	other := everything()
+	other.Name, other.Callers = "other", []string{stranger}
+	r.config.Policy = compile(t, everything(), other)
+	r.apply()
+	c := caller(t, orders)
+	key, err := r.GenerateDataKey(t.Context(), c, kms.GenerateDataKeyRequest{Key: "orders"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	large, err := envelope.Seal(nil, key.Plaintext, []envelope.EDK{key.EDK}, nil, make([]byte, 32<<20))
+	if err != nil {
+		t.Fatal(err)
+	}
+	ordinary := encryptStream(t, r, c, []byte("x"))
+	var open []*kms.DecryptStream
+	begin := func(c kms.Call, message []byte, want kms.Reason) {
+		t.Helper()
+		st, err := r.DecryptStream(t.Context(), c, nil, bytes.NewReader(message))
+		wantReason(t, err, want)
+		if err == nil {
+			open = append(open, st)
+		}
+	}
+	for range 4 {
+		begin(c, large, "")
+	}
+	begin(c, large, kms.ReasonTooManyRequests)
+	begin(c, ordinary, "")
+	for range 4 {
+		begin(caller(t, stranger), large, "")
+	}
+	begin(caller(t, stranger), large, kms.ReasonTooManyRequests)
+	if _, err := io.Copy(io.Discard, open[0]); err != nil {
+		t.Errorf("a stream with a large frame: %v", err)
+	}
+	for range 2 {
+		_ = open[0].Close(t.Context(), nil)
+	}
+	begin(c, large, "")
+	begin(c, large, kms.ReasonTooManyRequests)
+	for _, st := range open {
+		_ = st.Close(t.Context(), io.ErrUnexpectedEOF)
+	}
+	for range 8 { // what fails gives its room back too
+		_, err := r.DecryptStream(t.Context(), c, nil, bytes.NewReader(large[:20]))
+		wantReason(t, err, kms.ReasonTruncated)
+		broken := bytes.Clone(large[:1<<10])
+		broken[bytes.Index(broken, key.EDK.Ciphertext)+len(key.EDK.Ciphertext)-1] ^= 1
+		_, err = r.DecryptStream(t.Context(), c, nil, bytes.NewReader(broken))
+		wantReason(t, err, kms.ReasonDecryptFailed)
+		begin(c, large, "")
+		_ = open[len(open)-1].Close(t.Context(), nil)
+	}
+}
+
 func TestStreamWithoutAudit(t *testing.T) {
 	r := newRig(t)
 	c := caller(t, orders)
