@@ -203,6 +203,8 @@ func describe(t reflect.Type) string {
 		return "a size, such as 4MiB"
 	case t == reflect.TypeFor[UID](), t == reflect.TypeFor[GID]():
 		return "a number or a name"
+	case t == reflect.TypeFor[policy.Effect]():
+		return "allow or deny"
 	case t == reflect.TypeFor[policy.Condition]():
 		return "a condition, such as context.tenant == caller.path[1]; without one, remove the line"
 	case t.Kind() == reflect.Bool:

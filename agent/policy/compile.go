@@ -264,8 +264,11 @@ func onlyKeyless(ops uint32) bool {
 }
 
 func proofs(r *Rule, report reporter) uint8 {
-	if len(r.Proof) == 0 {
+	if r.Proof == nil {
 		return ^uint8(0)
+	}
+	if len(r.Proof) == 0 {
+		report("proof", "no proof is named; list some of: %s, or leave proof out for any", joined(Proofs()))
 	}
 	var mask uint8
 	for i, p := range r.Proof {

@@ -16,7 +16,7 @@ import (
 // conditioned is a rule for everything with a condition.
 func conditioned(name, effect, when string) policy.Rule {
 	return policy.Rule{
-		Name: name, Effect: effect, Callers: []string{"*"}, Keys: []string{"*"},
+		Name: name, Effect: policy.Effect(effect), Callers: []string{"*"}, Keys: []string{"*"},
 		Operations: []string{"encrypt", "decrypt", "describe"}, When: policy.Condition(when),
 	}
 }

@@ -21,13 +21,25 @@ const (
 	Deny  = "deny"
 )
 
+// Effect is Allow, Deny or empty.
+type Effect string
+
+// UnmarshalText refuses an empty effect: who writes one down means something.
+func (e *Effect) UnmarshalText(text []byte) error {
+	if len(text) == 0 {
+		return fmt.Errorf("the effect is empty; write %q or %q, or remove it for %q", Allow, Deny, Allow)
+	}
+	*e = Effect(text)
+	return nil
+}
+
 // Rule gives operations on keys to callers, or takes them away.
 type Rule struct {
 	// Name appears in the audit record. Mandatory, unique, at most 128 bytes.
 	Name string `yaml:"name"`
 	// Effect is Allow, Deny or empty (Allow). One deny that matches outweighs
 	// every allow.
-	Effect string `yaml:"effect"`
+	Effect Effect `yaml:"effect"`
 	// Callers are exact SPIFFE IDs, SPIFFE IDs that end in "/*" (one or more
 	// further path segments), or "*": everybody of the own trust domain in an
 	// allow, everybody at all in a deny.
@@ -44,7 +56,7 @@ type Rule struct {
 	// made for the request. Only in an allow.
 	MaxStale *time.Duration `yaml:"max_stale"`
 	// Proof lists how the caller must have been proven for the rule to match;
-	// empty is any proof.
+	// nil is any proof. A list that names none is a fault.
 	Proof []identity.Proof `yaml:"proof"`
 	// When is a condition in CEL that must hold for the rule to match; empty is
 	// none. docs/policy.md lists what it can read. One that cannot be evaluated

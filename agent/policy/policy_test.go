@@ -93,7 +93,7 @@ func TestCallerPatterns(t *testing.T) {
 		{deny, "spiffe://other.org/*", "spiffe://example.org/a", false},
 	}
 	for _, c := range cases {
-		rule := policy.Rule{Name: "r", Effect: c.effect, Callers: []string{c.pattern}, Keys: []string{"k"}, Operations: []string{"encrypt"}}
+		rule := policy.Rule{Name: "r", Effect: policy.Effect(c.effect), Callers: []string{c.pattern}, Keys: []string{"k"}, Operations: []string{"encrypt"}}
 		d := compile(t, rule).Decide(question(caller(c.caller), policy.Encrypt, "k"))
 		if matched := d.Rule == "r"; matched != c.want {
 			t.Errorf("%s %q, caller %q: matched %v, want %v", c.effect, c.pattern, c.caller, matched, c.want)

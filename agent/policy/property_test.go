@@ -53,7 +53,7 @@ func keyedOperations() []policy.Operation {
 
 func drawRule(t *rapid.T, name string) policy.Rule {
 	r := policy.Rule{
-		Name: name, Effect: rapid.SampledFrom([]string{"", policy.Allow, policy.Deny}).Draw(t, "effect"),
+		Name: name, Effect: rapid.SampledFrom([]policy.Effect{"", policy.Allow, policy.Deny}).Draw(t, "effect"),
 		Callers: some(t, patternOf(spiffe)), Keys: some(t, patternOf(path)),
 	}
 	for _, o := range some(t, drawOperation) {
