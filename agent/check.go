@@ -240,6 +240,9 @@ func (h *hostCheck) auditFile(path, file string) {
 	case !permitted(file, unix.R_OK|unix.W_OK):
 		h.fault(path, "uid %d cannot write %s (%v); give it to the agent's user, as with chown %d %s",
 			os.Geteuid(), file, info.Mode(), os.Geteuid(), file)
+	case path == "audit.file" && info.Mode().IsRegular() && info.Size() > 0 && !audit.HasState(h.cfg.StateDir):
+		h.fault(path, "%s has records, and the state of its chain is not in %s; restore the state directory, or move the log and its initial key away, "+
+			"and a new chain begins", file, h.cfg.StateDir)
 	}
 }
 

@@ -2,6 +2,7 @@ package agent_test
 
 import (
 	"crypto/sha256"
+	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -101,8 +102,10 @@ func TestCheckConfigOfAHostThatLacks(t *testing.T) {
 			fault: "audit.file: DIR/log/audit.log is a directory"},
 		{name: "bad initial key", spoil: content("audit.key", "nonsense"), fault: "audit.initial_key: DIR/audit.key: "},
 		{name: "bad initial key of a chain that goes on", spoil: func(dir string) error {
-			return os.WriteFile(filepath.Join(dir, "log/audit.log"), []byte("record\n"), 0o600)
+			return errors.Join(os.WriteFile(filepath.Join(dir, "log/audit.log"), []byte("record\n"), 0o600),
+				os.WriteFile(filepath.Join(dir, "state/audit.state"), []byte("state"), 0o600))
 		}, config: "initial_key: audit.key|initial_key: token", warning: "audit.initial_key: DIR/token: "},
+		{name: "log whose state is gone", spoil: content("log/audit.log", "record\n"), fault: "audit.file: DIR/log/audit.log has records, and the state of its chain is not in DIR/state; restore"},
 		{name: "initial key for all", spoil: mode("audit.key", 0o644), warning: "audit.initial_key: others have access to DIR/audit.key (0644)"},
 		{name: "no keystore", spoil: remove("ks"), fault: ":10:27: backends[0].settings.keystore: keystore DIR/ks: does not exist"},
 		{name: "keystore is garbage", spoil: content("ks", "garbage"), fault: "backends[0].settings.keystore: "},

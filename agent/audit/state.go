@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 
@@ -55,6 +56,13 @@ type stateFile struct {
 	path  string
 	saved uint64
 	id    string // of the chain
+}
+
+// HasState tells whether a state directory holds the state of a chain, or something
+// in its place that only Open can judge.
+func HasState(dir string) bool {
+	info, err := os.Lstat(filepath.Join(dir, stateName))
+	return err == nil && info.Size() > 0 || err != nil && !errors.Is(err, fs.ErrNotExist)
 }
 
 // openState opens and locks the state file in dir, and creates it empty.

@@ -85,10 +85,14 @@ func ReasonOf(err error) Reason {
 }
 
 func denied(key string) *Error {
-	return &Error{
+	e := &Error{
 		Reason: ReasonAccessDenied, Key: key,
 		Message: "the caller may not do this with this key, or there is no such key; ask whoever keeps the agent's policy",
 	}
+	if key == "" {
+		e.Message = "the caller may not do this; ask whoever keeps the agent's policy"
+	}
+	return e
 }
 
 func invalid(key, format string, a ...any) *Error {

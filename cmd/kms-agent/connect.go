@@ -41,6 +41,33 @@ func (a *app) connectionFlags(c *cobra.Command, f *connection) {
 	flags.StringVar(&f.audience, "audience", "", "with --identity jwt: whom the token is for, the agent's SPIFFE ID unless it is configured otherwise")
 	flags.DurationVar(&f.timeout, "timeout", defaultTimeout, "how long to wait for an answer; of a stream, for the connection")
 	_ = c.RegisterFlagCompletionFunc("identity", cobra.FixedCompletions([]string{identityX509, identityJWT, identityPeer}, cobra.ShellCompDirectiveNoFileComp))
+	for _, name := range []string{"key", "to-key"} {
+		if flags.Lookup(name) != nil {
+			_ = c.RegisterFlagCompletionFunc(name, a.keyNames(f))
+		}
+	}
+}
+
+// completionTimeout is how long a shell waits for names.
+const completionTimeout = 2 * time.Second
+
+// keyNames completes names of keys: those that the caller may describe. Where no
+// agent answers there are none.
+func (a *app) keyNames(f *connection) cobra.CompletionFunc {
+	return func(c *cobra.Command, _ []string, begun string) (names []string, _ cobra.ShellCompDirective) {
+		asked := *f
+		asked.timeout = completionTimeout
+		_ = a.call(c.Context(), &asked, func(ctx context.Context, agent *client.Client) error {
+			listed, err := agent.ListKeys(ctx, nil)
+			for _, k := range listed.GetKeys() {
+				if strings.HasPrefix(k.GetName(), begun) {
+					names = append(names, k.GetName())
+				}
+			}
+			return err
+		})
+		return names, cobra.ShellCompDirectiveNoFileComp
+	}
 }
 
 // options turns flags and environment into what the client needs.

@@ -182,9 +182,26 @@ func (a *app) printKeys(keys []local.KeyInfo) error {
 	})
 }
 
+// creating is --create-key-file.
+type creating bool
+
+func (x *creating) flag(c *cobra.Command, file string) {
+	c.Flags().BoolVar((*bool)(x), "create-key-file", false, "make the "+file+" too, of 32 random bytes and mode 0600; keep a copy of it elsewhere")
+}
+
+// keyFile makes the key file of a seal, where that was asked for.
+func (x creating) keyFile(seal local.Seal, flag string) error {
+	switch {
+	case !bool(x):
+		return nil
+	case seal.KeyFile == "":
+		return usagef("--create-key-file goes with --%s", flag)
+	}
+	return local.CreateKeyFile(seal.KeyFile)
+}
+
 func newLocalInit(a *app) *cobra.Command {
-	f := keystoreFlags{}
-	create := false
+	f, create := keystoreFlags{}, creating(false)
 	c := &cobra.Command{
 		Use: "init", Short: "Make an empty keystore", Args: exactly(),
 		Example: "  kms-agent keys local init --keystore /var/lib/kms-agent/keystore --key-file /etc/kms-agent/seal.key --create-key-file",
@@ -193,13 +210,8 @@ func newLocalInit(a *app) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			if create && seal.KeyFile == "" {
-				return usagef("--create-key-file goes with --key-file")
-			}
-			if create {
-				if err := local.CreateKeyFile(seal.KeyFile); err != nil {
-					return err
-				}
+			if err := create.keyFile(seal, "key-file"); err != nil {
+				return err
 			}
 			ks, err := local.Create(path, seal)
 			if err != nil {
@@ -209,7 +221,7 @@ func newLocalInit(a *app) *cobra.Command {
 			return a.printKeystore(ks)
 		},
 	}
-	c.Flags().BoolVar(&create, "create-key-file", false, "make the key file too, of 32 random bytes and mode 0600; keep a copy of it elsewhere")
+	create.flag(c, "key file")
 	a.keystoreFlags(c, &f)
 	a.outputFlag(c)
 	return c
@@ -300,7 +312,7 @@ then be opened by no one, except through a backup of the keystore.`
 }
 
 func newLocalReseal(a *app) *cobra.Command {
-	f, seal := keystoreFlags{}, sealFlags{}
+	f, seal, create := keystoreFlags{}, sealFlags{}, creating(false)
 	c := &cobra.Command{
 		Use: "reseal", Short: "Put the keystore under another seal", Args: exactly(),
 		Long: `Seals the keystore by another secret. Change the configuration of the backend to
@@ -316,6 +328,9 @@ Copies and backups made before stay under the old seal.`,
 				return err
 			}
 			defer ks.Close()
+			if err := create.keyFile(next, "new-key-file"); err != nil {
+				return err
+			}
 			resealed, err := ks.Reseal(next)
 			if err != nil {
 				return err
@@ -325,13 +340,14 @@ Copies and backups made before stay under the old seal.`,
 		},
 	}
 	seal.flags(c, "new-", "the keystore from now on")
+	create.flag(c, "new key file")
 	a.keystoreFlags(c, &f)
 	a.outputFlag(c)
 	return c
 }
 
 func newLocalBackup(a *app) *cobra.Command {
-	f, seal, out := keystoreFlags{}, sealFlags{}, ""
+	f, seal, out, create := keystoreFlags{}, sealFlags{}, "", creating(false)
 	c := &cobra.Command{
 		Use: "backup --out FILE", Short: "Write the whole keystore as one sealed file", Args: exactly(),
 		Long: `Writes every key and version to a new file, sealed by a secret of its own: the
@@ -352,6 +368,9 @@ host that holds the keystore's seal may be what is lost.`,
 			if out, err = absolute(out); err != nil {
 				return err
 			}
+			if err := create.keyFile(backup, "backup-key-file"); err != nil {
+				return err
+			}
 			if err := ks.BackupFile(out, backup); err != nil {
 				return err
 			}
@@ -360,13 +379,14 @@ host that holds the keystore's seal may be what is lost.`,
 	}
 	c.Flags().VarP(pathFlag{&out}, "out", "o", "the backup's new file")
 	seal.flags(c, "backup-", "the backup")
+	create.flag(c, "backup's key file")
 	a.keystoreFlags(c, &f)
 	a.outputFlag(c)
 	return c
 }
 
 func newLocalRestore(a *app) *cobra.Command {
-	f, seal, in, merge := keystoreFlags{}, sealFlags{}, "", false
+	f, seal, in, merge, create := keystoreFlags{}, sealFlags{}, "", false, creating(false)
 	c := &cobra.Command{
 		Use: "restore --in FILE", Short: "Make a keystore from a backup", Args: exactly(),
 		Long: `Makes a new keystore from a backup; it never replaces one. With --merge it adds to
@@ -375,11 +395,14 @@ an existing keystore the keys and versions that this has not.`,
 			if in == "" {
 				return usagef("which backup? Name it with --in")
 			}
+			if merge && bool(create) {
+				return usagef("--create-key-file is for a new keystore, not for --merge")
+			}
 			backup, err := seal.seal("backup-")
 			if err != nil {
 				return err
 			}
-			ks, err := a.restore(&f, in, backup, merge)
+			ks, err := a.restore(&f, in, backup, merge, create)
 			if err != nil {
 				return err
 			}
@@ -390,12 +413,13 @@ an existing keystore the keys and versions that this has not.`,
 	c.Flags().VarP(pathFlag{&in}, "in", "i", "the backup")
 	c.Flags().BoolVar(&merge, "merge", false, "add to an existing keystore what it has not")
 	seal.flags(c, "backup-", "the backup")
+	create.flag(c, "new keystore's key file")
 	a.keystoreFlags(c, &f)
 	a.outputFlag(c)
 	return c
 }
 
-func (a *app) restore(f *keystoreFlags, in string, backup local.Seal, merge bool) (*local.Keystore, error) {
+func (a *app) restore(f *keystoreFlags, in string, backup local.Seal, merge bool, create creating) (*local.Keystore, error) {
 	path, seal, err := a.keystore(f)
 	if err != nil {
 		return nil, err
@@ -406,6 +430,9 @@ func (a *app) restore(f *keystoreFlags, in string, backup local.Seal, merge bool
 	}
 	defer func() { _ = file.Close() }()
 	if !merge {
+		if err := create.keyFile(seal, "key-file"); err != nil {
+			return nil, err
+		}
 		return local.Restore(file, backup, path, seal)
 	}
 	ks, err := local.Open(path, seal)

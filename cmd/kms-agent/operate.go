@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -88,7 +89,8 @@ func newPluginRestart(a *app) *cobra.Command {
 		Long: `Starts a new process of the backend's plugin. It takes over when it works, and
 then the old one ends; no call fails for it. When it does not work, the old one
 goes on.`,
-		Args: exactly("BACKEND"),
+		Args:              exactly("BACKEND"),
+		ValidArgsFunction: a.backendNames(&f),
 		RunE: func(c *cobra.Command, args []string) error {
 			return administrate(a, c, &f, replaceTimeout, func(ctx context.Context, admin adminv1.AdminClient) (*adminv1.RestartPluginResponse, error) {
 				return admin.RestartPlugin(ctx, &adminv1.RestartPluginRequest{Backend: args[0]})
@@ -98,6 +100,28 @@ goes on.`,
 	a.adminFlags(c, &f)
 	a.outputFlag(c)
 	return c
+}
+
+// backendNames completes names of backends, where an agent answers.
+func (a *app) backendNames(f *adminFlags) cobra.CompletionFunc {
+	return func(c *cobra.Command, args []string, begun string) (names []string, _ cobra.ShellCompDirective) {
+		socket, err := a.adminSocket(f)
+		if err != nil || len(args) > 0 {
+			return nil, cobra.ShellCompDirectiveNoFileComp
+		}
+		ctx, cancel := context.WithTimeout(c.Context(), completionTimeout)
+		defer cancel()
+		status, err := adminStatus(ctx, socket)
+		if err != nil {
+			return nil, cobra.ShellCompDirectiveNoFileComp
+		}
+		for _, b := range status.GetBackends() {
+			if strings.HasPrefix(b.GetName(), begun) {
+				names = append(names, b.GetName())
+			}
+		}
+		return names, cobra.ShellCompDirectiveNoFileComp
+	}
 }
 
 func newLogLevel(a *app) *cobra.Command {
