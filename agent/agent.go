@@ -20,6 +20,7 @@ import (
 	"github.com/kms-agent/kms-agent/agent/audit"
 	"github.com/kms-agent/kms-agent/agent/kms"
 	"github.com/kms-agent/kms-agent/agent/metrics"
+	"github.com/kms-agent/kms-agent/agent/quota"
 	"github.com/kms-agent/kms-agent/identity"
 )
 
@@ -32,6 +33,7 @@ type Agent struct {
 	logger  *zap.Logger
 	started time.Time
 	audit   *audit.Log
+	quota   *quota.Keeper
 	service *kms.Service
 	source  *identity.Source // nil without a Workload API
 	creds   *identity.Credentials
@@ -80,8 +82,12 @@ func New(cfg *Config, path string, logger *zap.Logger) (*Agent, error) {
 	for _, note := range log.Notes() {
 		logger.Warn("audit log opened with a note", zap.String("note", note))
 	}
+	// The audit log's lock on the state directory keeps another agent out.
+	if a.quota, err = quota.Open(cfg.StateDir, bootTime, time.Now); err != nil {
+		return nil, errors.Join(err, log.Close())
+	}
 	a.service, err = kms.New(kms.Options{
-		Audit: log, MaxEntries: cfg.Cache.MaxEntries, Now: bootTime, ConfirmTimeout: confirmTimeout, Alarm: a.alarm,
+		Audit: log, Quota: a.quota, MaxEntries: cfg.Cache.MaxEntries, Now: bootTime, ConfirmTimeout: confirmTimeout, Alarm: a.alarm,
 		Observe: a.operationEnded,
 	})
 	if err != nil {
@@ -143,7 +149,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	a.service.Close()
 	stopBelow()
 	a.stopBackends()
-	err = errors.Join(err, ignoreEnd(lower.Wait()), a.audit.Close())
+	err = errors.Join(err, ignoreEnd(lower.Wait()), a.quota.Close(), a.audit.Close())
 	a.tracing.close()
 	a.level.close()
 	a.logger.Info("agent stopped", zap.Error(err))

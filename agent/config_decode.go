@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"github.com/goccy/go-yaml/ast"
+
+	"github.com/kms-agent/kms-agent/agent/policy"
 )
 
 // value decodes node into target by target's type.
@@ -150,6 +152,11 @@ func (d *document) scalar(node ast.Node, target reflect.Value, path string) {
 		var duration time.Duration
 		if duration, err = time.ParseDuration(text); err == nil {
 			target.SetInt(int64(duration))
+		}
+	case target.Type() == reflect.TypeFor[policy.Bytes]():
+		var size Size
+		if err = size.UnmarshalText([]byte(text)); err == nil {
+			target.SetUint(uint64(size))
 		}
 	default:
 		err = d.number(node, target)

@@ -436,6 +436,9 @@ func fieldPaths(t reflect.Type, prefix string) []string {
 }
 
 func fieldPathsOf(t reflect.Type, prefix string) []string {
+	if t.Kind() == reflect.Pointer {
+		t = t.Elem()
+	}
 	if t.Kind() != reflect.Struct {
 		return nil
 	}

@@ -304,7 +304,9 @@ func (l *loader) policyFaults(err error) {
 			if fault.Field != "" {
 				path += "." + fault.Field
 			}
-			place.document.report(path, "%s", fault.Message)
+			if !place.document.failed(path) {
+				place.document.report(path, "%s", fault.Message)
+			}
 		}
 	}
 }

@@ -199,8 +199,10 @@ func describe(t reflect.Type) string {
 		return "a SPIFFE ID, such as spiffe://example.org/ns/shop/sa/orders"
 	case t == reflect.TypeFor[spiffeid.TrustDomain]():
 		return "a trust domain, such as example.org"
-	case t == reflect.TypeFor[Size]():
+	case t == reflect.TypeFor[Size](), t == reflect.TypeFor[policy.Bytes]():
 		return "a size, such as 4MiB"
+	case t == reflect.TypeFor[policy.Rate]():
+		return "a rate, such as 500/s, 30/m or 1000/h"
 	case t == reflect.TypeFor[UID](), t == reflect.TypeFor[GID]():
 		return "a number or a name"
 	case t == reflect.TypeFor[policy.Effect]():

@@ -23,6 +23,8 @@ const (
 	ErrBackendUnavailable Reason = "BACKEND_UNAVAILABLE" // upstream is out of reach
 	ErrBackendBroken      Reason = "BACKEND_BROKEN"      // upstream answers rubbish
 	ErrTooManyRequests    Reason = "TOO_MANY_REQUESTS"   // slow down
+	ErrQuotaExceeded      Reason = "QUOTA_EXCEEDED"      // the caller's own limit is used up
+	ErrQuotaUnavailable   Reason = "QUOTA_UNAVAILABLE"   // the agent cannot store its count
 	ErrAuditUnavailable   Reason = "AUDIT_UNAVAILABLE"   // the agent cannot write its record
 	ErrDeadlineExceeded   Reason = "DEADLINE_EXCEEDED"   // no answer in time
 	ErrCancelled          Reason = "CANCELLED"           // the caller gave up

@@ -48,7 +48,7 @@ func (s *Service) GenerateDataKeyWithoutPlaintext(ctx context.Context, call Call
 }
 
 func (t *transaction) generate(ctx context.Context, req GenerateDataKeyRequest, op policy.Operation) (DataKeyResponse, error) {
-	k, err := t.authoriseWith(req.Key, op, req.Context)
+	k, err := t.authoriseWith(ctx, req.Key, op, req.Context, envelope.DataKeySize)
 	if err != nil {
 		return DataKeyResponse{}, err
 	}
@@ -115,7 +115,7 @@ type DecryptDataKeyRequest struct {
 // and nothing else.
 func (s *Service) DecryptDataKey(ctx context.Context, call Call, req DecryptDataKeyRequest) (DataKeyResponse, error) {
 	return perform(ctx, s, call, policy.DecryptDataKey, func(ctx context.Context, t *transaction) (DataKeyResponse, error) {
-		k, edk, err := t.admitEDK(req.EDK, policy.DecryptDataKey, req.Context, envelope.PurposeExported)
+		k, edk, err := t.admitEDK(ctx, req.EDK, policy.DecryptDataKey, req.Context, envelope.PurposeExported)
 		if err != nil {
 			return DataKeyResponse{}, err
 		}
@@ -133,7 +133,7 @@ func (s *Service) DecryptDataKey(ctx context.Context, call Call, req DecryptData
 
 // admitEDK authorises the caller for the key that an EDK names and returns the
 // EDK ready to be opened.
-func (t *transaction) admitEDK(edk envelope.EDK, op policy.Operation, encryptionContext map[string]string, purpose envelope.Purpose) (*key, sealed, error) {
+func (t *transaction) admitEDK(ctx context.Context, edk envelope.EDK, op policy.Operation, encryptionContext map[string]string, purpose envelope.Purpose) (*key, sealed, error) {
 	if edk.ProviderID != envelope.ProviderID {
 		return nil, sealed{}, foreign(errors.New("its provider is not kms-agent"))
 	}
@@ -141,7 +141,7 @@ func (t *transaction) admitEDK(edk envelope.EDK, op policy.Operation, encryption
 	if err != nil {
 		return nil, sealed{}, foreign(err)
 	}
-	k, err := t.authoriseWith(info.Key, op, encryptionContext)
+	k, err := t.authoriseWith(ctx, info.Key, op, encryptionContext, uint64(len(edk.Ciphertext)))
 	if err != nil {
 		return nil, sealed{}, err
 	}
@@ -169,7 +169,7 @@ type WrapResponse struct {
 // under the wrapping key. Nothing is cached.
 func (s *Service) Wrap(ctx context.Context, call Call, req WrapRequest) (WrapResponse, error) {
 	return perform(ctx, s, call, policy.Wrap, func(ctx context.Context, t *transaction) (WrapResponse, error) {
-		k, err := t.authoriseWith(req.Key, policy.Wrap, req.Context)
+		k, err := t.authoriseWith(ctx, req.Key, policy.Wrap, req.Context, uint64(len(req.Plaintext)))
 		if err != nil {
 			return WrapResponse{}, err
 		}
@@ -200,7 +200,7 @@ func (r *UnwrapResponse) wipe() { clear(r.Plaintext) }
 // always asks upstream.
 func (s *Service) Unwrap(ctx context.Context, call Call, req UnwrapRequest) (UnwrapResponse, error) {
 	return perform(ctx, s, call, policy.Unwrap, func(ctx context.Context, t *transaction) (UnwrapResponse, error) {
-		k, edk, err := t.admitEDK(req.EDK, policy.Unwrap, req.Context, envelope.PurposeWrap)
+		k, edk, err := t.admitEDK(ctx, req.EDK, policy.Unwrap, req.Context, envelope.PurposeWrap)
 		if err != nil {
 			return UnwrapResponse{}, err
 		}

@@ -29,7 +29,7 @@ type KeyDescription struct {
 // DescribeKey describes one key.
 func (s *Service) DescribeKey(ctx context.Context, call Call, name string) (KeyDescription, error) {
 	return perform(ctx, s, call, policy.Describe, func(ctx context.Context, t *transaction) (KeyDescription, error) {
-		k, err := t.authorise(name, policy.Describe, nil)
+		k, err := t.authorise(ctx, name, policy.Describe, nil, 0)
 		if err != nil {
 			return KeyDescription{}, err
 		}
@@ -101,7 +101,7 @@ func (s *Service) WhoAmI(ctx context.Context, call Call) (identity.Caller, error
 // GenerateRandom returns 1 to MaxRandomSize bytes of the system's random. It
 // needs generate-random on any key, since it concerns none.
 func (s *Service) GenerateRandom(ctx context.Context, call Call, length int) ([]byte, error) {
-	return perform(ctx, s, call, policy.GenerateRandom, func(_ context.Context, t *transaction) ([]byte, error) {
+	return perform(ctx, s, call, policy.GenerateRandom, func(ctx context.Context, t *transaction) ([]byte, error) {
 		decision := t.decide(t.state, nil, policy.GenerateRandom, nil)
 		t.decided(decision)
 		if !decision.Allowed {
@@ -109,6 +109,9 @@ func (s *Service) GenerateRandom(ctx context.Context, call Call, length int) ([]
 		}
 		if length < 1 || length > MaxRandomSize {
 			return nil, invalid("", "length must be 1 to %d bytes, not %d", MaxRandomSize, length)
+		}
+		if err := t.count(ctx, decision, "", uint64(length)); err != nil {
+			return nil, err
 		}
 		random := make([]byte, length)
 		_, _ = rand.Read(random) // never fails: crypto/rand

@@ -11,6 +11,7 @@ import (
 
 	"github.com/kms-agent/kms-agent/agent/audit"
 	"github.com/kms-agent/kms-agent/agent/policy"
+	"github.com/kms-agent/kms-agent/agent/quota"
 	"github.com/kms-agent/kms-agent/cache"
 	"github.com/kms-agent/kms-agent/envelope"
 )
@@ -31,6 +32,8 @@ type transaction struct {
 	// policyStale is the part of maxStale that policy demands; nil: none.
 	policyStale *time.Duration
 	record      audit.Record
+	// held is what the limits of rules have admitted.
+	held quota.Held
 	// note is what the record says beyond what the caller is told, unless an
 	// error that is no denial needs the place.
 	note string
@@ -44,6 +47,7 @@ type wiper interface{ wipe() }
 // is there an answer.
 func perform[R any](ctx context.Context, s *Service, call Call, op policy.Operation, act func(context.Context, *transaction) (R, error)) (R, error) {
 	t := s.begin(call, op)
+	defer t.held.Release() // after a panic too
 	answer, err := act(ctx, t)
 	if auditErr := t.finish(ctx, err); auditErr != nil {
 		err = auditErr
@@ -78,20 +82,22 @@ func callerRecord(call Call) audit.Caller {
 
 // authoriseWith is authorise for a context that the caller made: what could not
 // be in a message, such as one without bounds, does not get into the record.
-func (t *transaction) authoriseWith(name string, op policy.Operation, encryptionContext map[string]string) (*key, error) {
+func (t *transaction) authoriseWith(ctx context.Context, name string, op policy.Operation, encryptionContext map[string]string, payload uint64) (*key, error) {
 	err := envelope.CheckContext(encryptionContext)
 	if err == nil {
-		return t.authorise(name, op, encryptionContext)
+		return t.authorise(ctx, name, op, encryptionContext, payload)
 	}
-	if _, denial := t.authorise(name, op, nil); denial != nil {
+	if _, denial := t.authorise(ctx, name, op, nil, 0); denial != nil {
 		return nil, denial
 	}
 	return nil, invalid(t.record.Key, "encryption context: %v", err)
 }
 
-// authorise decides whether the caller may perform op on the key of that name.
-// The answers for an unknown key and for a forbidden one are the same.
-func (t *transaction) authorise(name string, op policy.Operation, encryptionContext map[string]string) (*key, error) {
+// authorise decides whether the caller may perform op on the key of that name,
+// and counts it with so many bytes of payload against the limits of the rules
+// that allow it. The answers for an unknown key and for a forbidden one are the
+// same.
+func (t *transaction) authorise(ctx context.Context, name string, op policy.Operation, encryptionContext map[string]string, payload uint64) (*key, error) {
 	whole := name
 	name = bounded(whole)
 	k, decision := t.find(name, op, encryptionContext)
@@ -109,6 +115,9 @@ func (t *transaction) authorise(name string, op policy.Operation, encryptionCont
 	}
 	if k == nil || !decision.Allowed {
 		return nil, denied(name)
+	}
+	if err := t.count(ctx, decision, k.Name, payload); err != nil {
+		return nil, err
 	}
 	t.bound(decision.MaxStale)
 	t.record.Backend = k.Backend
@@ -193,11 +202,12 @@ func (t *transaction) finish(ctx context.Context, err error) error {
 	if err != nil {
 		r.Outcome, r.Reason, r.Detail = audit.Error, string(ReasonOf(err)), detailOf(err)
 	}
-	if reason := ReasonOf(err); reason == ReasonAccessDenied || reason == ReasonUnidentified {
+	reason := ReasonOf(err)
+	if reason == ReasonAccessDenied || reason == ReasonUnidentified || reason == ReasonQuotaExceeded {
 		r.Outcome = audit.Denied
-		if t.note != "" {
-			r.Detail = t.note
-		}
+	}
+	if r.Outcome == audit.Denied && reason != ReasonQuotaExceeded && t.note != "" {
+		r.Detail = t.note
 	}
 	r.DurationMicros = time.Since(t.began).Microseconds()
 	unrecorded := t.write(ctx)
@@ -205,6 +215,7 @@ func (t *transaction) finish(ctx context.Context, err error) error {
 		r.Outcome, r.Reason = audit.Error, string(ReasonAuditUnavailable)
 	}
 	t.service.ended(ctx, r)
+	t.held.Release()
 	return unrecorded
 }
 

@@ -26,6 +26,8 @@ const (
 	ReasonBackendDown      Reason = "BACKEND_UNAVAILABLE"
 	ReasonBackendBroken    Reason = "BACKEND_BROKEN"
 	ReasonTooManyRequests  Reason = "TOO_MANY_REQUESTS"
+	ReasonQuotaExceeded    Reason = "QUOTA_EXCEEDED"
+	ReasonQuotaUnavailable Reason = "QUOTA_UNAVAILABLE"
 	ReasonAuditUnavailable Reason = "AUDIT_UNAVAILABLE"
 	ReasonDeadlineExceeded Reason = "DEADLINE_EXCEEDED"
 	ReasonCancelled        Reason = "CANCELLED"
@@ -39,7 +41,7 @@ func Reasons() []Reason {
 	return []Reason{
 		ReasonUnidentified, ReasonAccessDenied, ReasonInvalidRequest, ReasonInvalidMessage, ReasonDecryptFailed,
 		ReasonTooLarge, ReasonTruncated, ReasonKeyUnusable, ReasonKeySuspended, ReasonBackendDown, ReasonBackendBroken,
-		ReasonTooManyRequests, ReasonAuditUnavailable, ReasonDeadlineExceeded, ReasonCancelled, ReasonShuttingDown,
+		ReasonTooManyRequests, ReasonQuotaExceeded, ReasonQuotaUnavailable, ReasonAuditUnavailable, ReasonDeadlineExceeded, ReasonCancelled, ReasonShuttingDown,
 		ReasonConfigRejected, ReasonInternal,
 	}
 }

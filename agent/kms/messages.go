@@ -36,7 +36,7 @@ type EncryptResponse struct {
 // plaintext is read during the call only.
 func (s *Service) Encrypt(ctx context.Context, call Call, req EncryptRequest) (EncryptResponse, error) {
 	return perform(ctx, s, call, policy.Encrypt, func(ctx context.Context, t *transaction) (EncryptResponse, error) {
-		k, err := t.authoriseWith(req.Key, policy.Encrypt, req.Context)
+		k, err := t.authoriseWith(ctx, req.Key, policy.Encrypt, req.Context, uint64(len(req.Plaintext)))
 		if err != nil {
 			return EncryptResponse{}, err
 		}
@@ -92,7 +92,7 @@ func (t *transaction) open(ctx context.Context, req DecryptRequest) (DecryptResp
 	if err != nil {
 		return DecryptResponse{}, foreign(err)
 	}
-	k, edks, err := t.admit(&message.Header, req.ExpectedContext)
+	k, edks, err := t.admit(ctx, &message.Header, req.ExpectedContext, uint64(message.PlaintextSize()))
 	if err != nil {
 		return DecryptResponse{}, err
 	}
@@ -115,13 +115,13 @@ func (t *transaction) open(ctx context.Context, req DecryptRequest) (DecryptResp
 // and returns the EDKs that can be tried. Nothing has been unwrapped yet, and
 // the header is not proven yet: the context decides who may try, the message's
 // own tag then proves the context.
-func (t *transaction) admit(h *envelope.Header, expected map[string]string) (*key, []sealed, error) {
+func (t *transaction) admit(ctx context.Context, h *envelope.Header, expected map[string]string, payload uint64) (*key, []sealed, error) {
 	t.record.MessageID = messageID(h.MessageID)
 	name, infos, err := t.keyOf(h)
 	if err != nil {
 		return nil, nil, err
 	}
-	k, err := t.authorise(name, policy.Decrypt, h.Context)
+	k, err := t.authorise(ctx, name, policy.Decrypt, h.Context, payload)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -254,7 +254,7 @@ func (s *Service) ReEncrypt(ctx context.Context, call Call, req ReEncryptRequest
 		if req.ReplaceContext {
 			encryptionContext = req.DestinationContext
 		}
-		k, err := t.authoriseWith(name, policy.Encrypt, encryptionContext)
+		k, err := t.authoriseWith(ctx, name, policy.Encrypt, encryptionContext, uint64(len(opened.Plaintext)))
 		if err != nil {
 			return ReEncryptResponse{}, err
 		}

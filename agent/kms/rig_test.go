@@ -16,6 +16,7 @@ import (
 	"github.com/kms-agent/kms-agent/agent/audit"
 	"github.com/kms-agent/kms-agent/agent/kms"
 	"github.com/kms-agent/kms-agent/agent/policy"
+	"github.com/kms-agent/kms-agent/agent/quota"
 	"github.com/kms-agent/kms-agent/cache"
 	"github.com/kms-agent/kms-agent/identity"
 	"github.com/kms-agent/kms-agent/plugins"
@@ -30,6 +31,7 @@ type rig struct {
 	backend  *troubled
 	keystore *local.Keystore
 	audit    *audit.Log
+	quota    *quota.Keeper
 	auditLog string
 	clock    *clock
 	config   kms.Config
@@ -220,7 +222,12 @@ func newRigWithSink(t testing.TB, sink audit.Sink) *rig {
 	}
 	r.audit = log
 	t.Cleanup(func() { _ = log.Close() })
-	r.Service, err = kms.New(kms.Options{Audit: log, MaxEntries: 64, Now: r.clock.Now, ConfirmTimeout: 5 * time.Second})
+	r.quota, err = quota.Open(dir, r.clock.Now, time.Now)
+	if err != nil {
+		t.Fatalf("quota: %v", err)
+	}
+	t.Cleanup(func() { _ = r.quota.Close() })
+	r.Service, err = kms.New(kms.Options{Audit: log, Quota: r.quota, MaxEntries: 64, Now: r.clock.Now, ConfirmTimeout: 5 * time.Second})
 	if err != nil {
 		t.Fatalf("service: %v", err)
 	}

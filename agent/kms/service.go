@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/kms-agent/kms-agent/agent/audit"
+	"github.com/kms-agent/kms-agent/agent/quota"
 	"github.com/kms-agent/kms-agent/cache"
 	"github.com/kms-agent/kms-agent/identity"
 )
@@ -44,6 +45,8 @@ type Call struct {
 type Options struct {
 	// Audit receives one record for each operation, before its answer.
 	Audit *audit.Log
+	// Quota counts the limits of rules. nil: a policy with limits is refused.
+	Quota *quota.Keeper
 	// MaxEntries bounds the data-key cache, both directions together.
 	MaxEntries int
 	// Now is CLOCK_BOOTTIME: a suspended host does not stretch a limit.
@@ -66,6 +69,7 @@ type Options struct {
 // it once.
 type Service struct {
 	audit   *audit.Log
+	quota   *quota.Keeper // nil: no limits
 	cache   *cache.Cache
 	now     func() time.Duration
 	recheck time.Duration
@@ -88,7 +92,7 @@ func New(o Options) (*Service, error) {
 		return nil, errors.New("kms: audit log and clock are required")
 	}
 	s := &Service{
-		audit: o.Audit, now: o.Now, recheck: o.RecheckInterval, alarm: o.Alarm, ended: o.Observe,
+		audit: o.Audit, quota: o.Quota, now: o.Now, recheck: o.RecheckInterval, alarm: o.Alarm, ended: o.Observe,
 		wrappings: map[wrappingID]*wrapping{}, frames: largeFrames{byCaller: map[string]uint64{}},
 	}
 	if s.recheck <= 0 {

@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/kms-agent/kms-agent/agent/policy"
+	"github.com/kms-agent/kms-agent/agent/quota"
 	"github.com/kms-agent/kms-agent/cache"
 	"github.com/kms-agent/kms-agent/plugins"
 )
@@ -58,6 +59,8 @@ type state struct {
 	Config
 	keys  map[string]*key // by name and by former name
 	names []string        // sorted, without former names
+	// limited are the rules whose limits are counted, by name.
+	limited map[string]*quota.Rule
 }
 
 type key struct {
@@ -69,7 +72,7 @@ func emptyState() *state { return &state{keys: map[string]*key{}} }
 
 // Apply puts a configuration to use. Operations under way finish with the
 // state they began with. Data keys of keys that are gone are destroyed.
-func (s *Service) Apply(c Config) error {
+func (s *Service) Apply(c Config) (err error) {
 	next := emptyState()
 	next.Config = c
 	s.mu.Lock()
@@ -81,6 +84,9 @@ func (s *Service) Apply(c Config) error {
 		}
 	}
 	slices.Sort(next.names)
+	if next.limited, err = s.limit(c.Policy); err != nil {
+		return err
+	}
 	previous := s.state.Swap(next)
 	s.wrappings = used
 	for _, name := range previous.names {

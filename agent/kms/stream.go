@@ -24,7 +24,9 @@ type stream struct {
 	authority cache.Authority
 	keyUse    KeyUse
 	// renew makes sure that upstream confirmed the key within an age.
-	renew   func(maxAge time.Duration) error
+	renew func(maxAge time.Duration) error
+	// count counts payload that goes through against the limits of rules.
+	count   func(bytes uint64) error
 	checked time.Duration
 	ended   bool
 }
@@ -41,6 +43,9 @@ func (t *transaction) openStream(ctx context.Context, st *stream) error {
 	}
 	t.record.Kind = audit.KindEnd
 	st.checked = t.service.now()
+	st.count = func(bytes uint64) error {
+		return t.uncounted(ctx, st.k.Name, t.held.Add(ctx, t.service.now(), bytes))
+	}
 	st.renew = func(maxAge time.Duration) error {
 		if err := t.service.cache.Renew(t.upstream(ctx), st.authority, maxAge); err != nil {
 			return failure(ctx, st.k.Name, err)
@@ -118,8 +123,10 @@ type EncryptStream struct {
 // EncryptStream authorises the caller and begins a message on w.
 func (s *Service) EncryptStream(ctx context.Context, call Call, req EncryptStreamRequest, w io.Writer) (*EncryptStream, error) {
 	t := s.begin(call, policy.Encrypt)
+	begun := false
+	defer t.releaseUnless(&begun)
 	st, err := t.beginEncrypt(ctx, req, w)
-	if err == nil {
+	if begun = err == nil; begun {
 		return st, nil
 	}
 	if auditErr := t.finish(ctx, err); auditErr != nil {
@@ -129,7 +136,7 @@ func (s *Service) EncryptStream(ctx context.Context, call Call, req EncryptStrea
 }
 
 func (t *transaction) beginEncrypt(ctx context.Context, req EncryptStreamRequest, w io.Writer) (*EncryptStream, error) {
-	k, err := t.authoriseWith(req.Key, policy.Encrypt, req.Context)
+	k, err := t.authoriseWith(ctx, req.Key, policy.Encrypt, req.Context, 0)
 	if err != nil {
 		return nil, err
 	}
@@ -172,6 +179,9 @@ func (s *EncryptStream) Write(p []byte) (int, error) {
 	}
 	if uint64(len(p)) > s.left {
 		return 0, &Error{Reason: ReasonTooLarge, Key: s.k.Name, Message: "the stream is longer than its length limit; the message is not complete"}
+	}
+	if err := s.count(uint64(len(p))); err != nil {
+		return 0, err
 	}
 	n, err := s.w.Write(p)
 	s.left -= uint64(len(p)) // what could not be written may have been encrypted
@@ -239,8 +249,10 @@ func (w countingWriter) Write(p []byte) (int, error) {
 // its key and opens it.
 func (s *Service) DecryptStream(ctx context.Context, call Call, expected map[string]string, r io.Reader) (*DecryptStream, error) {
 	t := s.begin(call, policy.Decrypt)
+	begun := false
+	defer t.releaseUnless(&begun)
 	st, err := t.beginDecrypt(ctx, expected, r)
-	if err == nil {
+	if begun = err == nil; begun {
 		return st, nil
 	}
 	if auditErr := t.finish(ctx, err); auditErr != nil {
@@ -254,7 +266,7 @@ func (t *transaction) beginDecrypt(ctx context.Context, expected map[string]stri
 	if err != nil {
 		return nil, streamFailure(ctx, "", err)
 	}
-	k, edks, err := t.admit(reader.Header(), expected)
+	k, edks, err := t.admit(ctx, reader.Header(), expected, 0)
 	if err != nil {
 		return nil, err
 	}
@@ -295,7 +307,11 @@ func (s *DecryptStream) Context() map[string]string { return s.context }
 func (s *DecryptStream) Read(p []byte) (int, error) {
 	n, err := s.r.Read(p)
 	// Not before: the source may keep the reader waiting for long.
-	if denial := s.mayGoOn(); denial != nil {
+	denial := s.mayGoOn()
+	if denial == nil {
+		denial = s.count(uint64(n))
+	}
+	if denial != nil {
 		clear(p[:n])
 		return 0, denial
 	}

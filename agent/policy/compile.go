@@ -145,6 +145,9 @@ func (c *compiler) rule(index int, seen map[string]int) parsedRule {
 	p.proofs = proofs(r, report)
 	p.maxStale = maxStale(r, report)
 	p.when = c.when(r, report)
+	if p.limits = limits(r, report); p.limits != nil {
+		p.limited = []string{p.name}
+	}
 	return p
 }
 

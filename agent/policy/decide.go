@@ -23,6 +23,10 @@ type rule struct {
 	deny     bool
 	maxStale *time.Duration // nil: no bound
 	when     *condition     // nil: none
+	limits   *Limits        // nil: none
+	// limited is the rule's own name where it has limits, so that a decision by
+	// one such rule need not make a list.
+	limited []string
 }
 
 // Decide decides r. It denies what no rule allows, what one rule denies, and
@@ -95,6 +99,7 @@ type verdict struct {
 	proof    uint8
 	decider  int            // lowest rule that matches; len(rules): none
 	maxStale *time.Duration // smallest of the allowing rules; nil: no bound
+	limited  []string       // allowing rules with limits
 	vars     *requestVars   // nil until a condition is met
 	failures []Failure
 }
@@ -117,6 +122,13 @@ func (v *verdict) visit(i uint32) bool {
 	v.decider = min(v.decider, int(i))
 	if r.maxStale != nil && (v.maxStale == nil || *r.maxStale < *v.maxStale) {
 		v.maxStale = r.maxStale
+	}
+	switch {
+	case r.limited == nil:
+	case v.limited == nil:
+		v.limited = r.limited
+	default:
+		v.limited = append(v.limited, r.name) // makes a list: r.limited has no room
 	}
 	return !r.deny
 }
@@ -156,6 +168,12 @@ func (v *verdict) decision() Decision {
 	if d.Allowed && v.maxStale != nil {
 		stale := *v.maxStale
 		d.MaxStale = &stale
+	}
+	if d.Allowed {
+		d.Limited = v.limited
+		if len(d.Limited) > 1 {
+			slices.Sort(d.Limited)
+		}
 	}
 	return d
 }

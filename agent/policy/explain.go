@@ -17,6 +17,8 @@ type Finding struct {
 	Why string
 	// MaxStale is the rule's own bound; nil: none.
 	MaxStale *time.Duration
+	// Limits are the rule's own; nil: none.
+	Limits *Limits
 }
 
 // Explain tells of every rule whether it matches r, denials first, then by name,
@@ -31,7 +33,7 @@ func (p *Policy) Explain(r Request) []Finding {
 	findings := make([]Finding, len(p.rules))
 	for i := range p.rules {
 		rule, f := &p.rules[i], &findings[i]
-		*f = Finding{Rule: rule.name, Effect: rule.effect()}
+		*f = Finding{Rule: rule.name, Effect: rule.effect(), Limits: rule.limits}
 		if rule.maxStale != nil {
 			bound := *rule.maxStale
 			f.MaxStale = &bound

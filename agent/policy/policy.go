@@ -62,6 +62,8 @@ type Rule struct {
 	// none. docs/policy.md lists what it can read. One that cannot be evaluated
 	// for a request does not match in an allow, and matches in a deny.
 	When Condition `yaml:"when"`
+	// Limits bound each caller under this rule; nil is none. Only in an allow.
+	Limits *Limits `yaml:"limits"`
 }
 
 // Condition is the text of a condition.
@@ -116,6 +118,9 @@ type Decision struct {
 	// no bound, and always nil in a denial. An allow without a bound does not
 	// lift the bound of another.
 	MaxStale *time.Duration
+	// Limited names the allowing rules that match and have limits, sorted: those
+	// of every one apply. It is empty in a denial, and not to be changed.
+	Limited []string
 	// Failures are the conditions that could not be evaluated, at most
 	// MaxFailures of them. Those of denials, which therefore match, come first.
 	Failures []Failure

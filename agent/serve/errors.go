@@ -30,9 +30,10 @@ func Code(r kms.Reason) codes.Code {
 		return codes.InvalidArgument
 	case kms.ReasonKeyUnusable, kms.ReasonConfigRejected:
 		return codes.FailedPrecondition
-	case kms.ReasonKeySuspended, kms.ReasonBackendDown, kms.ReasonBackendBroken, kms.ReasonAuditUnavailable, kms.ReasonShuttingDown:
+	case kms.ReasonKeySuspended, kms.ReasonBackendDown, kms.ReasonBackendBroken, kms.ReasonQuotaUnavailable,
+		kms.ReasonAuditUnavailable, kms.ReasonShuttingDown:
 		return codes.Unavailable
-	case kms.ReasonTooManyRequests:
+	case kms.ReasonTooManyRequests, kms.ReasonQuotaExceeded:
 		return codes.ResourceExhausted
 	case kms.ReasonDeadlineExceeded:
 		return codes.DeadlineExceeded

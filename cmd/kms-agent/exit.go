@@ -238,6 +238,10 @@ func hintFor(reason kms.Reason) string {
 		return "kms-agent status says what is wrong with the backend"
 	case kms.ReasonTooManyRequests:
 		return "fewer requests at a time, or a higher limit in the agent's configuration"
+	case kms.ReasonQuotaExceeded:
+		return "the limits of a policy rule are used up; kms-agent policy explain, on the agent's host, shows them"
+	case kms.ReasonQuotaUnavailable:
+		return "the agent cannot store the count of a daily limit; see the disk of its state_dir, then kms-agent status"
 	case kms.ReasonAuditUnavailable:
 		return "the agent answers nothing that it cannot record; see its audit log's disk, then kms-agent status"
 	case kms.ReasonDeadlineExceeded:

@@ -35,8 +35,8 @@ func TestExitCodeOfEachReason(t *testing.T) {
 		{codes.PermissionDenied, []kms.Reason{kms.ReasonAccessDenied}, exitDenied},
 		{codes.InvalidArgument, []kms.Reason{kms.ReasonInvalidRequest, kms.ReasonInvalidMessage, kms.ReasonDecryptFailed, kms.ReasonTooLarge, kms.ReasonTruncated}, exitInvalid},
 		{codes.FailedPrecondition, []kms.Reason{kms.ReasonKeyUnusable}, exitInvalid},
-		{codes.Unavailable, []kms.Reason{kms.ReasonKeySuspended, kms.ReasonBackendDown, kms.ReasonBackendBroken, kms.ReasonAuditUnavailable, kms.ReasonShuttingDown}, exitUnavailable},
-		{codes.ResourceExhausted, []kms.Reason{kms.ReasonTooManyRequests}, exitUnavailable},
+		{codes.Unavailable, []kms.Reason{kms.ReasonKeySuspended, kms.ReasonBackendDown, kms.ReasonBackendBroken, kms.ReasonQuotaUnavailable, kms.ReasonAuditUnavailable, kms.ReasonShuttingDown}, exitUnavailable},
+		{codes.ResourceExhausted, []kms.Reason{kms.ReasonTooManyRequests, kms.ReasonQuotaExceeded}, exitUnavailable},
 		{codes.DeadlineExceeded, []kms.Reason{kms.ReasonDeadlineExceeded}, exitUnavailable},
 		{codes.Internal, []kms.Reason{kms.ReasonInternal}, exitFailure},
 	} {

@@ -141,12 +141,24 @@ type policyAnswer struct {
 	Rule string `json:"rule"`
 	// MaxStale is empty without a bound.
 	MaxStale string `json:"max_stale"`
+	// Limits of the allowing rules; all of them apply.
+	Limits []ruleLimits `json:"limits"`
 	// Failed tells of conditions that could not be evaluated.
 	Failed []string `json:"failed"`
 }
 
-func answerOf(d policy.Decision) policyAnswer {
-	answer := policyAnswer{Allowed: d.Allowed, Rule: d.Rule, Failed: []string{}}
+type ruleLimits struct {
+	Rule   string `json:"rule"`
+	Limits string `json:"limits"`
+}
+
+// answerOf asks p and says what it answers.
+func answerOf(p *policy.Policy, r policy.Request) policyAnswer {
+	d, limits := p.Decide(r), p.Limits()
+	answer := policyAnswer{Allowed: d.Allowed, Rule: d.Rule, Limits: []ruleLimits{}, Failed: []string{}}
+	for _, rule := range d.Limited {
+		answer.Limits = append(answer.Limits, ruleLimits{rule, limits[rule].String()})
+	}
 	for _, f := range d.Failures {
 		answer.Failed = append(answer.Failed, f.String())
 	}
@@ -167,6 +179,9 @@ func (p policyAnswer) rows(t *table) {
 	}
 	if p.MaxStale != "" {
 		t.row("max_stale", p.MaxStale)
+	}
+	for _, l := range p.Limits {
+		t.row("limits", fmt.Sprintf("%s (per caller, by rule %s)", l.Limits, l.Rule))
 	}
 	for _, failed := range p.Failed {
 		t.row("note", failed)
@@ -204,7 +219,7 @@ for CI: exit code 5 where one differs. The file is a list such as
 			if err != nil {
 				return err
 			}
-			answer := answerOf(cfg.CompiledPolicy().Decide(r))
+			answer := answerOf(cfg.CompiledPolicy(), r)
 			if err := a.print(answer, answer.rows); err != nil || answer.Allowed {
 				return err
 			}
@@ -291,7 +306,7 @@ func (e expectation) check(cfg *agent.Config) string {
 	if err != nil {
 		return err.Error()
 	}
-	got := answerOf(cfg.CompiledPolicy().Decide(r))
+	got := answerOf(cfg.CompiledPolicy(), r)
 	t := &table{}
 	got.rows(t)
 	said := strings.Join(t.rows[0], " ")
@@ -316,6 +331,8 @@ type ruleFinding struct {
 	Effect  string `json:"effect"`
 	Matches bool   `json:"matches"`
 	Why     string `json:"why"`
+	// Limits are the rule's own; empty for none.
+	Limits string `json:"limits"`
 }
 
 func newPolicyExplain(a *app) *cobra.Command {
@@ -334,9 +351,9 @@ every rule whether it matches and which of its parts does not.`,
 			if err != nil {
 				return err
 			}
-			all := explanation{policyAnswer: answerOf(cfg.CompiledPolicy().Decide(r)), Rules: []ruleFinding{}}
+			all := explanation{policyAnswer: answerOf(cfg.CompiledPolicy(), r), Rules: []ruleFinding{}}
 			for _, finding := range cfg.CompiledPolicy().Explain(r) {
-				all.Rules = append(all.Rules, ruleFinding{finding.Rule, finding.Effect, finding.Matches, finding.Why})
+				all.Rules = append(all.Rules, ruleFinding{finding.Rule, finding.Effect, finding.Matches, finding.Why, finding.Limits.String()})
 			}
 			return a.print(all, all.table)
 		},
