@@ -191,7 +191,7 @@ func (t *transaction) decryptionKey(ctx context.Context, k *key, edk sealed) (*c
 		Limits:    k.Limits, MaxStale: t.maxStale, Arrived: t.arrived,
 		Fill: func(ctx context.Context) (cache.Material, error) {
 			material, err := w.unwrap(ctx, edk)
-			return t.service.stillWanted(k, cache.Material{DataKey: material, Origin: edk}, err)
+			return t.service.stillWanted(k, cache.Material{DataKey: material, Origin: edk.clone()}, err)
 		},
 	})
 	t.waited(use, began)

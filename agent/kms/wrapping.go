@@ -1,6 +1,7 @@
 package kms
 
 import (
+	"bytes"
 	"context"
 	"crypto/rand"
 	"crypto/subtle"
@@ -52,6 +53,13 @@ type sealed struct {
 	edk     envelope.EDK
 	version string
 	binding plugins.Binding
+}
+
+// clone returns a copy that keeps no message in memory which k was read from.
+func (k sealed) clone() sealed {
+	k.edk.ProviderInfo, k.edk.Ciphertext = bytes.Clone(k.edk.ProviderInfo), bytes.Clone(k.edk.Ciphertext)
+	k.binding.ProviderInfo = k.edk.ProviderInfo
+	return k
 }
 
 // reconfigured is for what began under a configuration that has been replaced.
