@@ -55,6 +55,9 @@ func (q question) request(cfg *agent.Config) (policy.Request, error) {
 	if (q.UID == nil) != (q.GID == nil) {
 		return r, errors.New("uid and gid are given together, or neither: a condition may read both")
 	}
+	if q.UID == nil && q.PID != 0 {
+		return r, errors.New("pid is given with uid and gid only: without them nothing is known of the process")
+	}
 	if q.UID != nil {
 		r.Caller.Peer = identity.Peer{UID: *q.UID, GID: *q.GID, PID: q.PID}
 	}
@@ -79,14 +82,22 @@ func (q question) request(cfg *agent.Config) (policy.Request, error) {
 	case !slices.Contains(policy.Proofs(), r.Caller.Proof):
 		return r, fmt.Errorf("proof %q is not known; there are: %v", q.Proof, policy.Proofs())
 	}
-	for _, k := range cfg.Keys {
-		for _, name := range append([]string{k.Name}, k.FormerNames...) {
-			if name == q.Key {
-				r.Key, r.Labels = k.Name, k.Labels
-			}
+	if q.Key == "" {
+		return r, nil
+	}
+	return r, q.find(&r, cfg.Keys)
+}
+
+// find puts the key that is asked for into r, by its present name. The agent
+// denies everything on a key that it does not have, whatever policy says.
+func (q question) find(r *policy.Request, keys []agent.KeyConfig) error {
+	for _, k := range keys {
+		if k.Name == q.Key || slices.Contains(k.FormerNames, q.Key) {
+			r.Key, r.Labels = k.Name, k.Labels
+			return nil
 		}
 	}
-	return r, nil
+	return fmt.Errorf("the configuration has no key %q, so that everything on it is denied", q.Key)
 }
 
 // policyFlags are a question and where to ask it.
