@@ -110,6 +110,11 @@ func TestRequiredSinkIsOut(t *testing.T) {
 			t.Fatal(err)
 		}
 		t.Cleanup(func() { _ = daemon.Close() })
+		go func() { // few datagrams wait in a socket that nobody reads
+			for buffer := make([]byte, 64<<10); err == nil; {
+				_, err = daemon.Read(buffer)
+			}
+		}()
 		return daemon
 	}
 	daemon := listen()
