@@ -12,6 +12,7 @@ import (
 
 	"github.com/kms-agent/kms-agent/agent"
 	"github.com/kms-agent/kms-agent/agent/quota"
+	adminv1 "github.com/kms-agent/kms-agent/api/admin/v1"
 	"github.com/kms-agent/kms-agent/client"
 )
 
@@ -49,6 +50,13 @@ func TestDailyLimitOfAnAgent(t *testing.T) {
 	if difference := left - e.RetryAfter; difference.Abs() > time.Minute {
 		t.Errorf("retry after %v, want midnight UTC in %v", e.RetryAfter, left)
 	}
+	s, err := r.status()
+	if err != nil || len(s.GetLimits()) != 1 {
+		t.Fatalf("status %v, %v", s, err)
+	}
+	if l := s.GetLimits()[0]; l.GetRule() != "orders" || l.GetLimits() != "per_day 5" || l.GetCallers() != 1 || l.GetRefused()["per_day"] != 1 {
+		t.Errorf("status %v", l)
+	}
 	r.write(limitedConfig("{ per_day: 6, rate: 1000/s }"))
 	r.await("the reload", generationAfter(1))
 	if err := encrypt(t, c); err != nil {
@@ -58,6 +66,29 @@ func TestDailyLimitOfAnAgent(t *testing.T) {
 	log, err := os.ReadFile(r.path("audit.log"))
 	if err != nil || !strings.Contains(string(log), `"rule":"orders","outcome":"denied","reason":"QUOTA_EXCEEDED"`) {
 		t.Errorf("the audit log does not tell of the refusal: %v\n%s", err, log)
+	}
+}
+
+// While a count cannot be stored, it is not served, status says why, and all is
+// well again when it can.
+func TestCountsWithoutADisk(t *testing.T) {
+	r := newRig(t, limitedConfig("{ per_day: 1000 }"))
+	r.start()
+	c := r.as("orders")
+	obstacle := r.path("state/quota.state.new")
+	if err := os.MkdirAll(filepath.Join(obstacle, "x"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	wantReason(t, encrypt(t, c), "QUOTA_UNAVAILABLE")
+	r.await("the problem", func(s *adminv1.StatusResponse) bool {
+		return s.GetState() == "degraded" && strings.Contains(strings.Join(s.GetProblems(), "\n"), "quota.state")
+	})
+	if err := os.RemoveAll(obstacle); err != nil {
+		t.Fatal(err)
+	}
+	r.await("its end", func(s *adminv1.StatusResponse) bool { return s.GetState() == "serving" })
+	if err := encrypt(t, c); err != nil {
+		t.Error(err)
 	}
 }
 

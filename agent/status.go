@@ -55,6 +55,7 @@ func (a *Agent) Status() *adminv1.StatusResponse {
 	for _, h := range a.service.Health() {
 		r.Keys = append(r.Keys, keyStatus(h))
 	}
+	a.limitsStatus(cfg, r)
 	judge(r)
 	return r
 }
@@ -91,6 +92,9 @@ func judge(r *adminv1.StatusResponse) {
 		r.Problems = append(r.Problems, "JWT bundles are "+r.Identity.JwtBundles+": "+r.Identity.JwtBundlesError)
 	}
 	r.Problems = append(r.Problems, auditProblems(r.Audit)...)
+	if r.LimitsError != "" {
+		r.Problems = append(r.Problems, "limits: "+r.LimitsError)
+	}
 	// Without any backend the data keys in the cache are still good for a while;
 	// without those, or without a record, there is no answer for anybody.
 	empty := r.Cache.EncryptionKeys+r.Cache.DecryptionKeys == 0
@@ -166,5 +170,23 @@ func (a *Agent) cacheStatus() *adminv1.CacheStatus {
 		EncryptionKeys: s.EncryptionKeys, DecryptionKeys: s.DecryptionKeys, MaxEntries: s.MaxEntries,
 		LockedBytes: s.LockedBytes, Hits: s.Hits, Misses: s.Misses, Refreshes: s.Refreshes, Evictions: s.Evictions,
 		Memory: s.Memory,
+	}
+}
+
+// limitsStatus adds what is known of the rules with limits.
+func (a *Agent) limitsStatus(cfg *Config, r *adminv1.StatusResponse) {
+	counted, err := a.quota.Status()
+	if err != nil {
+		r.LimitsError = err.Error()
+	}
+	limits := cfg.compiled.Limits()
+	for _, c := range counted {
+		s := &adminv1.LimitsStatus{Rule: c.Rule, Limits: limits[c.Rule].String(), Callers: uint64(c.Callers), Refused: map[string]uint64{}}
+		for limit, n := range c.Refused {
+			if n > 0 {
+				s.Refused[string(limit)] = n
+			}
+		}
+		r.Limits = append(r.Limits, s)
 	}
 }

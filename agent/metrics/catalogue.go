@@ -62,6 +62,9 @@ const (
 	cacheMisses      = "kms_agent_cache_misses_total"
 	cacheRefreshes   = "kms_agent_cache_refreshes_total"
 	cacheEvictions   = "kms_agent_cache_evictions_total"
+	limitCallers     = "kms_agent_limit_callers"
+	limitRefused     = "kms_agent_limit_refused_total"
+	limitFailing     = "kms_agent_limit_failing"
 	auditRecords     = "kms_agent_audit_last_sequence"
 	auditRefused     = "kms_agent_audit_refused_total"
 	auditFailing     = "kms_agent_audit_failing"
@@ -117,6 +120,9 @@ func statusMetrics() []Metric {
 		{cacheMisses, Counter, nil, "Data keys that upstream had to wrap or unwrap."},
 		{cacheRefreshes, Counter, nil, "Confirmations that were asked for."},
 		{cacheEvictions, Counter, nil, "Data keys destroyed before their limits: revoked, evicted, or more than there is room for."},
+		{limitCallers, Gauge, []string{"rule"}, "Callers that are counted at present under a policy rule with limits."},
+		{limitRefused, Counter, []string{"rule", "limit"}, "Requests refused by a limit of a policy rule: rate, per_day, bytes_per_day, concurrency, callers. One that several rules refuse counts for each."},
+		{limitFailing, Gauge, nil, "1 while the counts of daily limits cannot be stored, so that requests that need more of one are refused."},
 		{auditRecords, Gauge, nil, "Number of the last audit record in its chain."},
 		{auditRefused, Counter, nil, "Operations refused because their audit record could not be written."},
 		{auditFailing, Gauge, nil, "1 while audit records cannot be written, so that every operation is refused."},

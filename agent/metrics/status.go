@@ -70,6 +70,7 @@ func (c *statusCollector) Collect(out chan<- prometheus.Metric) {
 		e.is(keyProblem, k.GetProblem() != "", k.GetName())
 	}
 	e.cache(r.GetCache())
+	e.limits(r)
 	e.emit(auditRecords, float64(r.GetAudit().GetSequence()))
 	e.emit(auditRefused, float64(r.GetAudit().GetRefused()))
 	e.is(auditFailing, r.GetAudit().GetLastError() != "")
@@ -114,6 +115,16 @@ func (e emitter) cache(s *adminv1.CacheStatus) {
 	e.emit(cacheMisses, float64(s.GetMisses()))
 	e.emit(cacheRefreshes, float64(s.GetRefreshes()))
 	e.emit(cacheEvictions, float64(s.GetEvictions()))
+}
+
+func (e emitter) limits(r *adminv1.StatusResponse) {
+	for _, l := range r.GetLimits() {
+		e.emit(limitCallers, float64(l.GetCallers()), l.GetRule())
+		for limit, n := range l.GetRefused() {
+			e.emit(limitRefused, float64(n), l.GetRule(), limit)
+		}
+	}
+	e.is(limitFailing, r.GetLimitsError() != "")
 }
 
 func (e emitter) emit(name string, value float64, labels ...string) {

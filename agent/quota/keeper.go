@@ -287,8 +287,17 @@ type RuleStatus struct {
 }
 
 // Status tells of every rule of the configuration in use, by name, and why
-// counts cannot be stored; nil where they can.
+// counts cannot be stored; nil where they can. Where they could not, that is
+// tried again meanwhile.
 func (k *Keeper) Status() ([]RuleStatus, error) {
+	rules, fault := k.status()
+	if fault != nil {
+		k.storing()
+	}
+	return rules, fault
+}
+
+func (k *Keeper) status() ([]RuleStatus, error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	all := make([]RuleStatus, 0, len(k.inUse))

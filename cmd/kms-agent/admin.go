@@ -4,6 +4,8 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"maps"
+	"slices"
 	"strings"
 	"time"
 
@@ -213,6 +215,7 @@ func statusTable(t *table, r *adminv1.StatusResponse) {
 		cache.GetEncryptionKeys(), cache.GetDecryptionKeys(), cache.GetMaxEntries(), cache.GetLockedBytes(), cache.GetMemory()))
 	t.row("", fmt.Sprintf("%d hits, %d misses, %d refreshes, %d evictions",
 		cache.GetHits(), cache.GetMisses(), cache.GetRefreshes(), cache.GetEvictions()))
+	limitsRows(t, r)
 	log := r.GetAudit()
 	t.row("audit", fmt.Sprintf("%s, %d records, %d refused", log.GetFile(), log.GetSequence(), log.GetRefused()))
 	if log.GetLastError() != "" {
@@ -229,6 +232,18 @@ func statusTable(t *table, r *adminv1.StatusResponse) {
 	}
 	if s := log.GetCheckpoints(); s != nil {
 		t.row("audit checkpoints", sinkLine(s))
+	}
+}
+
+func limitsRows(t *table, r *adminv1.StatusResponse) {
+	for _, l := range r.GetLimits() {
+		t.row("limits of "+l.GetRule(), fmt.Sprintf("%s; %d callers counted", l.GetLimits(), l.GetCallers()))
+		for _, limit := range slices.Sorted(maps.Keys(l.GetRefused())) {
+			t.row("", fmt.Sprintf("%d requests refused by %s", l.GetRefused()[limit], limit))
+		}
+	}
+	if r.GetLimitsError() != "" {
+		t.row("limits", "last error: "+r.GetLimitsError())
 	}
 }
 
