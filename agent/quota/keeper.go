@@ -227,6 +227,12 @@ func (r *Rule) end() {
 // snapshot puts what counters want of a day into counts, and appends those that
 // want another amount than they have to pending.
 func (r *Rule) snapshot(day int64, counts map[callerKey]daily, pending []stored) []stored {
+	// Before the counters: whoever comes meanwhile goes from here to there.
+	r.mu.Lock()
+	if r.restoredDay == day {
+		maps.Copy(counts, r.restored)
+	}
+	r.mu.Unlock()
 	for i := range r.shards {
 		s := &r.shards[i]
 		s.mu.RLock()
@@ -241,11 +247,6 @@ func (r *Rule) snapshot(day int64, counts map[callerKey]daily, pending []stored)
 			c.mu.Unlock()
 		}
 		s.mu.RUnlock()
-	}
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if r.restoredDay == day {
-		maps.Copy(counts, r.restored)
 	}
 	return pending
 }
