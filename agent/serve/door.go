@@ -108,8 +108,8 @@ func (d *Door) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, n
 		return next(ctx, req)
 	}
 	e := entryFrom(ctx)
-	if err := e.handled(ctx); err != nil {
-		return nil, err
+	if !e.disarm() {
+		return nil, d.over(ctx, e, info.FullMethod)
 	}
 	defer e.leave()
 	defer d.recovered(e.call, info.FullMethod, &err)
@@ -117,86 +117,6 @@ func (d *Door) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, n
 	defer cancel()
 	answer, err = next(ctx, req)
 	return answer, Status(err, e.call.RequestID)
-}
-
-// stream is the way in of one stream. It ends when no message passes for
-// MaxDeadline: the handler runs beside it, since only its return makes gRPC
-// give up a send or a receive that stands still.
-func (d *Door) stream(srv any, ss grpc.ServerStream, info *grpc.StreamServerInfo, next grpc.StreamHandler) error {
-	if isHealth(info.FullMethod) {
-		return next(srv, ss)
-	}
-	e := entryFrom(ss.Context())
-	if err := e.handled(ss.Context()); err != nil {
-		return err
-	}
-	ctx, cancel := context.WithCancelCause(ss.Context())
-	watched := &watchedStream{ServerStream: ss, ctx: ctx, moved: make(chan struct{}, 1)}
-	done := make(chan error, 1)
-	d.streams.Add(1)
-	go func() {
-		defer d.streams.Done()
-		defer e.leave()
-		done <- d.handle(srv, watched, e.call, info.FullMethod, next)
-	}()
-	err := watched.wait(done, d.Limits.MaxDeadline)
-	cancel(err)
-	return Status(err, e.call.RequestID)
-}
-
-func (d *Door) handle(srv any, ss grpc.ServerStream, call *kms.Call, method string, next grpc.StreamHandler) (err error) {
-	defer d.recovered(call, method, &err)
-	return next(srv, ss)
-}
-
-// Wait returns when no stream's handler runs any more. Call it after the
-// server has stopped.
-func (d *Door) Wait() { d.streams.Wait() }
-
-// watchedStream carries the call in its context and tells of every message.
-type watchedStream struct {
-	grpc.ServerStream
-	ctx   context.Context //nolint:containedctx // grpc.ServerStream hands its context out this way
-	moved chan struct{}
-}
-
-func (s *watchedStream) Context() context.Context { return s.ctx }
-
-func (s *watchedStream) SendMsg(m any) error {
-	err := s.ServerStream.SendMsg(m)
-	s.move()
-	return err
-}
-
-func (s *watchedStream) RecvMsg(m any) error {
-	err := s.ServerStream.RecvMsg(m)
-	s.move()
-	return err
-}
-
-func (s *watchedStream) move() {
-	select {
-	case s.moved <- struct{}{}:
-	default:
-	}
-}
-
-func (s *watchedStream) wait(done <-chan error, patience time.Duration) error {
-	timer := time.NewTimer(patience)
-	defer timer.Stop()
-	for {
-		select {
-		case err := <-done:
-			return err
-		case <-s.moved:
-			timer.Reset(patience)
-		case <-timer.C:
-			return &kms.Error{
-				Reason:  kms.ReasonDeadlineExceeded,
-				Message: "the stream stood still for " + patience.String() + "; it is over and what came before is incomplete",
-			}
-		}
-	}
 }
 
 func isHealth(method string) bool {

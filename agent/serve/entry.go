@@ -7,7 +7,6 @@ import (
 	"strconv"
 
 	"go.uber.org/zap"
-	"google.golang.org/grpc/status"
 	"google.golang.org/grpc/tap"
 
 	"github.com/kms-agent/kms-agent/agent/kms"
@@ -19,8 +18,9 @@ type entry struct {
 	call   *kms.Call
 	caller string
 	gate   *Gate
-	// disarm takes back that the end of the request's context leaves the gate; it
-	// returns false when that has happened.
+	// disarm takes back that the end of the request's context leaves the gate: a
+	// handler now stands for the request and will leave it, however early the
+	// context ends. It returns false when that has happened.
 	disarm func() bool
 }
 
@@ -29,16 +29,6 @@ type entryKey struct{}
 func entryFrom(ctx context.Context) *entry {
 	e, _ := ctx.Value(entryKey{}).(*entry)
 	return e
-}
-
-// handled says that a handler now stands for the request and will leave the
-// gate, however early the request's context ends. Its error is the request's
-// when that has ended already.
-func (e *entry) handled(ctx context.Context) error {
-	if e.disarm() {
-		return nil
-	}
-	return status.FromContextError(context.Cause(ctx)).Err()
 }
 
 func (e *entry) leave() { e.gate.Leave(e.caller) }
@@ -99,6 +89,12 @@ func (d *Door) admit(ctx context.Context, call *kms.Call, method string) error {
 		return err
 	}
 	return nil
+}
+
+// over puts on record a request that ended just before its handler began, and
+// returns what its caller is told.
+func (d *Door) over(ctx context.Context, e *entry, method string) error {
+	return Status(d.Service.Refuse(ctx, *e.call, d.operation(method), unexpected(context.Cause(ctx))), e.call.RequestID)
 }
 
 // recovered turns a panic, which is a bug of ours, into an error of this one

@@ -24,7 +24,7 @@ func (s *server) EncryptStream(ss grpc.BidiStreamingServer[kmsagentv1.EncryptStr
 	ctx := ss.Context()
 	first, err := ss.Recv()
 	if err != nil && !errors.Is(err, io.EOF) {
-		return streamEnd(ctx, err)
+		return s.notBegun(ctx, "encrypt", err)
 	}
 	start := first.GetStart()
 	if start == nil {
@@ -85,7 +85,7 @@ func (s *server) DecryptStream(ss grpc.BidiStreamingServer[kmsagentv1.DecryptStr
 	ctx := ss.Context()
 	first, err := ss.Recv()
 	if err != nil && !errors.Is(err, io.EOF) {
-		return streamEnd(ctx, err)
+		return s.notBegun(ctx, "decrypt", err)
 	}
 	start := first.GetStart()
 	if start == nil {
@@ -126,6 +126,21 @@ func (s *server) DecryptStream(ss grpc.BidiStreamingServer[kmsagentv1.DecryptStr
 		err = nil
 	}
 	return st.Close(ctx, streamEnd(ctx, err))
+}
+
+// notBegun puts a stream on record whose start did not come.
+func (s *server) notBegun(ctx context.Context, operation string, err error) error {
+	var refusal *kms.Error
+	switch {
+	case errors.As(context.Cause(ctx), &refusal):
+	case errors.Is(ctx.Err(), context.DeadlineExceeded):
+		refusal = &kms.Error{Reason: kms.ReasonDeadlineExceeded, Cause: err, Message: "the caller's deadline passed before the stream's start came; allow more time"}
+	case ctx.Err() != nil:
+		refusal = &kms.Error{Reason: kms.ReasonCancelled, Cause: err, Message: "the caller cancelled the stream before its start came"}
+	default:
+		refusal = &kms.Error{Reason: kms.ReasonInvalidRequest, Cause: err, Message: "the first request of the stream cannot be read: it is too large or no message"}
+	}
+	return s.service.Refuse(ctx, serve.CallFrom(ctx), operation, refusal)
 }
 
 // streamEnd keeps the caller's own end apart from other errors.
