@@ -55,17 +55,16 @@ func TestRecordsEverywhere(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	received := make(chan string)
+	t.Cleanup(func() { _ = daemon.Close() })
+	received := make(chan string, 1000)
 	go func() {
-		var all strings.Builder
 		buffer := make([]byte, 64<<10)
 		for {
 			n, err := daemon.Read(buffer)
 			if err != nil {
-				received <- all.String()
 				return
 			}
-			all.Write(buffer[:n])
+			received <- string(buffer[:n])
 		}
 	}()
 	r.start()
@@ -80,7 +79,6 @@ func TestRecordsEverywhere(t *testing.T) {
 		t.Errorf("status of the sinks: %v", sinks)
 	}
 	r.stop()
-	_ = daemon.Close()
 	log := r.auditLog()
 	if n := strings.Count(log, `"outcome":"denied"`); n != 2 || !strings.Contains(log, `"count":49,`) {
 		t.Errorf("%d records of 50 equal denials; want one, and one with a count of 49:\n%s", n, log)
@@ -89,8 +87,16 @@ func TestRecordsEverywhere(t *testing.T) {
 	if !report.OK() || report.TailUnproven {
 		t.Errorf("verify: %v, tail unproven: %v; want whole and proven", report.Fault, report.TailUnproven)
 	}
-	messages := <-received
-	if n := strings.Count(messages, ">1 "); n != int(report.Records) || !strings.Contains(messages, `operation="encrypt" key="orders" outcome="success"`) {
+	var messages strings.Builder
+	for range report.Records {
+		select {
+		case m := <-received:
+			messages.WriteString(m)
+		case <-time.After(10 * time.Second):
+			t.Fatalf("syslog has no message for each of %d records:\n%s", report.Records, messages.String())
+		}
+	}
+	if n := strings.Count(messages.String(), ">1 "); n != int(report.Records) || !strings.Contains(messages.String(), `operation="encrypt" key="orders" outcome="success"`) {
 		t.Errorf("syslog has %d messages of %d records", n, report.Records)
 	}
 	events, err := os.ReadFile(r.path("ocsf.log"))

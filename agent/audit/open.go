@@ -63,7 +63,8 @@ func (l *Log) open(state *stateFile) error {
 		checkpoints: l.checkpoints, checkpointEvery: l.cfg.CheckpointEvery, now: l.cfg.Now}
 	l.writer = writer{
 		tail: *t, sink: sink, file: f, durable: l.cfg.Durable,
-		encoder: l.encoder, now: l.cfg.Now, saver: &l.saver, rotationFault: l.rotationFault, outlets: l.outlets, unrecorded: &l.unrecorded,
+		encoder: l.encoder, now: l.cfg.Now, saver: &l.saver, rotationFault: l.rotationFault, wrote: l.wrote,
+		outlets: l.outlets, unrecorded: &l.unrecorded,
 	}
 	l.saver.start(stored)
 	if l.checkpoints != nil {

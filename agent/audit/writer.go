@@ -53,6 +53,7 @@ type writer struct {
 	rotationFailed bool
 	doomed         []string // files to be deleted once that is on record
 	rotationFault  func(error)
+	wrote          func(error) // brings the status up to date
 
 	unrecorded *atomic.Uint64 // operations answered without a record
 	declared   uint64         // of which records have told or are about to
@@ -115,11 +116,7 @@ func (l *Log) probe() {
 }
 
 // writeGroup writes a group and brings the status up to date.
-func (l *Log) writeGroup(group []*entry) {
-	if tried, err := l.writer.writeGroup(group); tried {
-		l.wrote(err)
-	}
-}
+func (l *Log) writeGroup(group []*entry) { l.writer.writeGroup(group) }
 
 // take swaps the queue for the emptied group of before.
 func (l *Log) take(before []*entry) (group []*entry, closed bool) {
@@ -144,10 +141,9 @@ func (l *Log) wrote(err error) {
 	}
 }
 
-// writeGroup writes the entries in one write and tells each its result. It
-// returns whether there was anything to write, and the error of the entries that
-// were refused.
-func (w *writer) writeGroup(group []*entry) (tried bool, err error) {
+// writeGroup writes the entries in one write, and tells wrote, if there was
+// anything to write, and then each entry its result.
+func (w *writer) writeGroup(group []*entry) {
 	w.working, w.tried = w.working[:0], false
 	for _, e := range group {
 		if e.state.CompareAndSwap(entryWaiting, entryTaken) {
@@ -158,6 +154,9 @@ func (w *writer) writeGroup(group []*entry) (tried bool, err error) {
 	if err != nil {
 		err = fmt.Errorf("%w: %w", ErrSink, err)
 	}
+	if w.tried || err != nil {
+		w.wrote(err)
+	}
 	for i, e := range w.working {
 		if i < written {
 			e.result <- nil
@@ -166,7 +165,6 @@ func (w *writer) writeGroup(group []*entry) (tried bool, err error) {
 		}
 	}
 	clear(w.working)
-	return w.tried || err != nil, err
 }
 
 // write returns how many of the entries the sink has.
