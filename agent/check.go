@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kms-agent/kms-agent/agent/audit"
+	"github.com/kms-agent/kms-agent/agent/quota"
 )
 
 // Check is what CheckConfig found.
@@ -56,6 +57,7 @@ func (h *hostCheck) warn(path, format string, a ...any)  { h.warnings.report(pat
 
 func (h *hostCheck) run() {
 	h.ownDirectory("state_dir", h.cfg.StateDir)
+	h.counts()
 	h.ownDirectory("runtime_dir", h.cfg.RuntimeDir)
 	h.socket("listen.native.socket", h.cfg.Listen.Native.Socket)
 	h.socket("admin.socket", h.cfg.Admin.Socket)
@@ -85,6 +87,16 @@ func (h *hostCheck) ownDirectory(path, dir string) {
 	}
 	if !permitted(above, unix.W_OK|unix.X_OK) {
 		h.fault(path, "%s does not exist, and uid %d cannot make it in %s; make it: %s", dir, os.Geteuid(), above, makeDirectory(dir))
+	}
+}
+
+// counts tests what is left of the counts of daily limits.
+func (h *hostCheck) counts() {
+	if info, err := os.Stat(h.cfg.StateDir); err != nil || !info.IsDir() {
+		return // told already
+	}
+	if err := quota.Check(h.cfg.StateDir); err != nil {
+		h.fault("state_dir", "%v", err)
 	}
 }
 

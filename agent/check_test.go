@@ -97,6 +97,7 @@ func TestCheckConfigOfAHostThatLacks(t *testing.T) {
 	}{
 		{name: "state is a file", config: "state_dir: state|state_dir: token", fault: ":3:12: state_dir: DIR/token is not a directory"},
 		{name: "everybody writes state", spoil: mode("state", 0o777), fault: ":3:12: state_dir: everybody may replace files in DIR/state"},
+		{name: "counts are garbage", spoil: content("state/quota.state", "garbage"), fault: ":3:12: state_dir: the counts of daily limits cannot be read: DIR/state/quota.state: it is damaged; restore it"},
 		{name: "no log directory", spoil: remove("log"), fault: "audit.file: the directory DIR/log does not exist; make it: install -d"},
 		{name: "log is a directory", spoil: func(dir string) error { return os.Mkdir(filepath.Join(dir, "log/audit.log"), 0o700) },
 			fault: "audit.file: DIR/log/audit.log is a directory"},

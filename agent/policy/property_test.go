@@ -68,6 +68,9 @@ func drawRule(t *rapid.T, name string) policy.Rule {
 	if r.Effect != policy.Deny && rapid.Bool().Draw(t, "bounded") {
 		r.MaxStale = stale(time.Duration(rapid.IntRange(0, 5).Draw(t, "stale")) * time.Minute)
 	}
+	if r.Effect != policy.Deny && rapid.Bool().Draw(t, "limited") {
+		r.Limits = &policy.Limits{PerDay: number(1)}
+	}
 	return r
 }
 
@@ -138,6 +141,7 @@ func matches(pattern, everything, name string) bool {
 func plainly(rules []policy.Rule, r policy.Request) policy.Decision {
 	var denial, allowance string
 	var bound *time.Duration
+	var limited []string
 	for _, rule := range rules {
 		everybody := "spiffe://" + ownDomain + "/"
 		if rule.Effect == policy.Deny {
@@ -164,11 +168,14 @@ func plainly(rules []policy.Rule, r policy.Request) policy.Decision {
 		if rule.MaxStale != nil && (bound == nil || *rule.MaxStale < *bound) {
 			bound = rule.MaxStale
 		}
+		if rule.Limits != nil {
+			limited = append(limited, rule.Name)
+		}
 	}
 	if denial != "" {
 		return policy.Decision{Rule: denial}
 	}
-	return policy.Decision{Allowed: allowance != "", Rule: allowance, MaxStale: bound}
+	return policy.Decision{Allowed: allowance != "", Rule: allowance, MaxStale: bound, Limited: slices.Sorted(slices.Values(limited))}
 }
 
 func TestDecisionsAreThePlainOnes(t *testing.T) {
@@ -205,7 +212,7 @@ func TestADenyNeverAllowsMore(t *testing.T) {
 		rules, r := drawRules(t), drawRequest(t)
 		before := mustCompile(t, rules).Decide(r)
 		deny := drawRule(t, "added")
-		deny.Effect, deny.MaxStale = policy.Deny, nil
+		deny.Effect, deny.MaxStale, deny.Limits = policy.Deny, nil, nil
 		after := mustCompile(t, append(rules, deny)).Decide(r)
 		if after.Allowed && !before.Allowed {
 			t.Fatalf("allowed by %q only after a deny was added", after.Rule)
@@ -246,6 +253,9 @@ func TestExplanationsAreTheDecision(t *testing.T) {
 			}
 			if f.Matches && got.Allowed && f.MaxStale != nil && (got.MaxStale == nil || *f.MaxStale < *got.MaxStale) {
 				got.MaxStale = f.MaxStale
+			}
+			if f.Matches && got.Allowed && f.Limits != nil {
+				got.Limited = append(got.Limited, f.Rule)
 			}
 			if !f.Matches && f.Why == "" {
 				t.Fatalf("rule %s does not match and nobody says why", f.Rule)

@@ -12,17 +12,21 @@ const dayLength = 24 * time.Hour
 type clock struct {
 	boot func() time.Duration
 	wall func() time.Time
-	// ahead is by how much the clock is ahead of boot, in nanoseconds. It only
-	// grows.
-	ahead atomic.Int64
+	// ahead is by how much the clock is ahead of boot, in nanoseconds, shown the
+	// latest time that now returned. They only grow.
+	ahead, shown atomic.Int64
 }
 
 // set makes the clock show t, in nanoseconds of Unix time, at least.
 func (c *clock) set(t int64) {
-	ahead := t - int64(c.boot())
+	raise(&c.ahead, t-int64(c.boot()))
+}
+
+// raise makes a at least n.
+func raise(a *atomic.Int64, n int64) {
 	for {
-		known := c.ahead.Load()
-		if ahead <= known || c.ahead.CompareAndSwap(known, ahead) {
+		known := a.Load()
+		if n <= known || a.CompareAndSwap(known, n) {
 			return
 		}
 	}
@@ -31,12 +35,22 @@ func (c *clock) set(t int64) {
 // now is in nanoseconds of Unix time.
 func (c *clock) now() int64 {
 	c.set(c.wall().UnixNano())
-	return c.ahead.Load() + int64(c.boot())
+	now := c.ahead.Load() + int64(c.boot())
+	raise(&c.shown, now)
+	return now
 }
 
-// day is the number of the present day since 1970, and what is left of it.
+// unlooked is how far the wall clock may be ahead of shown before the boot clock,
+// which takes a system call, is read for a day.
+const unlooked = int64(time.Second)
+
+// day is the number of the present day since 1970, and what is left of it, give
+// or take unlooked.
 func (c *clock) day() (number int64, left time.Duration) {
-	now := c.now()
+	now, shown := c.wall().UnixNano(), c.shown.Load()
+	if now < shown || now-shown > unlooked || dayOf(now) != dayOf(shown) {
+		now = c.now()
+	}
 	number = dayOf(now)
 	return number, time.Duration((number+1)*int64(dayLength) - now)
 }

@@ -90,6 +90,26 @@ func TestDailyLimitSurvivesEverything(t *testing.T) {
 	})
 }
 
+// However a host's clocks are set, a day that is over never comes back, and what is
+// left of one does not grow.
+func TestDaysNeverComeBack(t *testing.T) {
+	rapid.Check(t, func(rt *rapid.T) {
+		h := newHost()
+		day := quota.Days(h.now, func() time.Time { return time.Unix(0, h.wall.Load()) })
+		last, left := day()
+		for range rapid.IntRange(1, 60).Draw(rt, "steps") {
+			h.set(noon().Add(time.Duration(rapid.Int64Range(-int64(50*time.Hour), int64(50*time.Hour)).Draw(rt, "set"))))
+			pass := time.Duration(rapid.SampledFrom([]int64{1, 1e6, 9e8, 2e9, 4e12, 2e13}).Draw(rt, "pass"))
+			h.pass(pass)
+			next, rest := day()
+			if next < last || next == last && rest > left+2*time.Second {
+				rt.Fatalf("day %d with %v left, then, after %v, day %d with %v left", last, left, pass, next, rest)
+			}
+			last, left = next, rest
+		}
+	})
+}
+
 // What a file says is what it says again, and nothing else is taken for one.
 func FuzzState(f *testing.F) {
 	r := newRig(f, quota.Limits{PerDay: 100, BytesPerDay: 1000})

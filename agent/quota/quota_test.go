@@ -1,9 +1,7 @@
 package quota_test
 
 import (
-	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -392,93 +390,4 @@ func TestNothingStoredWithoutDays(t *testing.T) {
 	if left, err := os.ReadDir(r.dir); err != nil || len(left) > 0 {
 		t.Errorf("files %v, %v", left, err)
 	}
-}
-
-func TestAdmittedCostsNoAllocation(t *testing.T) {
-	r := newRig(t, quota.Limits{Rate: 1e9, Burst: 1e9, PerDay: 1e15, BytesPerDay: 1 << 60, Concurrency: 10})
-	rules := []*quota.Rule{r.rules["r"]}
-	var h quota.Held
-	allocs := testing.AllocsPerRun(1000, func() {
-		if err := h.Take(context.Background(), r.host.now(), rules, "a", 10); err != nil {
-			t.Fatal(err)
-		}
-		h.Release()
-	})
-	if allocs > 0 {
-		t.Errorf("%v allocations per request, want none", allocs)
-	}
-}
-
-func BenchmarkTake(b *testing.B) {
-	for name, limits := range map[string]quota.Limits{
-		"rate":  {Rate: 1e9, Burst: 1e9, Concurrency: 1e6},
-		"daily": {PerDay: 1e15, BytesPerDay: 1 << 60},
-	} {
-		b.Run(name, func(b *testing.B) {
-			r := newRig(b, limits)
-			rules := []*quota.Rule{r.rules["r"]}
-			b.ReportAllocs()
-			var h quota.Held
-			for b.Loop() {
-				if err := h.Take(context.Background(), r.host.now(), rules, "spiffe://example.org/ns/shop/sa/orders", 10); err != nil {
-					b.Fatal(err)
-				}
-				h.Release()
-			}
-		})
-	}
-}
-
-// TestNobodyIsForgottenBySaves: whoever an earlier process counted stands in
-// every file, also in one that is stored while they come for the first time in
-// this one.
-func TestNobodyIsForgottenBySaves(t *testing.T) {
-	const known = 3000
-	limits := map[string]quota.Limits{"r": {PerDay: 100, BytesPerDay: 100}}
-	h, dir := newHost(), t.TempDir()
-	before := open(t, h, dir, limits)
-	var work sync.WaitGroup
-	for i := range known {
-		work.Go(func() {
-			if err := before.take(fmt.Sprint("known ", i), 1); err != nil {
-				t.Errorf("caller %d: %v", i, err)
-			}
-		})
-	}
-	work.Wait()
-	for range 20 {
-		after := before.crash(limits)
-		var come atomic.Int64
-		work.Go(func() { // too much, so that they need nothing stored
-			for i := range known {
-				if err := after.take(fmt.Sprint("known ", i), 101); err == nil {
-					t.Error("a caller has more than its limit")
-				}
-				come.Add(1)
-			}
-		})
-		for i := 1; come.Load() < known; i++ {
-			if err := after.take(fmt.Sprint("new ", i), 1); err != nil {
-				t.Fatal(err)
-			}
-			if n := after.saved("r"); n < known+i {
-				t.Fatalf("%d callers are stored, want %d", n, known+i)
-			}
-		}
-		work.Wait()
-	}
-}
-
-// saved is how many callers of a rule stand in the file.
-func (r *rig) saved(rule string) int {
-	r.t.Helper()
-	content, err := os.ReadFile(filepath.Join(r.dir, "quota.state"))
-	if err != nil {
-		r.t.Fatal(err)
-	}
-	var file struct{ Rules map[string]map[string]any }
-	if err := json.NewDecoder(bytes.NewReader(content)).Decode(&file); err != nil {
-		r.t.Fatal(err)
-	}
-	return len(file.Rules[rule])
 }

@@ -108,18 +108,25 @@ func readState(path string) (state, error) {
 		content, err = io.ReadAll(io.LimitReader(f, maxState+1))
 		_ = f.Close() // it was only read
 	}
+	if err != nil {
+		return state{}, fmt.Errorf("%w: %w; let the agent's user read it", ErrState, err)
+	}
+	s, err := parseState(content)
 	if err == nil && len(content) > maxState {
 		err = errDamaged
-	}
-	var s state
-	if err == nil {
-		s, err = parseState(content)
 	}
 	if err != nil {
 		return state{}, fmt.Errorf("%w: %s: %w; restore it from a backup of the state directory, or remove it, "+
 			"which gives every caller the whole of today's limits again", ErrState, path, err)
 	}
 	return s, nil
+}
+
+// Check reports whether the counts in the state directory dir can be read, or
+// there are none. The error is that of Open.
+func Check(dir string) error {
+	_, err := readState(filepath.Join(dir, stateName))
+	return err
 }
 
 // write replaces the file: at any moment, and after any crash, it is the old one
