@@ -109,6 +109,9 @@ type EncryptRequest struct {
 	Limits Limits
 	// Bytes is the size of the message's plaintext.
 	Bytes uint64
+	// Reserve says that Bytes is the most that it can be, and that GiveBack will
+	// be called once it is known how much it was.
+	Reserve bool
 	// MaxStale bounds the age of the confirmation at Arrived, beside MaxAge; nil
 	// is no bound, zero is a confirmation whose call began after Arrived.
 	MaxStale *time.Duration

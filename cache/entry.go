@@ -24,8 +24,10 @@ type entry struct {
 	limits          Limits
 	created, used   time.Duration
 	messages, bytes uint64
-	owner           *share
-	element         *list.Element // of owner.entries
+	// reserved counts the uses that may give bytes back.
+	reserved int
+	owner    *share
+	element  *list.Element // of owner.entries
 	// other is the last caller that used it and is not the owner.
 	other string
 }
@@ -36,7 +38,7 @@ func (e *entry) over(l Limits, now time.Duration) bool {
 		return true
 	}
 	return e.place.Authority.Direction == Encrypt &&
-		(l.MaxLifetime != 0 && now-e.created >= l.MaxLifetime || e.messages >= l.messages() || e.bytesLeft(l) == 0)
+		(l.MaxLifetime != 0 && now-e.created >= l.MaxLifetime || e.messages >= l.messages() || e.bytesLeft(l) == 0 && e.reserved == 0)
 }
 
 // messages is the number of messages that one data key may encrypt.

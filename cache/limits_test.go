@@ -203,44 +203,64 @@ func TestLargeMessageInAnOutage(t *testing.T) {
 	})
 }
 
-// TestGiveBack: what is given back may be used again, no more than was taken,
-// by no use twice, and not by what only decrypts.
+// TestGiveBack: what is given back may be used again, no more than was
+// reserved, and once.
 func TestGiveBack(t *testing.T) {
 	bubble(t, func(r *rig) {
-		take := func(bytes uint64) *cache.Use {
+		take := func(bytes uint64, reserve bool, wantFill int) *cache.Use {
 			t.Helper()
-			u, err := r.Encrypt(r.t.Context(), r.encryption(func(req *cache.EncryptRequest) { req.Limits.MaxBytes, req.Bytes = 1000, bytes }))
+			u, err := r.Encrypt(r.t.Context(), r.encryption(func(req *cache.EncryptRequest) {
+				req.Limits.MaxBytes, req.Bytes, req.Reserve = 1000, bytes, reserve
+			}))
 			if err != nil {
 				t.Fatal(err)
 			}
 			defer u.Release()
+			if u.Origin() != wantFill {
+				t.Errorf("data key of fill %v, want %d", u.Origin(), wantFill)
+			}
 			return u
 		}
-		want := func(u *cache.Use, fill int) {
-			t.Helper()
-			if u.Origin() != fill {
-				t.Errorf("data key of fill %v, want %d", u.Origin(), fill)
-			}
-		}
-		first := take(400)
-		second := take(600)
+		first := take(400, true, 1)
+		second := take(600, true, 1)
 		r.GiveBack(second, 500)
-		third := take(500)
-		want(third, 1)
-		r.GiveBack(second, 1<<63) // 100 are left of it
-		want(take(100), 1)
-		r.GiveBack(second, 100)
-		large := take(101)
-		want(large, 2)
-		r.GiveBack(first, 400) // of a data key that is gone
-		want(take(899), 2)
-		want(take(1), 3)
-		opened, err := r.Decrypt(r.t.Context(), r.decryption(1))
+		r.GiveBack(second, 100) // it has ended
+		take(500, false, 1)
+		r.GiveBack(first, 1<<63) // 400 at most
+		plain := take(400, false, 1)
+		r.GiveBack(plain, 400) // nothing was reserved
+		third := take(1, true, 2)
+		take(999, false, 2)
+		fourth := take(1, true, 3)
+		r.GiveBack(third, 1) // of a data key that is gone
+		r.GiveBack(fourth, 0)
+		take(999, false, 3)
+		take(1, false, 4)
+	})
+}
+
+// TestReservedInAnOutage: a reservation keeps the data key from others as long
+// as it lasts, and does not destroy it.
+func TestReservedInAnOutage(t *testing.T) {
+	bubble(t, func(r *rig) {
+		defer r.run()()
+		whole := func(req *cache.EncryptRequest) { req.Limits.MaxBytes, req.Bytes, req.Reserve = 1000, 1000, true }
+		small := func(req *cache.EncryptRequest) { req.Limits.MaxBytes = 1000 }
+		u, err := r.Encrypt(r.t.Context(), r.encryption(whole))
 		if err != nil {
 			t.Fatal(err)
 		}
-		defer opened.Release()
-		r.GiveBack(opened, 1)
+		defer u.Release()
+		r.up.say(errDown, errDown)
+		_, _, err = r.encrypt(small)
+		refused(t, err, errDown)
+		time.Sleep(3 * time.Second)
+		r.GiveBack(u, 900)
+		f, n, err := r.encrypt(small)
+		served(t, f, n, err)
+		if n != 1 {
+			t.Errorf("data key of fill %d, want 1", n)
+		}
 	})
 }
 

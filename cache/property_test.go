@@ -46,6 +46,7 @@ type step struct {
 	MaxStale      *time.Duration
 	Fill, Confirm cache.Verdict
 	Delay         time.Duration
+	Reserve       bool
 }
 
 func drawStep(t *rapid.T) step {
@@ -65,6 +66,7 @@ func drawStep(t *rapid.T) step {
 		MaxStale: rapid.SampledFrom([]*time.Duration{nil, nil, nil, stale(0), stale(3 * time.Second), stale(time.Hour)}).Draw(t, "maxStale"),
 		Fill:     rapid.SampledFrom([]cache.Verdict{cache.Yes, cache.Yes, cache.Unreachable, cache.No, cache.Other}).Draw(t, "fill"),
 		Confirm:  rapid.SampledFrom([]cache.Verdict{cache.Yes, cache.Yes, cache.Unreachable, cache.No, cache.Other}).Draw(t, "confirm"),
+		Reserve:  rapid.Bool().Draw(t, "reserve"),
 		Delay:    rapid.SampledFrom([]time.Duration{time.Microsecond, time.Microsecond, 50 * time.Millisecond, 2 * time.Second}).Draw(t, "delay"),
 	}
 }
@@ -261,16 +263,21 @@ func (w *world) request(s step, d cache.Direction, alone bool) {
 	case must != "":
 		w.faultLocked("%v refused (%v), though it is %s", a, err, must)
 	}
-	if use != nil {
-		use.Release()
+	if use == nil {
+		return
 	}
+	if n, _ := use.Origin().(int); s.Reserve && d == cache.Encrypt {
+		w.GiveBack(use, s.Size/2)
+		w.keys[n].bytes -= s.Size / 2
+	}
+	use.Release()
 }
 
 func (w *world) ask(s step, a cache.Authority) (*cache.Use, error) {
 	if a.Direction == cache.Encrypt {
 		return w.Encrypt(w.t.Context(), cache.EncryptRequest{
 			Caller: s.Caller, Slot: cache.Slot{Key: "orders", Authority: a, Partition: fmt.Sprint(s.Place)}, Limits: small,
-			Bytes: s.Size, MaxStale: s.MaxStale, Arrived: w.now(), Fill: w.fill(a, s.Place),
+			Bytes: s.Size, Reserve: s.Reserve, MaxStale: s.MaxStale, Arrived: w.now(), Fill: w.fill(a, s.Place),
 		})
 	}
 	return w.Decrypt(w.t.Context(), cache.DecryptRequest{

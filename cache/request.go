@@ -11,7 +11,9 @@ type request struct {
 	caller string
 	limits Limits
 	bytes  uint64
-	fill   Fill
+	// reserve: GiveBack will follow.
+	reserve bool
+	fill    Fill
 	// began is when the cache was asked. notBefore is the time that max_stale
 	// wants the last confirmation not to be before.
 	began, notBefore time.Duration
@@ -45,6 +47,7 @@ func (c *Cache) Encrypt(ctx context.Context, r EncryptRequest) (*Use, error) {
 		return nil, ErrTooLarge
 	}
 	req := newRequest(place{Slot: r.Slot}, r.Caller, r.Limits, r.Bytes, r.Fill, c.cfg.Now(), r.MaxStale, r.Arrived)
+	req.reserve = r.Reserve
 	return c.get(ctx, &req)
 }
 
@@ -139,9 +142,12 @@ func (c *Cache) serveLocked(r *request, now time.Duration) *Use {
 		e.messages++
 		e.bytes += r.bytes
 	}
+	if r.reserve {
+		e.reserved++
+	}
 	a.usedLocked(r.limits.MaxAge, now)
 	e.secret.hold()
-	return &Use{entry: e, bytes: r.bytes, freshness: Freshness{Source: Cached, Age: max(0, now-a.confirmed)}}
+	return &Use{entry: e, bytes: r.bytes, reserved: r.reserve, freshness: Freshness{Source: Cached, Age: max(0, now-a.confirmed)}}
 }
 
 func (a *authority) usedLocked(maxAge, now time.Duration) {

@@ -44,7 +44,8 @@ type Freshness struct {
 type Use struct {
 	entry     *entry // its secret and origin never change
 	freshness Freshness
-	bytes     uint64 // counted for it; guarded by Cache.mu
+	bytes     uint64 // that were reserved; guarded by Cache.mu
+	reserved  bool   // guarded by Cache.mu
 	released  atomic.Bool
 }
 
@@ -65,13 +66,16 @@ func (u *Use) Release() {
 	}
 }
 
-// GiveBack takes bytes off what EncryptRequest.Bytes counted for a Use: those
-// that nothing was, nor will be, encrypted of. More than were counted for it
-// are never given back.
+// GiveBack ends the reservation of an EncryptRequest: so many of its bytes were
+// not encrypted, nor will be. More than were reserved are not given back, nor
+// anything twice.
 func (c *Cache) GiveBack(u *Use, bytes uint64) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	bytes = min(bytes, u.bytes)
-	u.bytes -= bytes
-	u.entry.bytes -= bytes
+	if !u.reserved {
+		return
+	}
+	u.reserved = false
+	u.entry.reserved--
+	u.entry.bytes -= min(bytes, u.bytes)
 }

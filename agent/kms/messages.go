@@ -47,7 +47,7 @@ func (s *Service) Encrypt(ctx context.Context, call Call, req EncryptRequest) (E
 // seal makes a message for a caller who may.
 func (t *transaction) seal(ctx context.Context, k *key, plaintext []byte, encryptionContext map[string]string) (EncryptResponse, error) {
 	t.record.BytesIn = uint64(len(plaintext))
-	use, err := t.encryptionKey(ctx, k, encryptionContext, uint64(len(plaintext)))
+	use, err := t.encryptionKey(ctx, k, encryptionContext, uint64(len(plaintext)), false)
 	if err != nil {
 		return EncryptResponse{}, err
 	}

@@ -147,7 +147,7 @@ func (t *transaction) beginEncrypt(ctx context.Context, req EncryptStreamRequest
 	if req.LengthLimit > 0 {
 		limit = req.LengthLimit
 	}
-	use, err := t.encryptionKey(ctx, k, req.Context, limit)
+	use, err := t.encryptionKey(ctx, k, req.Context, limit, true)
 	if err != nil {
 		return nil, err
 	}

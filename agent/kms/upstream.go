@@ -67,8 +67,9 @@ func (t *transaction) waited(use *cache.Use, began time.Time) {
 }
 
 // encryptionKey takes a data key for one message of that many bytes from the
-// cache, which wraps a new one where it has to.
-func (t *transaction) encryptionKey(ctx context.Context, k *key, encryptionContext map[string]string, bytes uint64) (*cache.Use, error) {
+// cache, which wraps a new one where it has to. With reserve it is the most that
+// they can be, and cache.GiveBack follows.
+func (t *transaction) encryptionKey(ctx context.Context, k *key, encryptionContext map[string]string, bytes uint64, reserve bool) (*cache.Use, error) {
 	version, err := t.current(ctx, k)
 	if err != nil {
 		return nil, err
@@ -79,7 +80,7 @@ func (t *transaction) encryptionKey(ctx context.Context, k *key, encryptionConte
 		Slot: cache.Slot{
 			Key: k.Name, Authority: k.wrapping.authority(version, cache.Encrypt), Partition: partition,
 		},
-		Limits: k.Limits, Bytes: bytes, MaxStale: t.maxStale, Arrived: t.arrived,
+		Limits: k.Limits, Bytes: bytes, Reserve: reserve, MaxStale: t.maxStale, Arrived: t.arrived,
 		Fill: func(ctx context.Context) (cache.Material, error) {
 			m, err := t.service.newMessageKey(ctx, k, version, partition, encryptionContext)
 			return t.service.stillWanted(k, m, err)
