@@ -62,7 +62,7 @@ func Open(dir string, boot func() time.Duration, wall func() time.Time) (*Keeper
 func (k *Keeper) rule(name string) *Rule {
 	r := k.rules[name]
 	if r == nil {
-		r = &Rule{name: name, keeper: k}
+		r = &Rule{name: name, keeper: k, unused: -1}
 		r.limits.Store(&Limits{})
 		for i := range r.shards {
 			r.shards[i].counters = map[string]*counter{}
@@ -84,26 +84,34 @@ func (k *Keeper) Configure(limits map[string]Limits) map[string]*Rule {
 			rules[name].limits.Store(&l)
 		}
 	}
-	var others []*Rule
-	for name, r := range k.rules {
-		if rules[name] == nil {
-			others = append(others, r)
-		}
-	}
 	k.inUse = slices.Sorted(maps.Keys(rules))
 	k.mu.Unlock()
-	for _, r := range others {
-		r.limits.Store(&Limits{})
+	for _, r := range k.all() {
 		r.sweep()
 	}
+	k.forget(rules)
+	return rules
+}
+
+// unusedFor is how long a rule that is not in use is kept at least, with its
+// limits: longer than a request lasts that began while it was.
+const unusedFor = time.Hour
+
+// forget drops rules that have not been in use for long and count nobody.
+func (k *Keeper) forget(used map[string]*Rule) {
+	now := k.clock.boot()
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	for _, r := range others {
-		if r.callers.Load() == 0 && !slices.Contains(k.inUse, r.name) {
-			delete(k.rules, r.name)
+	for name, r := range k.rules {
+		switch {
+		case used[name] != nil:
+			r.unused = -1
+		case r.unused < 0:
+			r.unused = now
+		case now-r.unused > unusedFor && r.callers.Load() == 0:
+			delete(k.rules, name)
 		}
 	}
-	return rules
 }
 
 // batch is a save, for those who wait for it.

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -233,6 +232,27 @@ func TestReloadKeepsCounters(t *testing.T) {
 	}
 }
 
+// What began under a configuration is counted by it, however often that has been
+// replaced; a rule that nobody uses any more is forgotten in the end.
+func TestRuleThatIsGone(t *testing.T) {
+	r := newRig(t, quota.Limits{PerDay: 3})
+	if got := r.takeAll("a", 0, 1); got != 1 {
+		t.Fatal("not even one")
+	}
+	for range 3 {
+		r.Configure(nil)
+		r.host.pass(time.Minute)
+	}
+	if got := r.takeAll("a", 0, 9); got != 2 {
+		t.Errorf("%d more requests that began before the rule was gone, want 2", got)
+	}
+	r.host.pass(24 * time.Hour)
+	r.Configure(nil)
+	if r.rules = r.Configure(map[string]quota.Limits{"r": {PerDay: 3}}); r.takeAll("a", 0, 9) != 3 {
+		t.Error("the next day does not begin afresh")
+	}
+}
+
 // A flood of callers meets a bound, and is forgotten when there is nothing to
 // remember of it.
 func TestFloodOfCallers(t *testing.T) {
@@ -292,72 +312,6 @@ func TestFloodDoesNotForgetTheDay(t *testing.T) {
 	if err := r.take("one more", 0); err != nil {
 		t.Errorf("on the next day: %v", err)
 	}
-}
-
-func TestDiskTrouble(t *testing.T) {
-	limits := map[string]quota.Limits{"r": {PerDay: 640}}
-	h := newHost()
-	r := open(t, h, t.TempDir(), limits)
-	if err := r.take("a", 0); err != nil {
-		t.Fatal(err)
-	}
-	obstacle := filepath.Join(r.dir, "quota.state.new")
-	if err := os.MkdirAll(filepath.Join(obstacle, "x"), 0o700); err != nil {
-		t.Fatal(err)
-	}
-	var err error
-	served := 1
-	for ; err == nil; served++ {
-		err = r.take("a", 0)
-	}
-	if !errors.Is(err, quota.ErrUnavailable) || served > 22 || !strings.Contains(err.Error(), r.dir) {
-		t.Fatalf("after %d requests: %v", served, err)
-	}
-	if _, fault := r.Status(); fault == nil {
-		t.Error("status tells nothing")
-	}
-	if err := os.RemoveAll(obstacle); err != nil {
-		t.Fatal(err)
-	}
-	h.pass(time.Second)
-	if err := r.take("a", 0); err != nil {
-		t.Errorf("after the trouble: %v", err)
-	}
-	if _, fault := r.Status(); fault != nil {
-		t.Errorf("status: %v", fault)
-	}
-}
-
-// Counts that cannot be read are no reason to begin anew.
-func TestDamagedState(t *testing.T) {
-	limits := map[string]quota.Limits{"r": {PerDay: 5}}
-	h := newHost()
-	r := open(t, h, t.TempDir(), limits)
-	r.takeAll("a", 0, 5)
-	if err := r.Close(); err != nil {
-		t.Fatal(err)
-	}
-	path := filepath.Join(r.dir, "quota.state")
-	good, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	for name, content := range map[string]string{
-		"empty": "", "cut": string(good[:len(good)-3]), "changed": strings.Replace(string(good), "[5,", "[1,", 1),
-		"newer": strings.Replace(string(good), `"format":1`, `"format":2`, 1),
-	} {
-		if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		_, err := quota.Open(r.dir, h.now, time.Now)
-		if !errors.Is(err, quota.ErrState) || !strings.Contains(err.Error(), path) || !strings.Contains(err.Error(), "remove it") {
-			t.Errorf("%s: %v", name, err)
-		}
-	}
-	if err := os.WriteFile(path, good, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	wantExceeded(t, open(t, h, r.dir, limits).take("a", 0), quota.PerDay)
 }
 
 // A caller that leaves while a block is being stored is not counted.

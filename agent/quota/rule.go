@@ -3,6 +3,7 @@ package quota
 import (
 	"crypto/sha256"
 	"hash/maphash"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -127,7 +128,8 @@ const shards = 16
 type Rule struct {
 	name   string
 	keeper *Keeper
-	limits atomic.Pointer[Limits] // of the configuration in use; never nil
+	unused time.Duration          // keeper.mu guards it: since when it is not in use; -1: it is
+	limits atomic.Pointer[Limits] // of the last configuration that had some; never nil
 	// callers counts those in shards and in restored.
 	callers atomic.Int64
 	swept   atomic.Int64 // when it was last, as time.Duration
@@ -172,7 +174,7 @@ func (r *Rule) counter(caller string) *counter {
 		r.callers.Add(-1)
 		return nil
 	}
-	s.counters[caller] = c
+	s.counters[strings.Clone(caller)] = c // not what it is a part of
 	return c
 }
 

@@ -3,12 +3,15 @@ package quota_test
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/kms-agent/kms-agent/agent/quota"
 )
@@ -65,4 +68,70 @@ func (r *rig) saved(rule string) int {
 		r.t.Fatal(err)
 	}
 	return len(file.Rules[rule])
+}
+
+func TestDiskTrouble(t *testing.T) {
+	limits := map[string]quota.Limits{"r": {PerDay: 640}}
+	h := newHost()
+	r := open(t, h, t.TempDir(), limits)
+	if err := r.take("a", 0); err != nil {
+		t.Fatal(err)
+	}
+	obstacle := filepath.Join(r.dir, "quota.state.new")
+	if err := os.MkdirAll(filepath.Join(obstacle, "x"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	var err error
+	served := 1
+	for ; err == nil; served++ {
+		err = r.take("a", 0)
+	}
+	if !errors.Is(err, quota.ErrUnavailable) || served > 22 || !strings.Contains(err.Error(), r.dir) {
+		t.Fatalf("after %d requests: %v", served, err)
+	}
+	if _, fault := r.Status(); fault == nil {
+		t.Error("status tells nothing")
+	}
+	if err := os.RemoveAll(obstacle); err != nil {
+		t.Fatal(err)
+	}
+	h.pass(time.Second)
+	if err := r.take("a", 0); err != nil {
+		t.Errorf("after the trouble: %v", err)
+	}
+	if _, fault := r.Status(); fault != nil {
+		t.Errorf("status: %v", fault)
+	}
+}
+
+// Counts that cannot be read are no reason to begin anew.
+func TestDamagedState(t *testing.T) {
+	limits := map[string]quota.Limits{"r": {PerDay: 5}}
+	h := newHost()
+	r := open(t, h, t.TempDir(), limits)
+	r.takeAll("a", 0, 5)
+	if err := r.Close(); err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(r.dir, "quota.state")
+	good, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, content := range map[string]string{
+		"empty": "", "cut": string(good[:len(good)-3]), "changed": strings.Replace(string(good), "[5,", "[1,", 1),
+		"newer": strings.Replace(string(good), `"format":1`, `"format":2`, 1),
+	} {
+		if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		_, err := quota.Open(r.dir, h.now, time.Now)
+		if !errors.Is(err, quota.ErrState) || !strings.Contains(err.Error(), path) || !strings.Contains(err.Error(), "remove it") {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	if err := os.WriteFile(path, good, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	wantExceeded(t, open(t, h, r.dir, limits).take("a", 0), quota.PerDay)
 }
