@@ -66,6 +66,9 @@ func (h *Held) Add(ctx context.Context, now time.Duration, bytes uint64) error {
 // it. It is idempotent.
 func (h *Held) Release() {
 	for _, u := range h.uses {
+		if u.counter == nil {
+			continue // the Keeper has closed meanwhile
+		}
 		u.counter.mu.Lock()
 		u.counter.running--
 		u.counter.mu.Unlock()

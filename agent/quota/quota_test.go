@@ -345,3 +345,22 @@ func TestNothingStoredWithoutDays(t *testing.T) {
 		t.Errorf("files %v, %v", left, err)
 	}
 }
+
+// TestCloseBeforeTheEnd: a request that is under way when the Keeper closes can
+// go no further, and can end.
+func TestCloseBeforeTheEnd(t *testing.T) {
+	r := open(t, newHost(), t.TempDir(), map[string]quota.Limits{"a": {BytesPerDay: 1000}, "b": {Concurrency: 1}})
+	var h quota.Held
+	if err := r.hold(&h, "alice", 1); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.Close(); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if err := h.Add(t.Context(), r.host.now(), 1); !errors.Is(err, quota.ErrUnavailable) {
+			t.Errorf("error = %v, want ErrUnavailable", err)
+		}
+	}
+	h.Release()
+}
