@@ -167,7 +167,8 @@ func child(dir string) error {
 	}
 }
 
-const childLimit = 2000
+// childLimit is more than fits into a pipe, so that no child ends before it is killed.
+const childLimit = 40_000
 
 // Whatever a killed process has served, all of them together serve no more than
 // the limit, and each kill costs two blocks at most.
