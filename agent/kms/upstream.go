@@ -277,6 +277,9 @@ func upstreamFailure(e *Error, err error) {
 	default:
 		e.Reason, e.RetryAfter = ReasonBackendDown, retryAfter(err)
 		e.Message = "the backend cannot be reached now; retry"
+		if errors.Is(err, plugins.ErrCrowded) {
+			e.Message = "too many calls wait for the backend, or it is slow; retry, and send fewer at once"
+		}
 	}
 }
 
