@@ -21,15 +21,24 @@ func (s *Supervisor) Replace(ctx context.Context) error {
 	case <-ctx.Done():
 		return fmt.Errorf("plugin %q: %w", s.cfg.Name, ctx.Err())
 	case <-s.ended:
-		return fmt.Errorf("plugin %q is stopped", s.cfg.Name)
+		return s.stopped()
 	}
 	select {
 	case err := <-r.done:
 		return err
+	case <-s.ended: // Run took the request and ended before it could start a process
+		select {
+		case err := <-r.done:
+			return err
+		default:
+			return s.stopped()
+		}
 	case <-ctx.Done():
 		return fmt.Errorf("plugin %q: the new process is not ready yet: %w", s.cfg.Name, ctx.Err())
 	}
 }
+
+func (s *Supervisor) stopped() error { return fmt.Errorf("plugin %q is stopped", s.cfg.Name) }
 
 // answer tells those who asked for a process how its start went.
 func (r *request) answer(err error) {

@@ -2,6 +2,7 @@ package host_test
 
 import (
 	"context"
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
@@ -148,5 +149,38 @@ func TestReplaceEndsTheWait(t *testing.T) {
 	_ = end()
 	if err := s.Replace(bounded(t)); err == nil || !strings.Contains(err.Error(), "stopped") {
 		t.Errorf("Replace after the end: %v", err)
+	}
+}
+
+// Who asks for a process just when the supervisor ends gets an answer.
+func TestReplaceAtTheEnd(t *testing.T) {
+	for range 20 {
+		ctx, cancel := context.WithCancel(t.Context())
+		asking, asked := make(chan struct{}), make(chan error, 1)
+		cfg := config(t, puppetSettings{})
+		cfg.Self, cfg.Command, cfg.SHA256 = false, "/nonexistent", strings.Repeat("0", 64)
+		cfg.BackoffMin, cfg.BackoffMax = time.Minute, time.Minute
+		cfg.OnState = func(s host.Status) {
+			if s.State == host.Down {
+				<-asking
+				cancel()
+			}
+		}
+		s, err := host.New(cfg)
+		if err != nil {
+			t.Fatal(err)
+		}
+		patient, stop := context.WithTimeout(context.Background(), 5*time.Second)
+		go func() {
+			close(asking)
+			asked <- s.Replace(patient)
+		}()
+		if err := s.Run(ctx); !errors.Is(err, context.Canceled) {
+			t.Errorf("Run: %v", err)
+		}
+		if err := <-asked; err == nil || errors.Is(err, context.DeadlineExceeded) {
+			t.Fatalf("Replace: %v, want an error at once", err)
+		}
+		stop()
 	}
 }
