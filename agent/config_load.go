@@ -267,6 +267,14 @@ func readRegular(path string, file *os.File) ([]byte, error) {
 	if len(data) > maxConfigSize {
 		return nil, fmt.Errorf("%s is larger than %s", path, Size(maxConfigSize))
 	}
+	// What is half written may be valid and mean something else.
+	after, err := file.Stat()
+	if err != nil {
+		return nil, err
+	}
+	if after.Size() != int64(len(data)) || !after.ModTime().Equal(info.ModTime()) {
+		return nil, fmt.Errorf("%s changed while it was read; write to another file and rename that to its place", path)
+	}
 	return data, nil
 }
 
