@@ -74,6 +74,9 @@ var (
 	// ErrNotReady means that callers with SVIDs cannot be served at the moment, or
 	// at all: the agent has no X.509-SVID of its own, or no JWT bundles.
 	ErrNotReady = fmt.Errorf("%w: the agent cannot verify SVIDs", ErrUnidentified)
+	// ErrThrottled means that the caller's JWT-SVID was not looked at, since too
+	// many bad ones came from its user of the host. It may be good: retry.
+	ErrThrottled = fmt.Errorf("%w: its SVID was not looked at", ErrUnidentified)
 )
 
 // Verifier is one way of proving who is at the other end of a connection,

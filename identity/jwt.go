@@ -26,11 +26,12 @@ type jwtVerifier struct {
 	now      func() time.Time
 	// accepted is replaced when what it was accepted by changes.
 	accepted atomic.Pointer[acceptedTokens]
+	failures tokenFailures
 }
 
 // verify judges the values of a request's authorization metadata. An accepted
-// token is remembered by its hash; a refused one leaves no trace, and costs one
-// signature's verification at most.
+// token is remembered by its hash; a refused one leaves no trace but a count of its
+// user's, and costs one signature's verification at most.
 func (v *jwtVerifier) verify(values []string, peer Peer) (Caller, error) {
 	token, err := bearer(values)
 	if err != nil {
@@ -51,7 +52,11 @@ func (v *jwtVerifier) verify(values []string, peer Peer) (Caller, error) {
 	hash := hashOf(token)
 	found, ok := known.find(hash, now)
 	if !ok {
-		if found, err = v.judge(token, known, now); err != nil {
+		// One that was accepted on this basis before is no guess.
+		if found.id.IsZero() && !v.failures.allow(peer.UID, now) {
+			return Caller{}, fmt.Errorf("%w: processes of uid %d sent too many tokens whose signatures do not hold; retry in a moment, and see in the audit log who sends them", ErrThrottled, peer.UID)
+		}
+		if found, err = v.judge(token, known, peer.UID, now); err != nil {
 			return Caller{}, err
 		}
 		known.add(hash, found, now)
@@ -87,9 +92,9 @@ func (v *jwtVerifier) knownBy(trust *jwtTrust, audience string, own spiffeid.Tru
 	return next
 }
 
-// judge verifies a token. What can be seen without its signature is looked at
+// judge verifies a token that a user's process sent. What can be seen without its signature is looked at
 // first: a token that is refused for it costs no public-key operation.
-func (v *jwtVerifier) judge(token string, by *acceptedTokens, now time.Time) (acceptedToken, error) {
+func (v *jwtVerifier) judge(token string, by *acceptedTokens, uid uint32, now time.Time) (acceptedToken, error) {
 	if !isCompactJWS(token) {
 		return acceptedToken{}, fmt.Errorf("%w: the token is no JWS in compact serialisation, as a JWT-SVID is: three parts of base64url with dots between", ErrUntrusted)
 	}
@@ -102,12 +107,22 @@ func (v *jwtVerifier) judge(token string, by *acceptedTokens, now time.Time) (ac
 	}
 	svid, err := jwtsvid.ParseAndValidate(token, by.trust, by.audience)
 	if err != nil {
+		if !keyMissing(err) {
+			v.failures.note(uid, now)
+		}
 		return acceptedToken{}, untrustedToken(err)
 	}
 	if err := v.checkClaims(svid, by, now); err != nil {
 		return acceptedToken{}, err
 	}
 	return acceptedToken{id: svid.ID, expires: svid.Expiry}, nil
+}
+
+// keyMissing says whether a token was refused before its signature was looked at,
+// since the bundles have no key of its name: so are honest ones after a rotation.
+// go-spiffe tells by its text only; what it does not tell is no reason to think so.
+func keyMissing(err error) bool {
+	return strings.HasPrefix(err.Error(), "jwtsvid: no JWT authority ") || strings.HasPrefix(err.Error(), "jwtsvid: no bundle ")
 }
 
 // checkClaims holds what go-spiffe does not: exactly one audience, since a token

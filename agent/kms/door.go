@@ -203,7 +203,9 @@ func (t *transaction) finish(ctx context.Context, err error) error {
 		r.Outcome, r.Reason, r.Detail = audit.Error, string(ReasonOf(err)), detailOf(err)
 	}
 	reason := ReasonOf(err)
-	if reason == ReasonAccessDenied || reason == ReasonUnidentified || reason == ReasonQuotaExceeded {
+	// Who is not known is denied, and counted so, also where a retry may help.
+	unknown := reason == ReasonUnidentified || (reason == ReasonTooManyRequests && t.call.Caller.Proof == "")
+	if unknown || reason == ReasonAccessDenied || reason == ReasonQuotaExceeded {
 		r.Outcome = audit.Denied
 	}
 	if r.Outcome == audit.Denied && reason != ReasonQuotaExceeded && t.note != "" {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"runtime/debug"
 	"strconv"
+	"time"
 
 	"go.uber.org/zap"
 	"google.golang.org/grpc/tap"
@@ -76,9 +77,7 @@ func (d *Door) admit(ctx context.Context, call *kms.Call, method string) error {
 	caller, err := d.identify(ctx)
 	call.Caller = caller
 	if err != nil {
-		return d.Service.Refuse(ctx, *call, operation, &kms.Error{
-			Reason: kms.ReasonUnidentified, Cause: err, Message: "the agent does not know this caller: " + err.Error(),
-		})
+		return d.Service.Refuse(ctx, *call, operation, unidentified(err))
 	}
 	call.Recheck = func() error { _, err := d.identify(ctx); return err }
 	if err := d.gate.Enter(caller.ID.String()); err != nil {
@@ -89,6 +88,15 @@ func (d *Door) admit(ctx context.Context, call *kms.Call, method string) error {
 		return err
 	}
 	return nil
+}
+
+// unidentified is what a caller is told whom nobody vouches for.
+func unidentified(err error) *kms.Error {
+	refusal := &kms.Error{Reason: kms.ReasonUnidentified, Cause: err, Message: "the agent does not know this caller: " + err.Error()}
+	if errors.Is(err, identity.ErrThrottled) {
+		refusal.Reason, refusal.RetryAfter = kms.ReasonTooManyRequests, time.Second
+	}
+	return refusal
 }
 
 // over puts on record a request that ended just before its handler began, and
