@@ -5,6 +5,7 @@ import (
 	"compress/gzip"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"strings"
@@ -21,6 +22,7 @@ import (
 
 	adminv1 "github.com/kms-agent/kms-agent/api/admin/v1"
 	kmsagentv1 "github.com/kms-agent/kms-agent/api/kmsagent/v1"
+	"github.com/kms-agent/kms-agent/plugins/local"
 )
 
 // administrator is configText with every operation for this user.
@@ -52,15 +54,27 @@ func TestEvictByAdministrator(t *testing.T) {
 	r := newRig(t, administrator())
 	r.start()
 	c, admin := r.as("orders"), r.admin()
+	version := 1
 	encrypt := func() {
 		t.Helper()
-		if _, err := c.Encrypt(t.Context(), &kmsagentv1.EncryptRequest{Key: "orders"}); err != nil {
-			t.Fatal(err)
+		answer, err := c.Encrypt(t.Context(), &kmsagentv1.EncryptRequest{Key: "orders"})
+		if err != nil || answer.GetKeyUse().GetKeyVersion() != fmt.Sprint(version) {
+			t.Fatalf("encrypt: %v, %v; want version %d", answer.GetKeyUse(), err, version)
 		}
 	}
 	encrypt()
+	ks, err := local.Open(r.path("keystore"), local.Seal{KeyFile: r.path("keystore.key")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ks.Close()
 	for _, request := range []*adminv1.EvictRequest{{Key: "orders"}, {All: true}} {
 		before := r.await("a cached data key", func(s *adminv1.StatusResponse) bool { return s.GetCache().GetEncryptionKeys() == 1 })
+		if _, err := ks.Rotate("orders"); err != nil {
+			t.Fatal(err)
+		}
+		encrypt() // as before: what is cached is used
+		version++
 		answer, err := admin.Evict(t.Context(), request)
 		if err != nil || answer.GetEvicted() != 1 {
 			t.Errorf("evict %v = %v, %v", request, answer, err)

@@ -106,12 +106,17 @@ func (t *transaction) administrator(op AdminOperation) bool {
 // when the name is empty, and returns how many there were. It returns false
 // when there is no such key.
 func (s *Service) Evict(name string) (int, bool) {
+	state := s.state.Load()
 	if name == "" {
+		for _, k := range state.keys {
+			k.wrapping.askAgain()
+		}
 		return s.cache.EvictAll(), true
 	}
-	k := s.state.Load().keys[name]
+	k := state.keys[name]
 	if k == nil {
 		return 0, false
 	}
+	k.wrapping.askAgain()
 	return s.cache.EvictKey(k.Name), true
 }

@@ -116,6 +116,24 @@ func (s *Service) describe(ctx context.Context, w *wrapping, maxAge time.Duratio
 	return known, nil
 }
 
+// askAgain makes the next use of the wrapping key ask for its versions, however new
+// the last answer is. Where upstream does not answer, the last answer stands.
+func (w *wrapping) askAgain() {
+	for {
+		old := w.described.Load()
+		if old == nil {
+			return
+		}
+		if w.described.CompareAndSwap(old, &described{Description: old.Description, at: longAgo}) {
+			w.asked.Store(int64(longAgo))
+			return
+		}
+	}
+}
+
+// longAgo is before anything that a caller may find too old.
+const longAgo = time.Duration(-1 << 61)
+
 // askDescription asks upstream, once for all who wait.
 func (s *Service) askDescription(ctx context.Context, w *wrapping) (*described, error) {
 	result := w.flight.DoChan("", func() (any, error) {
