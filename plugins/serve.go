@@ -107,12 +107,16 @@ func closeOnTerm(b Backend, stderr io.Writer) {
 	os.Exit(0)
 }
 
+// AnswerMargin returns how much earlier than its caller a backend gives up that
+// has so much time: a tenth of it, 250 ms at most.
+func AnswerMargin(left time.Duration) time.Duration { return min(left/10, answerMargin) }
+
 // answerInTime gives the backend a little less time than its caller has: an
 // upstream that does not answer is told as such, and not mistaken for a process
 // that hangs.
 func answerInTime(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
 	if deadline, ok := ctx.Deadline(); ok {
-		earlier, cancel := context.WithDeadline(ctx, deadline.Add(-min(time.Until(deadline)/10, answerMargin)))
+		earlier, cancel := context.WithDeadline(ctx, deadline.Add(-AnswerMargin(time.Until(deadline))))
 		defer cancel()
 		ctx = earlier
 	}

@@ -108,9 +108,24 @@ func attempt[T any](ctx context.Context, s *Supervisor, m method[T]) (T, error) 
 	defer p.serving.Done()
 	began := time.Now()
 	answer, err := m(ctx, p.remote)
-	overrun := errors.Is(err, context.DeadlineExceeded) && time.Since(began) >= s.cfg.CallTimeout/2
-	p.note(err, overrun)
+	patient := time.Since(began) >= s.cfg.CallTimeout/2
+	if !patient {
+		err = forTheCaller(ctx, began, err)
+	}
+	p.note(err, patient && errors.Is(err, context.DeadlineExceeded))
 	return answer, err
+}
+
+// forTheCaller returns err, or that ctx ended where the backend gave up because
+// ctx was about to end: it does so a little earlier, to be able to answer. That
+// a caller is impatient must not look like an upstream that is away.
+func forTheCaller(ctx context.Context, began time.Time, err error) error {
+	deadline, ok := ctx.Deadline()
+	if !ok || plugins.ClassOf(err) != plugins.Unavailable || time.Until(deadline) > plugins.AnswerMargin(deadline.Sub(began)) {
+		return err
+	}
+	<-ctx.Done()
+	return &plugins.Error{Class: plugins.Unavailable, Err: ctx.Err()}
 }
 
 // retryWait tells whether a call is repeated and after how long: not where the

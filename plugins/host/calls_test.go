@@ -123,3 +123,19 @@ func TestTheCallersOwnEnd(t *testing.T) {
 		t.Errorf("state: got %s, want up", state)
 	}
 }
+
+// A backend gives up a little before its caller does. That the caller had so
+// little time is still no fault of the backend.
+func TestTheCallersOwnDeadline(t *testing.T) {
+	s := plugintest.Start(t, config(t, puppetSettings{}))
+	for _, patience := range []time.Duration{20 * time.Millisecond, 200 * time.Millisecond} {
+		ctx, cancel := context.WithTimeout(t.Context(), patience)
+		_, err := s.Describe(ctx, "do:wait")
+		if cancel(); !errors.Is(err, context.DeadlineExceeded) || plugins.ClassOf(err) != plugins.Unavailable {
+			t.Errorf("after %s: got %v, want Unavailable because of the caller's deadline", patience, err)
+		}
+	}
+	if status := s.Status(); status.State != host.Up || status.Failures != 0 {
+		t.Errorf("state %s and %d failures, want up and none", status.State, status.Failures)
+	}
+}

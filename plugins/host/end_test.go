@@ -123,6 +123,27 @@ func TestRestartsLeakNothing(t *testing.T) {
 	}
 }
 
+// A process that is lost between its handshake and the first RPC costs nothing
+// but time, however often that happens.
+func TestFailedConnectionsLeakNothing(t *testing.T) {
+	for _, mode := range []string{"mute", "mute-and-gone", "no-socket"} {
+		t.Run(mode, func(t *testing.T) {
+			cfg := modeConfig(t, mode)
+			cfg.StartTimeout = 300 * time.Millisecond
+			fds, goroutines := openFiles(t), runtime.NumGoroutine()
+			s, end := start(t, cfg)
+			eventually(t, "some starts", func() bool { return s.Status().Restarts >= 2 })
+			_ = end()
+			for deadline := time.Now().Add(5 * time.Second); time.Now().Before(deadline); time.Sleep(2 * time.Millisecond) {
+				if runtime.NumGoroutine() <= goroutines && openFiles(t) <= fds {
+					return
+				}
+			}
+			t.Errorf("%d goroutines and %d files more than before", runtime.NumGoroutine()-goroutines, openFiles(t)-fds)
+		})
+	}
+}
+
 // hostProcess runs this binary as a host, in a process of its own.
 func hostProcess(t *testing.T, env ...string) (cmd *exec.Cmd, dir, said string) {
 	t.Helper()

@@ -51,10 +51,25 @@ func modes() map[string]func() {
 		"tcp":            func() { line("1|1|tcp|127.0.0.1:1|grpc|") },
 		"other-socket":   func() { line("1|1|unix|/run/other.sock|grpc|") },
 		"no-socket":      func() { line("1|1|unix|%s/x|grpc|", os.Getenv("PLUGIN_UNIX_SOCKET_DIR")) },
+		"mute":           func() { mute(); never() },
+		"mute-and-gone":  mute,
 		"crash-at-once":  func() { panic("crash") },
 		"ignores-term":   func() { signal.Ignore(unix.SIGTERM, unix.SIGINT); never() },
 		"host":           runHost,
 		"by-hand":        serveByHand,
+	}
+}
+
+// mute ends when somebody has connected to its socket, and says nothing there.
+func mute() {
+	path := filepath.Join(os.Getenv("PLUGIN_UNIX_SOCKET_DIR"), "mute")
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		panic(err)
+	}
+	fmt.Printf("1|1|unix|%s|grpc|\n", path)
+	if _, err := l.Accept(); err != nil {
+		panic(err)
 	}
 }
 
