@@ -144,6 +144,28 @@ func TestFailedConnectionsLeakNothing(t *testing.T) {
 	}
 }
 
+// The runtime directory may be open to every user, for the agent's sockets are
+// reached through it. That somebody locks it holds up no plugin.
+func TestLockedRuntimeDirectory(t *testing.T) {
+	cfg := config(t, puppetSettings{})
+	dir, err := os.Open(cfg.RuntimeDir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = dir.Close() })
+	if err := unix.Flock(int(dir.Fd()), unix.LOCK_EX); err != nil {
+		t.Fatal(err)
+	}
+	s, end := start(t, cfg)
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	if err := s.Ready(ctx); err != nil {
+		_ = dir.Close() // so that the test can end
+		t.Error(err)
+	}
+	_ = end()
+}
+
 // hostProcess runs this binary as a host, in a process of its own.
 func hostProcess(t *testing.T, env ...string) (cmd *exec.Cmd, dir, said string) {
 	t.Helper()
