@@ -1,0 +1,162 @@
+package hsm
+
+import (
+	"context"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/kms-agent/kms-agent/hsm/internal/cryptoki"
+)
+
+// attachment is one life of the connection to a token, from C_Initialize and login
+// until it is broken. The anchor session stays open and idle: when the last session
+// is closed, a token logs out.
+type attachment struct {
+	token  *Token
+	slot   uint
+	info   cryptoki.Token
+	anchor cryptoki.Session
+	places chan struct{} // one for each session that may still be used
+	broken chan struct{} // closed by breaks
+	worked atomic.Bool   // key material was wrapped or unwrapped
+	login  sync.Mutex    // one login at a time, in the anchor session
+	logins atomic.Int64  // when the login under way began
+
+	mu    sync.Mutex
+	why   error // mu guards why and what follows
+	idle  []*worker
+	live  map[*worker]struct{}
+	empty chan struct{} // closed when broken and live is empty
+	lost  int           // places that the token does not have
+}
+
+func newAttachment(t *Token, slot uint, info cryptoki.Token, anchor cryptoki.Session, sessions int) *attachment {
+	a := &attachment{
+		token: t, slot: slot, info: info, anchor: anchor, places: make(chan struct{}, sessions),
+		broken: make(chan struct{}), live: map[*worker]struct{}{}, empty: make(chan struct{}),
+	}
+	for range sessions {
+		a.places <- struct{}{}
+	}
+	return a
+}
+
+// acquire returns a worker that is the caller's until release or discard.
+func (a *attachment) acquire(ctx context.Context) (*worker, error) {
+	select {
+	case <-a.places:
+	default:
+		select {
+		case <-a.places:
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		case <-a.broken:
+			return nil, a.cause()
+		}
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.why != nil {
+		a.places <- struct{}{}
+		return nil, a.why
+	}
+	if n := len(a.idle); n > 0 {
+		w := a.idle[n-1]
+		a.idle = a.idle[:n-1]
+		return w, nil
+	}
+	w, err := newWorker(a)
+	if err != nil {
+		a.places <- struct{}{}
+		return nil, errorf(Unavailable, err, "a session's memory")
+	}
+	a.live[w] = struct{}{}
+	return w, nil
+}
+
+// release gives back a worker whose session is well. Its memory is clean.
+func (a *attachment) release(w *worker) {
+	a.mu.Lock()
+	if a.why != nil {
+		a.mu.Unlock()
+		a.discard(w)
+		return
+	}
+	a.idle = append(a.idle, w)
+	a.mu.Unlock()
+	a.places <- struct{}{}
+}
+
+// discard gives up a session. Its place is free once the module has let go of it.
+func (a *attachment) discard(w *worker) {
+	w.clean()
+	close(w.start)
+}
+
+// gone is a worker's last word.
+func (a *attachment) gone(w *worker) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	delete(a.live, w)
+	if a.why != nil { // nobody waits for a place any more
+		if len(a.live) == 0 {
+			close(a.empty)
+		}
+		return
+	}
+	if a.lost > 0 && len(a.live) > 0 {
+		a.lost-- // this place is not there
+		return
+	}
+	a.lost = 0
+	a.places <- struct{}{}
+}
+
+// shrinks says that the token has one session less than we thought; one remains.
+func (a *attachment) shrinks() {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.lost++
+}
+
+// breaks ends the attachment; the keeper sees to the next. Idle sessions end now,
+// the others when the module lets go of them.
+func (a *attachment) breaks(why error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.why != nil {
+		return
+	}
+	a.why = why
+	close(a.broken)
+	for _, w := range a.idle {
+		close(w.start)
+	}
+	a.idle = nil
+	if len(a.live) == 0 {
+		close(a.empty)
+	}
+}
+
+func (a *attachment) cause() error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.why
+}
+
+// hung returns how long the longest call of the module has been under way.
+func (a *attachment) hung(now int64) time.Duration {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	var longest time.Duration
+	if began := a.logins.Load(); began != 0 {
+		longest = time.Duration(now - began)
+	}
+	for w := range a.live {
+		if began := w.began.Load(); began != 0 {
+			longest = max(longest, time.Duration(now-began))
+		}
+	}
+	return longest
+}

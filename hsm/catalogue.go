@@ -1,0 +1,358 @@
+package hsm
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/miekg/pkcs11"
+
+	"github.com/kms-agent/kms-agent/hsm/internal/cryptoki"
+)
+
+const (
+	// application and labelPrefix mark what is ours on a token.
+	application = "kms-agent"
+	labelPrefix = "kmsagent/"
+	// catalogueAge is how old what was read of the catalogue may be: another host
+	// may have rotated or disabled.
+	catalogueAge = 3 * time.Second
+	// maxRecord is how many bytes the record of a key has at most, maxKeys how many
+	// keys are looked at.
+	maxRecord  = 60 << 10
+	maxKeys    = 1000
+	nameLength = 64
+)
+
+// Key is a key on the token with its versions, the oldest first.
+type Key struct {
+	Name     string
+	Current  uint32
+	Versions []*Version
+
+	revision uint64
+	object   cryptoki.Object
+}
+
+// Version returns a version by its number.
+func (k *Key) Version(number uint32) (*Version, error) {
+	for _, v := range k.Versions {
+		if v.Number == number {
+			return v, nil
+		}
+	}
+	return nil, errorf(KeyNotFound, nil, "key %s has no version %d", k.Name, number)
+}
+
+// record is how a key stands on the token: the value of a private data object, as
+// JSON. Who changes a key writes a record with the next revision and destroys the
+// one before.
+type record struct {
+	Format   int             `json:"format"`
+	Key      string          `json:"key"`
+	Revision uint64          `json:"revision"`
+	Current  uint32          `json:"current"`
+	Versions []versionRecord `json:"versions"`
+}
+
+type versionRecord struct {
+	Version   uint32    `json:"version"`
+	Suite     string    `json:"suite"`
+	IV        string    `json:"iv,omitempty"`
+	State     string    `json:"state"`
+	ID        []byte    `json:"id"`
+	MACID     []byte    `json:"mac_id,omitempty"`
+	Takes     int       `json:"takes"`
+	Created   time.Time `json:"created"`
+	Canary    []byte    `json:"canary"`
+	CanarySum []byte    `json:"canary_sha256"`
+}
+
+func (k *Key) marshal() ([]byte, error) {
+	r := record{Format: 1, Key: k.Name, Revision: k.revision, Current: k.Current}
+	for _, v := range k.Versions {
+		e := versionRecord{
+			Version: v.Number, Suite: v.Suite.String(), IV: v.style.String(), State: v.State.String(), ID: v.ID[:], Takes: v.takes,
+			Created: v.Created.UTC().Truncate(time.Second), Canary: v.canary, CanarySum: v.canarySum[:],
+		}
+		if v.Suite == CBCHMAC {
+			e.MACID = v.macID[:]
+		}
+		r.Versions = append(r.Versions, e)
+	}
+	b, err := json.Marshal(r)
+	if err == nil && len(b) > maxRecord {
+		return nil, fmt.Errorf("key %s has too many versions for its record: destroy old ones", k.Name)
+	}
+	return b, err
+}
+
+// parseKey reads a record. It is strict: what it does not know it does not use.
+func parseKey(b []byte) (*Key, error) {
+	if len(b) > maxRecord {
+		return nil, fmt.Errorf("a record of %d bytes, at most %d are possible", len(b), maxRecord)
+	}
+	var r record
+	d := json.NewDecoder(bytes.NewReader(b))
+	d.DisallowUnknownFields()
+	if err := d.Decode(&r); err != nil {
+		return nil, err
+	}
+	if r.Format != 1 {
+		return nil, fmt.Errorf("format %d: this release reads format 1", r.Format)
+	}
+	if err := checkName(r.Key); err != nil {
+		return nil, err
+	}
+	k := &Key{Name: r.Key, Current: r.Current, revision: r.Revision}
+	for _, e := range r.Versions {
+		v, err := e.version(r.Key)
+		if err != nil {
+			return nil, fmt.Errorf("version %d: %w", e.Version, err)
+		}
+		if n := len(k.Versions); n > 0 && k.Versions[n-1].Number >= v.Number {
+			return nil, errors.New("the versions are not in order")
+		}
+		k.Versions = append(k.Versions, v)
+	}
+	if _, err := k.Version(k.Current); err != nil {
+		return nil, err
+	}
+	return k, nil
+}
+
+func (e versionRecord) version(key string) (*Version, error) {
+	v := &Version{Key: key, Number: e.Version, Created: e.Created, canary: e.Canary, takes: e.Takes, search: make(chan struct{}, 1)}
+	var errs [3]error
+	v.Suite, errs[0] = ParseSuite(e.Suite)
+	v.State, errs[1] = parseState(e.State)
+	v.style, errs[2] = parseIVStyle(e.IV)
+	if err := errors.Join(errs[:]...); err != nil {
+		return nil, err
+	}
+	wantMAC := 0
+	if v.Suite == CBCHMAC {
+		wantMAC = idSize
+	}
+	if v.Number == 0 || len(e.ID) != idSize || len(e.MACID) != wantMAC || len(e.CanarySum) != len(v.canarySum) || e.Takes < oneUseKey || e.Takes > MaxMaterial {
+		return nil, errors.New("a field has the wrong size")
+	}
+	if (v.Suite == GCM) != (v.style != 0) {
+		return nil, fmt.Errorf("IV style %q does not go with %v", e.IV, v.Suite)
+	}
+	copy(v.ID[:], e.ID)
+	copy(v.macID[:], e.MACID)
+	copy(v.canarySum[:], e.CanarySum)
+	return v, nil
+}
+
+// checkName keeps names to what can stand in a label, a URI and a shell.
+func checkName(name string) error {
+	if name == "" || len(name) > nameLength {
+		return fmt.Errorf("a key's name has 1 to %d characters", nameLength)
+	}
+	for _, c := range name {
+		if !(c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9' || c == '-' || c == '_' || c == '.') {
+			return fmt.Errorf("key name %q: letters, digits, - _ . are possible", name)
+		}
+	}
+	return nil
+}
+
+// keyring is what was read of the catalogue.
+type keyring struct {
+	token *Token
+	mu    sync.Mutex
+	read  map[string]read
+}
+
+type read struct {
+	key *Key
+	at  int64
+}
+
+func (r *keyring) cached(name string) (read, bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	got, ok := r.read[name]
+	return got, ok
+}
+
+// keep keeps a key that was read now. Versions that are what they were stay the
+// same values, and keep their handles.
+func (r *keyring) keep(k *Key) *Key {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.read == nil {
+		r.read = map[string]read{}
+	}
+	if old, ok := r.read[k.Name]; ok {
+		if old.key.revision > k.revision {
+			k = old.key // somebody read later than we did
+		}
+		for i, v := range k.Versions {
+			if before, err := old.key.Version(v.Number); err == nil && before.same(v) {
+				k.Versions[i] = before
+			}
+		}
+	}
+	r.read[k.Name] = read{key: k, at: r.token.now()}
+	return k
+}
+
+func (r *keyring) forget(name string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	delete(r.read, name)
+}
+
+func (v *Version) same(o *Version) bool {
+	return v.Number == o.Number && v.Suite == o.Suite && v.State == o.State && v.ID == o.ID && v.macID == o.macID && v.style == o.style &&
+		v.canarySum == o.canarySum && v.takes == o.takes && v.Key == o.Key && bytes.Equal(v.canary, o.canary)
+}
+
+// Key returns a key by its name, as it stood on the token at most three seconds ago.
+func (t *Token) Key(ctx context.Context, name string) (*Key, error) {
+	if got, ok := t.keys.cached(name); ok && time.Duration(t.now()-got.at) < catalogueAge {
+		return got.key, nil
+	}
+	return t.readKey(ctx, name)
+}
+
+// Version returns a version of a key.
+func (t *Token) Version(ctx context.Context, name string, number uint32) (*Version, error) {
+	k, err := t.Key(ctx, name)
+	if err != nil {
+		return nil, err
+	}
+	v, err := k.Version(number)
+	if err == nil {
+		return v, nil
+	}
+	if k, err = t.readKey(ctx, name); err != nil { // it may be new
+		return nil, err
+	}
+	return k.Version(number)
+}
+
+// readKey reads a key from the token.
+func (t *Token) readKey(ctx context.Context, name string) (*Key, error) {
+	if err := checkName(name); err != nil {
+		return nil, errorf(KeyNotFound, err, "")
+	}
+	keys, err := t.readKeys(ctx, cryptoki.Text(pkcs11.CKA_LABEL, labelPrefix+name))
+	if err != nil {
+		return nil, err
+	}
+	for _, k := range keys {
+		if k.Name == name {
+			return t.keys.keep(k), nil
+		}
+	}
+	t.keys.forget(name)
+	return nil, errorf(KeyNotFound, nil, "the token has no key %s: create it with 'kms-agent hsm init-key'", name)
+}
+
+// Keys returns all keys on the token, by name.
+func (t *Token) Keys(ctx context.Context) ([]*Key, error) {
+	keys, err := t.readKeys(ctx)
+	if err != nil {
+		return nil, err
+	}
+	for i, k := range keys {
+		keys[i] = t.keys.keep(k)
+	}
+	return keys, nil
+}
+
+// readKeys returns the latest record of each key that matches.
+func (t *Token) readKeys(ctx context.Context, match ...cryptoki.Attribute) ([]*Key, error) {
+	found := new([]*Key)
+	err := t.manage(ctx, func(w *worker) (err error) {
+		*found, err = records(w.session, match)
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	return *found, nil
+}
+
+// records reads the records on the token.
+func records(s cryptoki.Session, match []cryptoki.Attribute) ([]*Key, error) {
+	template := append([]cryptoki.Attribute{
+		cryptoki.Number(pkcs11.CKA_CLASS, pkcs11.CKO_DATA), cryptoki.Bool(pkcs11.CKA_TOKEN, true), cryptoki.Text(pkcs11.CKA_APPLICATION, application),
+	}, match...)
+	objects, err := s.Find(template, maxKeys)
+	if err != nil {
+		return nil, err
+	}
+	latest := map[string]*Key{}
+	for _, o := range objects {
+		value, err := s.Attribute(o, pkcs11.CKA_VALUE)
+		if stepFor(err) == findAgain || errors.Is(err, cryptoki.ErrNoAttribute) {
+			continue // it was replaced just now
+		}
+		if err != nil {
+			return nil, err
+		}
+		k, err := parseKey(value)
+		if err != nil {
+			return nil, errorf(Broken, err, "a record of kms-agent on the token")
+		}
+		k.object = o
+		switch old := latest[k.Name]; {
+		case old == nil || old.revision < k.revision:
+			latest[k.Name] = k
+		case old.revision == k.revision:
+			return nil, errorf(Broken, nil, "key %s was changed by two administrators at once: remove one of its two data objects of revision %d", k.Name, k.revision)
+		}
+	}
+	keys := make([]*Key, 0, len(latest))
+	for _, k := range latest {
+		keys = append(keys, k)
+	}
+	slices.SortFunc(keys, func(a, b *Key) int { return bytes.Compare([]byte(a.Name), []byte(b.Name)) })
+	return keys, nil
+}
+
+// manage runs a function in a session, again where the session was lost.
+func (t *Token) manage(ctx context.Context, f func(*worker) error) error {
+	var last error
+	for range attempts {
+		a, err := t.attached(ctx)
+		if err != nil {
+			return err
+		}
+		if err = t.do(ctx, a, f); err == nil || ctx.Err() != nil {
+			return err
+		}
+		if known := (*Error)(nil); errors.As(err, &known) && known.Kind != Unavailable {
+			return err
+		}
+		last = err
+		switch stepFor(err) {
+		case newSession, findAgain:
+		case fewer:
+			a.shrinks()
+		case loginAgain:
+			if err := t.relogin(a); KindOf(err) == Unauthenticated {
+				return err
+			}
+		case reconnect:
+			a.breaks(errorf(Unavailable, err, "the connection to the token is lost"))
+		case askCanary:
+			if t.examine(ctx, a) == nil {
+				return errorf(Broken, err, "the token refuses this, and is well otherwise")
+			}
+		default:
+			return errorf(Broken, err, "the token refuses this")
+		}
+	}
+	return errorf(Unavailable, last, "tried %d times", attempts)
+}

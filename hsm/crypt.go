@@ -1,0 +1,261 @@
+package hsm
+
+import (
+	"context"
+	"crypto/sha256"
+	"crypto/subtle"
+	"errors"
+
+	"github.com/kms-agent/kms-agent/hsm/internal/cryptoki"
+)
+
+// attempts is how often an operation is tried: lost sessions, handles, logins and
+// connections come one upon the other.
+const attempts = 4
+
+// Wrap appends to dst the material, 1 to MaxMaterial bytes, wrapped under version v
+// and bound to aad. plaintext is read during the call only.
+func (t *Token) Wrap(ctx context.Context, v *Version, dst, plaintext, aad []byte) ([]byte, error) {
+	if len(plaintext) == 0 || len(plaintext) > MaxMaterial {
+		return nil, errorf(Invalid, nil, "%d bytes of key material: 1 to %d are possible", len(plaintext), MaxMaterial)
+	}
+	if err := v.mayWrap(); err != nil {
+		return nil, err
+	}
+	h := v.header()
+	if len(plaintext) > v.takes {
+		h.flags |= flagHybrid
+	}
+	return t.crypt(ctx, v, h, dst, plaintext, nil, aad, false)
+}
+
+// Unwrap appends to dst the material of what Wrap made under version v with the
+// same aad. The caller owns, and clears, the result.
+func (t *Token) Unwrap(ctx context.Context, v *Version, dst, wrapped, aad []byte) ([]byte, error) {
+	if err := v.mayUnwrap(); err != nil {
+		return nil, err
+	}
+	h, iv, ciphertext, err := parseWrapped(wrapped)
+	if err != nil || h.suite != v.Suite || h.id != v.ID || h.version != v.Number || len(iv) != v.Suite.ivLength(v.style) ||
+		h.flags&flagHybrid == 0 && !v.Suite.fits(len(ciphertext)) || len(ciphertext) > inSize {
+		return nil, errOpen
+	}
+	return t.crypt(ctx, v, h, dst, ciphertext, iv, aad, true)
+}
+
+// crypt does one operation, with what it takes to do it: it is tried again where
+// that can help, and never for the sake of what a caller sent.
+func (t *Token) crypt(ctx context.Context, v *Version, h header, dst, in, iv, aad []byte, unwrap bool) ([]byte, error) {
+	var last error
+	for range attempts {
+		a, err := t.attached(ctx)
+		if err != nil {
+			return nil, err
+		}
+		keys, err := t.bind(ctx, a, v)
+		if err == nil {
+			var out []byte
+			if out, err = t.once(ctx, a, v, h, keys, dst, in, iv, aad, unwrap); err == nil {
+				return out, nil
+			}
+		}
+		var final bool
+		if err, final = t.judge(ctx, a, v, err, unwrap); final {
+			return nil, err
+		}
+		last = err
+	}
+	return nil, errorf(Unavailable, last, "tried %d times", attempts)
+}
+
+// once does one operation in one session.
+func (t *Token) once(ctx context.Context, a *attachment, v *Version, h header, keys handles, dst, in, iv, aad []byte, unwrap bool) ([]byte, error) {
+	w, err := a.acquire(ctx)
+	if err != nil {
+		return nil, err
+	}
+	w.aad = h.appendAAD(w.aad[:0], aad)
+	w.iv = w.ivRoom[:copy(w.ivRoom[:], iv)]
+	n, left, err := w.run(ctx, job{
+		suite: v.Suite, style: v.style, keys: keys, unwrap: unwrap, hybrid: h.flags&flagHybrid != 0, n: copy(w.in, in),
+	})
+	if left {
+		return nil, err
+	}
+	if err != nil {
+		a.discard(w)
+		return nil, err
+	}
+	if !unwrap {
+		dst = append(append(h.append(dst), byte(len(w.iv))), w.iv...)
+	}
+	dst = append(dst, w.out[:n]...)
+	w.clean()
+	a.release(w)
+	a.worked.Store(true)
+	t.last.Store(t.now())
+	t.used.Store(v)
+	return dst, nil
+}
+
+// judge says what the failure of an operation means. Unless it is final the
+// operation is tried again.
+func (t *Token) judge(ctx context.Context, a *attachment, v *Version, err error, unwrap bool) (_ error, final bool) {
+	if known := (*Error)(nil); errors.As(err, &known) && known.Kind != Unavailable {
+		return err, true
+	}
+	if cause := ctx.Err(); cause != nil {
+		return err, true
+	}
+	switch stepFor(err) {
+	case newSession:
+		return err, false
+	case fewer:
+		a.shrinks()
+		return err, false
+	case findAgain:
+		v.unbind(a)
+		return err, false
+	case loginAgain:
+		if err := t.relogin(a); err != nil {
+			return err, KindOf(err) == Unauthenticated
+		}
+		return err, false
+	case reconnect:
+		a.breaks(errorf(Unavailable, err, "the connection to the token is lost"))
+		return err, false
+	case refuse:
+		if unwrap {
+			return errOpen, true
+		}
+		return errorf(Broken, err, "the token does not take what it took before"), true
+	case askCanary:
+		if a.cause() != nil {
+			return err, false
+		}
+		if t.canary(ctx, a, v) != nil {
+			return err, false // it has done what there is to do
+		}
+		if unwrap {
+			return errOpen, true
+		}
+		return errorf(Broken, err, "the token does not wrap, and is well otherwise"), true
+	case fixPIN:
+		return errorf(Unauthenticated, err, "the token wants another PIN"), true
+	case giveUp:
+	}
+	if a.cause() != nil {
+		return err, false
+	}
+	if errors.As(err, new(cryptoki.Error)) {
+		return errorf(KeyUnusable, err, "the token does not let this version of the key be used: see docs/hsm.md for the code"), true
+	}
+	return errorf(Broken, err, "the module gave a wrong answer"), true
+}
+
+// relogin logs in again, once for all who lost the login.
+func (t *Token) relogin(a *attachment) error {
+	a.login.Lock()
+	defer a.login.Unlock()
+	if a.cause() != nil {
+		return nil
+	}
+	a.logins.Store(t.now())
+	err := t.logIn(a.anchor, a.slot)
+	a.logins.Store(0)
+	if err != nil && KindOf(err) != Unauthenticated {
+		a.breaks(err)
+	}
+	return err
+}
+
+// canary opens what was wrapped when the version was made. Only this tells whether
+// token and key are well. Where they are not, it sees to a new attachment.
+func (t *Token) canary(ctx context.Context, a *attachment, v *Version) error {
+	keys := v.bound(a)
+	if keys == nil {
+		return errors.New("the key is not found yet") // it will be, with a canary
+	}
+	err := t.openCanary(ctx, a, v, *keys)
+	if err == nil || isCallers(err) || ctx.Err() != nil {
+		return err
+	}
+	switch stepFor(err) {
+	case findAgain:
+		v.unbind(a)
+	case loginAgain:
+		return errors.Join(err, t.relogin(a))
+	case newSession, fewer:
+	case refuse:
+		v.unbind(a) // another key has its place
+	default:
+		a.breaks(errorf(Unavailable, err, "the token does not open what it has wrapped itself"))
+	}
+	return err
+}
+
+// openCanary opens the canary of v under keys.
+func (t *Token) openCanary(ctx context.Context, a *attachment, v *Version, keys handles) error {
+	h, iv, ciphertext, err := parseWrapped(v.canary)
+	if err != nil {
+		return errorf(Broken, err, "the canary of version %d", v.Number)
+	}
+	out, err := t.once(ctx, a, v, h, keys, nil, ciphertext, iv, v.canaryAAD(), true)
+	if err != nil {
+		return err
+	}
+	sum := sha256.Sum256(out)
+	clear(out)
+	if subtle.ConstantTimeCompare(sum[:], v.canarySum[:]) != 1 {
+		return errOpen
+	}
+	return nil
+}
+
+// examine finds out whether the token is well, and sees to a new attachment where
+// it is not.
+func (t *Token) examine(ctx context.Context, a *attachment) error {
+	if v := t.used.Load(); v != nil && v.mayUnwrap() == nil {
+		if _, err := t.bind(ctx, a, v); err != nil {
+			_, _ = t.judge(ctx, a, v, err, false)
+			return err
+		}
+		return t.canary(ctx, a, v)
+	}
+	// No key is in use: the token at least answers.
+	err := t.do(ctx, a, func(w *worker) error {
+		var b [1]byte
+		return w.session.Random(b[:])
+	})
+	if err != nil && !isCallers(err) && stepFor(err) != giveUp {
+		a.breaks(errorf(Unavailable, err, "the token does not answer"))
+	}
+	return err
+}
+
+// do runs a function in a session.
+func (t *Token) do(ctx context.Context, a *attachment, f func(*worker) error) error {
+	w, err := a.acquire(ctx)
+	if err != nil {
+		return err
+	}
+	_, left, err := w.run(ctx, job{do: f})
+	switch {
+	case left:
+	case w.spoiled || err != nil && errors.As(err, new(cryptoki.Error)):
+		a.discard(w)
+	default:
+		w.clean()
+		a.release(w)
+	}
+	return err
+}
+
+// Check asks the token whether it could serve, with a canary where a key is in use.
+func (t *Token) Check(ctx context.Context) error {
+	a, err := t.attached(ctx)
+	if err != nil {
+		return err
+	}
+	return t.examine(ctx, a)
+}

@@ -1,0 +1,141 @@
+package hsm
+
+import (
+	"crypto/rand"
+	"errors"
+	"fmt"
+
+	"github.com/miekg/pkcs11"
+
+	"github.com/kms-agent/kms-agent/hsm/internal/cryptoki"
+)
+
+// rsaBits is the size of new RSA keys: 128 bits of strength, SP 800-57 part 1.
+const rsaBits = 3072
+
+func newID() (id ID, err error) {
+	_, err = rand.Read(id[:])
+	return id, err
+}
+
+// generate makes the keys of v on the token, or for the length of the session.
+func generate(s cryptoki.Session, v *Version, onToken bool) (keys handles, err error) {
+	label := fmt.Sprintf("%s%s/v%d", labelPrefix, v.Key, v.Number)
+	if v.Suite.asymmetric() {
+		return generatePair(s, v, label, onToken)
+	}
+	use := []uint{pkcs11.CKA_ENCRYPT, pkcs11.CKA_DECRYPT}
+	if keys.key, err = generateSecret(s, pkcs11.CKM_AES_KEY_GEN, pkcs11.CKK_AES, v.ID, label, onToken, use); err != nil || v.Suite != CBCHMAC {
+		return keys, err
+	}
+	use = []uint{pkcs11.CKA_SIGN, pkcs11.CKA_VERIFY}
+	keys.mac, err = generateSecret(s, pkcs11.CKM_GENERIC_SECRET_KEY_GEN, pkcs11.CKK_GENERIC_SECRET, v.macID, label+"/mac", onToken, use)
+	return keys, err
+}
+
+// uses are the things that a key may be for; those that it is not for are denied
+// one by one, since tokens allow some by themselves.
+func uses(allowed []uint, all ...uint) []cryptoki.Attribute {
+	var out []cryptoki.Attribute
+	for _, use := range all {
+		yes := false
+		for _, a := range allowed {
+			yes = yes || a == use
+		}
+		out = append(out, cryptoki.Bool(use, yes))
+	}
+	return out
+}
+
+// generateSecret makes a secret key that never leaves the token, and checks that the
+// token made what it was asked for.
+func generateSecret(s cryptoki.Session, mechanism, kind uint, id ID, label string, onToken bool, allowed []uint) (cryptoki.Object, error) {
+	// A token may overwrite a key of the same ID without a word.
+	if _, err := one(s, pkcs11.CKO_SECRET_KEY, id); !errors.Is(err, errNoKey) {
+		return 0, errors.Join(fmt.Errorf("a key with the ID %x is there already", id), err)
+	}
+	use := uses(allowed, pkcs11.CKA_ENCRYPT, pkcs11.CKA_DECRYPT, pkcs11.CKA_SIGN, pkcs11.CKA_VERIFY,
+		pkcs11.CKA_WRAP, pkcs11.CKA_UNWRAP, pkcs11.CKA_DERIVE)
+	needed := append([]cryptoki.Attribute{
+		cryptoki.Number(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), cryptoki.Number(pkcs11.CKA_KEY_TYPE, kind),
+		cryptoki.Number(pkcs11.CKA_VALUE_LEN, 32), cryptoki.Bool(pkcs11.CKA_TOKEN, onToken), cryptoki.Bool(pkcs11.CKA_PRIVATE, true),
+		cryptoki.Bool(pkcs11.CKA_SENSITIVE, true), cryptoki.Bool(pkcs11.CKA_EXTRACTABLE, false),
+		cryptoki.Text(pkcs11.CKA_LABEL, label), {Type: pkcs11.CKA_ID, Value: id[:]},
+	}, use...)
+	// Not every token knows these.
+	wished := []cryptoki.Attribute{cryptoki.Bool(pkcs11.CKA_COPYABLE, false)}
+	key, err := s.GenerateKey(mechanism, append(needed, wished...))
+	if err != nil && tooMuch(err) {
+		key, err = s.GenerateKey(mechanism, needed)
+	}
+	if err != nil {
+		return 0, err
+	}
+	return key, errors.Join(verify(s, key, use))
+}
+
+// tooMuch tells errors that an attribute too many may cause.
+func tooMuch(err error) bool {
+	var code cryptoki.Error
+	if !errors.As(err, &code) {
+		return false
+	}
+	switch uint(code) {
+	case pkcs11.CKR_ATTRIBUTE_TYPE_INVALID, pkcs11.CKR_ATTRIBUTE_VALUE_INVALID, pkcs11.CKR_TEMPLATE_INCOMPLETE,
+		pkcs11.CKR_TEMPLATE_INCONSISTENT, pkcs11.CKR_GENERAL_ERROR:
+		return true
+	}
+	return false
+}
+
+// verify reads back that a key stays inside and does only what it is for.
+func verify(s cryptoki.Session, key cryptoki.Object, use []cryptoki.Attribute) error {
+	want := append([]cryptoki.Attribute{
+		cryptoki.Bool(pkcs11.CKA_SENSITIVE, true), cryptoki.Bool(pkcs11.CKA_EXTRACTABLE, false),
+		cryptoki.Bool(pkcs11.CKA_ALWAYS_SENSITIVE, true), cryptoki.Bool(pkcs11.CKA_NEVER_EXTRACTABLE, true),
+	}, use...)
+	for _, a := range want {
+		got, err := s.Attribute(key, a.Type)
+		if err != nil {
+			return fmt.Errorf("read back attribute %#x of the new key: %w", a.Type, err)
+		}
+		if len(got) != 1 || (got[0] != 0) != (a.Value[0] != 0) {
+			return fmt.Errorf("the token made a key with attribute %#x = %v, want %v: it must not be used", a.Type, got, a.Value)
+		}
+	}
+	return nil
+}
+
+func generatePair(s cryptoki.Session, v *Version, label string, onToken bool) (keys handles, err error) {
+	public := append([]cryptoki.Attribute{
+		cryptoki.Number(pkcs11.CKA_CLASS, pkcs11.CKO_PUBLIC_KEY), cryptoki.Number(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_RSA),
+		cryptoki.Number(pkcs11.CKA_MODULUS_BITS, rsaBits), {Type: pkcs11.CKA_PUBLIC_EXPONENT, Value: []byte{1, 0, 1}},
+		cryptoki.Bool(pkcs11.CKA_TOKEN, onToken), cryptoki.Text(pkcs11.CKA_LABEL, label), {Type: pkcs11.CKA_ID, Value: v.ID[:]},
+	}, uses([]uint{pkcs11.CKA_ENCRYPT}, pkcs11.CKA_ENCRYPT, pkcs11.CKA_VERIFY, pkcs11.CKA_WRAP)...)
+	use := uses([]uint{pkcs11.CKA_DECRYPT}, pkcs11.CKA_DECRYPT, pkcs11.CKA_SIGN, pkcs11.CKA_UNWRAP)
+	private := append([]cryptoki.Attribute{
+		cryptoki.Number(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY), cryptoki.Number(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_RSA),
+		cryptoki.Bool(pkcs11.CKA_TOKEN, onToken), cryptoki.Bool(pkcs11.CKA_PRIVATE, true), cryptoki.Bool(pkcs11.CKA_SENSITIVE, true),
+		cryptoki.Bool(pkcs11.CKA_EXTRACTABLE, false), cryptoki.Text(pkcs11.CKA_LABEL, label), {Type: pkcs11.CKA_ID, Value: v.ID[:]},
+	}, use...)
+	keys.public, keys.key, err = s.GenerateKeyPair(pkcs11.CKM_RSA_PKCS_KEY_PAIR_GEN, public, private)
+	if err != nil {
+		return keys, err
+	}
+	return keys, verify(s, keys.key, use)
+}
+
+// destroy removes the keys of a version from the token.
+func destroy(s cryptoki.Session, v *Version) error {
+	keys, err := v.find(s)
+	var errs []error
+	for _, o := range []cryptoki.Object{keys.key, keys.mac, keys.public} {
+		if o != 0 {
+			errs = append(errs, s.Destroy(o))
+		}
+	}
+	if errors.Is(err, errNoKey) {
+		err = nil // gone already, or half gone
+	}
+	return errors.Join(append(errs, err)...)
+}

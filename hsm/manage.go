@@ -1,0 +1,238 @@
+package hsm
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/miekg/pkcs11"
+
+	"github.com/kms-agent/kms-agent/hsm/internal/cryptoki"
+)
+
+// CreateKey makes a key with its first version on the token. Suite 0 takes the
+// first of Suites that works.
+func (t *Token) CreateKey(ctx context.Context, name string, suite Suite) (*Key, error) {
+	if err := checkName(name); err != nil {
+		return nil, errorf(Invalid, err, "")
+	}
+	_, err := t.readKey(ctx, name)
+	if err == nil {
+		return nil, errorf(Invalid, nil, "key %s exists already: rotate it instead", name)
+	}
+	if KindOf(err) != KeyNotFound {
+		return nil, err
+	}
+	return t.addVersion(ctx, &Key{Name: name}, suite)
+}
+
+// Rotate makes a new version and lets new data keys be wrapped under it. Suite 0
+// keeps that of the version before.
+func (t *Token) Rotate(ctx context.Context, name string, suite Suite) (*Key, error) {
+	k, err := t.readKey(ctx, name)
+	if err != nil {
+		return nil, err
+	}
+	if suite == 0 {
+		v, err := k.Version(k.Current)
+		if err != nil {
+			return nil, err
+		}
+		suite = v.Suite
+	}
+	return t.addVersion(ctx, k, suite)
+}
+
+// addVersion makes a version and then the record that names it: what is cut off
+// leaves a key that nobody uses.
+func (t *Token) addVersion(ctx context.Context, k *Key, suite Suite) (*Key, error) {
+	number := uint32(1)
+	if n := len(k.Versions); n > 0 {
+		number = k.Versions[n-1].Number + 1
+	}
+	candidates := []Suite{suite}
+	if suite == 0 {
+		candidates = Suites()
+	}
+	var tried []error
+	for _, s := range candidates {
+		v, err := t.newVersion(ctx, k.Name, number, s)
+		if err == nil {
+			next := &Key{Name: k.Name, Current: number, Versions: append(append([]*Version(nil), k.Versions...), v), revision: k.revision, object: k.object}
+			return t.write(ctx, next)
+		}
+		if KindOf(err) == Unavailable || KindOf(err) == Unauthenticated || ctx.Err() != nil {
+			return nil, err
+		}
+		tried = append(tried, fmt.Errorf("%v: %w", s, err))
+	}
+	return nil, errorf(Broken, errors.Join(tried...), "the token can do none of the suites")
+}
+
+// newVersion tries a suite with keys that end with the session, then makes the real
+// ones and their canary.
+func (t *Token) newVersion(ctx context.Context, key string, number uint32, suite Suite) (*Version, error) {
+	trial, err := t.trial(ctx, suite)
+	if err != nil {
+		return nil, err
+	}
+	v := &Version{
+		Key: key, Number: number, Suite: suite, State: Enabled, Created: time.Now().UTC().Truncate(time.Second),
+		style: trial.style, takes: suite.takes(rsaBits / 8), search: make(chan struct{}, 1),
+	}
+	if v.ID, err = newID(); err != nil {
+		return nil, err
+	}
+	if suite == CBCHMAC {
+		if v.macID, err = newID(); err != nil {
+			return nil, err
+		}
+	}
+	err = t.manage(ctx, func(w *worker) error {
+		if err := destroy(w.session, v); err != nil { // of an attempt that was cut off
+			return err
+		}
+		_, err := generate(w.session, v, true)
+		if err != nil {
+			_ = destroy(w.session, v)
+		}
+		return err
+	})
+	if err == nil {
+		err = t.setCanary(ctx, v)
+	}
+	if err != nil {
+		_ = t.manage(context.WithoutCancel(ctx), func(w *worker) error { return destroy(w.session, v) })
+		return nil, err
+	}
+	return v, nil
+}
+
+// setCanary wraps a random secret under a new version, and tests the version.
+func (t *Token) setCanary(ctx context.Context, v *Version) error {
+	secret := make([]byte, 32)
+	if _, err := rand.Read(secret); err != nil {
+		return err
+	}
+	v.canarySum = sha256.Sum256(secret)
+	a, err := t.attached(ctx)
+	if err != nil {
+		return err
+	}
+	keys, err := t.locate(ctx, a, v)
+	if err != nil {
+		return err
+	}
+	if v.canary, err = t.once(ctx, a, v, v.header(), keys, nil, secret, nil, v.canaryAAD(), false); err != nil {
+		return err
+	}
+	clear(secret)
+	if err := t.openCanary(ctx, a, v, keys); err != nil {
+		return err
+	}
+	return t.selfTest(ctx, a, v, keys)
+}
+
+// write puts a key's record on the token in the place of the one before.
+func (t *Token) write(ctx context.Context, k *Key) (*Key, error) {
+	before := k.object
+	k.revision++
+	value, err := k.marshal()
+	if err != nil {
+		return nil, errorf(Invalid, err, "")
+	}
+	err = t.manage(ctx, func(w *worker) error {
+		object, err := w.session.Create([]cryptoki.Attribute{
+			cryptoki.Number(pkcs11.CKA_CLASS, pkcs11.CKO_DATA), cryptoki.Bool(pkcs11.CKA_TOKEN, true), cryptoki.Bool(pkcs11.CKA_PRIVATE, true),
+			cryptoki.Text(pkcs11.CKA_APPLICATION, application), cryptoki.Text(pkcs11.CKA_LABEL, labelPrefix+k.Name),
+			{Type: pkcs11.CKA_VALUE, Value: value},
+		})
+		if err != nil {
+			return err
+		}
+		// With two administrators at work one of them must lose.
+		if _, err := records(w.session, []cryptoki.Attribute{cryptoki.Text(pkcs11.CKA_LABEL, labelPrefix+k.Name)}); err != nil {
+			return errors.Join(errorf(Invalid, err, "somebody else changes key %s just now: try again", k.Name), w.session.Destroy(object))
+		}
+		if before != 0 {
+			if err := w.session.Destroy(before); err != nil && stepFor(err) != findAgain {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	t.keys.forget(k.Name)
+	return t.readKey(ctx, k.Name)
+}
+
+// SetState disables or enables a version: in the record, and on tokens that allow
+// it at the key itself.
+func (t *Token) SetState(ctx context.Context, name string, number uint32, state State) (*Key, error) {
+	if state != Enabled && state != Disabled {
+		return nil, errorf(Invalid, nil, "a version is enabled or disabled; Destroy destroys it")
+	}
+	return t.change(ctx, name, number, func(v *Version) (State, error) {
+		if v.State == Destroyed {
+			return 0, errorf(Invalid, nil, "version %d of key %s is destroyed", number, name)
+		}
+		return state, nil
+	})
+}
+
+// Destroy destroys the key of a version, which must be disabled. What is wrapped
+// under it never opens again.
+func (t *Token) Destroy(ctx context.Context, name string, number uint32) (*Key, error) {
+	var gone *Version
+	k, err := t.change(ctx, name, number, func(v *Version) (State, error) {
+		if gone = v; v.State == Enabled {
+			return 0, errorf(Invalid, nil, "version %d of key %s is enabled: disable it first, and wait until you are sure", number, name)
+		}
+		return Destroyed, nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	if err := t.manage(ctx, func(w *worker) error { return destroy(w.session, gone) }); err != nil {
+		return nil, err
+	}
+	return k, nil
+}
+
+// change writes a record in which one version has another state.
+func (t *Token) change(ctx context.Context, name string, number uint32, to func(*Version) (State, error)) (*Key, error) {
+	k, err := t.readKey(ctx, name)
+	if err != nil {
+		return nil, err
+	}
+	next := &Key{Name: name, Current: k.Current, revision: k.revision, object: k.object}
+	found := false
+	for _, v := range k.Versions {
+		if v.Number == number {
+			found = true
+			state, err := to(v)
+			if err != nil {
+				return nil, err
+			}
+			v = v.with(state)
+		}
+		next.Versions = append(next.Versions, v)
+	}
+	if !found {
+		return nil, errorf(KeyNotFound, nil, "key %s has no version %d", name, number)
+	}
+	return t.write(ctx, next)
+}
+
+// with returns the version in another state.
+func (v *Version) with(state State) *Version {
+	return &Version{
+		Key: v.Key, Number: v.Number, Suite: v.Suite, State: state, ID: v.ID, Created: v.Created, style: v.style, macID: v.macID,
+		canary: v.canary, canarySum: v.canarySum, takes: v.takes, search: make(chan struct{}, 1),
+	}
+}

@@ -1,0 +1,465 @@
+package hsm
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/miekg/pkcs11"
+	"golang.org/x/sys/unix"
+
+	"github.com/kms-agent/kms-agent/hsm/internal/cryptoki"
+)
+
+// Config says which token is used, and how.
+type Config struct {
+	// Module is the absolute path of the vendor's PKCS#11 library.
+	Module string
+	// Reserved is the module's own start setting, mostly "" (NSS: its directory).
+	Reserved string
+	// Token selects the token: exactly one must match. Slot numbers are not stable
+	// and serial numbers not always unique.
+	Token URI
+	// Login logs the session's application in, and asks nobody twice with a PIN that
+	// was refused: see Ledger.
+	Login Login
+	// Sessions is how many operations are under way at once; 0 means 8, or what the
+	// token has, less two.
+	Sessions int
+	// HangAfter is how long one call of the module may take; 0 means 10 s.
+	HangAfter time.Duration
+	// Patience is how long an operation waits for a connection that is being made
+	// anew; 0 means 1.5 s.
+	Patience time.Duration
+	// Events is told what happens to the connection. It may be nil.
+	Events func(Event)
+}
+
+// Login gives the PIN to log, once, when it may be tried.
+type Login interface {
+	// Attempt calls log with the PIN, or returns why it may not be tried. token is
+	// what the token says of itself just before.
+	Attempt(token TokenInfo, log func(pin []byte) error) error
+	// Changed is closed, or has a value, when there may be another PIN to try.
+	Changed(ctx context.Context) error
+}
+
+// TokenInfo is what a token says of itself.
+type TokenInfo struct {
+	Label, Manufacturer, Model, Serial, Firmware string
+	Slot                                         uint
+	// Flags are CKF_ bits of CK_TOKEN_INFO.
+	Flags uint
+}
+
+// Event is something that happened to the connection.
+type Event struct {
+	// Attached is true when the token is there, false when it is lost.
+	Attached bool
+	Token    TokenInfo
+	Err      error
+	// Retry is when the next attempt is made.
+	Retry time.Duration
+}
+
+const (
+	defaultSessions  = 8
+	defaultHangAfter = 10 * time.Second
+	defaultPatience  = 1500 * time.Millisecond
+	reconnectMin     = 100 * time.Millisecond
+	reconnectMax     = 10 * time.Second
+	// idleCanary is how long the token may be idle: some close sessions after 15 s.
+	idleCanary = 8 * time.Second
+)
+
+// Token is one token, attached and kept that way. It is safe for concurrent use.
+type Token struct {
+	cfg    Config
+	module *cryptoki.Module
+	now    func() int64 // nanoseconds that a suspended host counts
+
+	end   context.CancelFunc
+	ended sync.WaitGroup
+	dead  chan struct{}
+	own   atomic.Int64 // when the keeper's call of the module began
+	// guarded is the attachment, also while it ends.
+	guarded atomic.Pointer[attachment]
+
+	keys keyring
+	used atomic.Pointer[Version] // the last, for the canary
+	last atomic.Int64            // when the module last did something good
+
+	mu      sync.Mutex
+	current *attachment   // mu guards current and what follows; nil while there is none
+	changed chan struct{} // closed when current or lastErr change
+	lastErr error         // why there is none
+	deadErr error
+}
+
+// Open loads the module and begins to attach the token; that goes on until it works
+// or Close. An error means that it never can: the configuration or the module is
+// wrong.
+func Open(cfg Config) (*Token, error) {
+	if cfg.Login == nil {
+		return nil, errors.New("no login is configured")
+	}
+	cfg.HangAfter = orDefault(cfg.HangAfter, defaultHangAfter)
+	cfg.Patience = orDefault(cfg.Patience, defaultPatience)
+	if cfg.Sessions < 0 || cfg.Sessions > 1024 {
+		return nil, fmt.Errorf("%d sessions: 1 to 1024 are possible, 0 means the default", cfg.Sessions)
+	}
+	module, err := cryptoki.Load(cfg.Module)
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	t := &Token{
+		cfg: cfg, module: module, now: sinceBoot, end: cancel, dead: make(chan struct{}), changed: make(chan struct{}),
+		lastErr: errors.New("the token has not been attached yet"),
+	}
+	t.keys.token = t
+	t.ended.Go(func() { t.keep(ctx) })
+	t.ended.Go(func() { t.guard(ctx) })
+	return t, nil
+}
+
+func orDefault(d, fallback time.Duration) time.Duration {
+	if d <= 0 {
+		return fallback
+	}
+	return d
+}
+
+// sinceBoot is CLOCK_BOOTTIME in nanoseconds.
+func sinceBoot() int64 {
+	var ts unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &ts); err != nil {
+		return 0
+	}
+	return ts.Nano()
+}
+
+// Close ends all sessions and finalises the module. It does not wait for a module
+// that hangs longer than HangAfter.
+func (t *Token) Close() error {
+	t.end()
+	done := make(chan struct{})
+	go func() { t.ended.Wait(); close(done) }()
+	timer := time.NewTimer(2 * t.cfg.HangAfter)
+	defer timer.Stop()
+	select {
+	case <-done:
+		return nil
+	case <-t.dead:
+		return t.Err()
+	case <-timer.C:
+		return errors.New("the module does not let go")
+	}
+}
+
+// Dead is closed when a call does not come back from the module. Nothing but the
+// end of the process helps then.
+func (t *Token) Dead() <-chan struct{} { return t.dead }
+
+// Err returns why the token is dead; nil where it is not.
+func (t *Token) Err() error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.deadErr
+}
+
+// guard watches for calls that do not come back: Go goes on while C hangs.
+func (t *Token) guard(ctx context.Context) {
+	tick := time.NewTicker(max(t.cfg.HangAfter/8, time.Millisecond))
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		now := t.now()
+		longest := time.Duration(0)
+		if began := t.own.Load(); began != 0 {
+			longest = time.Duration(now - began)
+		}
+		if a := t.guarded.Load(); a != nil {
+			longest = max(longest, a.hung(now))
+		}
+		if longest > t.cfg.HangAfter {
+			t.dies(errorf(Unavailable, nil, "a call of the module has not come back for %v: the process must end", longest.Round(time.Millisecond)))
+			return
+		}
+	}
+}
+
+func (t *Token) dies(why error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.deadErr == nil {
+		t.deadErr, t.lastErr = why, why
+		if t.current != nil {
+			t.current.breaks(why)
+			t.current = nil
+		}
+		close(t.dead)
+		t.tell()
+	}
+}
+
+// tell wakes who waits for a change. mu is held.
+func (t *Token) tell() {
+	close(t.changed)
+	t.changed = make(chan struct{})
+}
+
+// attached returns the attachment, and waits a little for one that is being made.
+func (t *Token) attached(ctx context.Context) (*attachment, error) {
+	var patience <-chan time.Time
+	for {
+		t.mu.Lock()
+		a, changed, why, dead := t.current, t.changed, t.lastErr, t.deadErr
+		t.mu.Unlock()
+		if a != nil {
+			return a, nil
+		}
+		if dead != nil {
+			return nil, dead
+		}
+		if KindOf(why) == Unauthenticated {
+			return nil, why // waiting does not help
+		}
+		if patience == nil {
+			timer := time.NewTimer(t.cfg.Patience)
+			defer timer.Stop()
+			patience = timer.C
+		}
+		select {
+		case <-changed:
+		case <-patience:
+			return nil, errorf(Unavailable, why, "the token is not attached")
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		}
+	}
+}
+
+// keep attaches the token and does so again whenever the attachment breaks. The
+// pause grows while attachments do no work.
+func (t *Token) keep(ctx context.Context) {
+	pause := time.Duration(0)
+	for ctx.Err() == nil {
+		a, err := t.attach()
+		if err == nil {
+			t.guarded.Store(a)
+			t.publish(a, nil)
+			t.event(Event{Attached: true, Token: tokenInfo(a.slot, a.info)})
+			err = t.watch(ctx, a)
+			t.publish(nil, err)
+			if !t.detach(a) {
+				return
+			}
+			if a.worked.Load() {
+				pause = 0
+			}
+		}
+		t.publish(nil, err)
+		if ctx.Err() != nil {
+			break
+		}
+		pause = min(max(2*pause, reconnectMin), reconnectMax)
+		wait := pause/2 + rand.N(pause/2+1)
+		t.event(Event{Err: err, Retry: wait})
+		t.rest(ctx, err, wait)
+	}
+	if t.Err() == nil {
+		t.call(func() { _ = t.module.Finalize() })
+	}
+}
+
+// rest waits before the next attempt. A refused PIN waits for another one.
+func (t *Token) rest(ctx context.Context, err error, wait time.Duration) {
+	if KindOf(err) == Unauthenticated {
+		_ = t.cfg.Login.Changed(ctx)
+		return
+	}
+	timer := time.NewTimer(wait)
+	defer timer.Stop()
+	select {
+	case <-ctx.Done():
+	case <-timer.C:
+	}
+}
+
+func (t *Token) event(e Event) {
+	if t.cfg.Events != nil {
+		t.cfg.Events(e)
+	}
+}
+
+func (t *Token) publish(a *attachment, err error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.deadErr != nil {
+		return
+	}
+	t.current = a
+	if t.lastErr = err; a == nil && err == nil {
+		t.lastErr = errors.New("the token is being detached")
+	}
+	t.tell()
+}
+
+// call marks that the keeper is in the module.
+func (t *Token) call(do func()) {
+	t.own.Store(t.now())
+	do()
+	t.own.Store(0)
+}
+
+// attach initialises the module, finds the token and logs in.
+func (t *Token) attach() (a *attachment, err error) {
+	t.call(func() {
+		if a, err = t.initialize(); err != nil {
+			_ = t.module.Finalize()
+		}
+	})
+	return a, err
+}
+
+func (t *Token) initialize() (*attachment, error) {
+	locks, err := t.module.Initialize(t.cfg.Reserved)
+	if err != nil {
+		return nil, errorf(Unavailable, err, "initialise the module")
+	}
+	slot, info, err := t.find()
+	if err != nil {
+		return nil, err
+	}
+	anchor, err := t.module.Open(slot)
+	if err != nil {
+		return nil, errorf(Unavailable, err, "open a session with token %q", info.Label)
+	}
+	if err := t.logIn(anchor, slot); err != nil {
+		return nil, err
+	}
+	return newAttachment(t, slot, info, anchor, t.sessions(info, locks)), nil
+}
+
+// find returns the slot of the one token that is meant.
+func (t *Token) find() (slot uint, info cryptoki.Token, err error) {
+	slots, err := t.module.Slots()
+	if err != nil {
+		return 0, info, errorf(Unavailable, err, "list the slots")
+	}
+	var seen []string
+	found := 0
+	for _, s := range slots {
+		i, err := t.module.Token(s)
+		if err != nil {
+			seen = append(seen, fmt.Sprintf("slot %d: %v", s, err))
+			continue
+		}
+		seen = append(seen, fmt.Sprintf("%q (serial %s)", i.Label, i.Serial))
+		if i.Flags&pkcs11.CKF_TOKEN_INITIALIZED != 0 && t.cfg.Token.MatchesToken(i.Label, i.Manufacturer, i.Model, i.Serial, s) {
+			slot, info = s, i
+			found++
+		}
+	}
+	switch {
+	case found == 1:
+		return slot, info, nil
+	case len(slots) == 0:
+		return 0, info, errorf(Unavailable, nil, "the module shows no token: is the HSM reachable, and the module's own configuration right?")
+	case found == 0:
+		return 0, info, errorf(Unavailable, nil, "no token matches %s; there are %v", t.cfg.Token, seen)
+	}
+	return 0, info, errorf(Invalid, nil, "%d tokens match %s; add the serial number: %v", found, t.cfg.Token, seen)
+}
+
+func tokenInfo(slot uint, i cryptoki.Token) TokenInfo {
+	return TokenInfo{
+		Label: i.Label, Manufacturer: i.Manufacturer, Model: i.Model, Serial: i.Serial, Firmware: i.Firmware.String(), Slot: slot, Flags: i.Flags,
+	}
+}
+
+// logIn logs in, unless somebody of this process has.
+func (t *Token) logIn(s cryptoki.Session, slot uint) error {
+	if state, err := s.State(); err == nil && (state == pkcs11.CKS_RO_USER_FUNCTIONS || state == pkcs11.CKS_RW_USER_FUNCTIONS) {
+		return nil
+	}
+	info, err := t.module.Token(slot)
+	if err != nil {
+		return errorf(Unavailable, err, "ask the token how many logins it allows")
+	}
+	err = t.cfg.Login.Attempt(tokenInfo(slot, info), s.Login)
+	switch {
+	case err == nil, errors.Is(err, cryptoki.Error(pkcs11.CKR_USER_ALREADY_LOGGED_IN)):
+		return nil
+	case KindOf(err) == Unauthenticated:
+		return err
+	case stepFor(err) == fixPIN:
+		return errorf(Unauthenticated, err, "the token refuses the PIN; it is not tried again until it changes")
+	}
+	return errorf(Unavailable, err, "log in")
+}
+
+// sessions is how many operations are under way at once.
+func (t *Token) sessions(info cryptoki.Token, locks bool) int {
+	if !locks {
+		return 1
+	}
+	n := t.cfg.Sessions
+	if n == 0 {
+		n = defaultSessions
+	}
+	if info.MaxSessions > 2 {
+		n = min(n, int(info.MaxSessions)-2)
+	}
+	return max(n, 1)
+}
+
+// watch returns why the attachment is over. It keeps an idle token awake, and finds
+// out that it is gone before a caller does.
+func (t *Token) watch(ctx context.Context, a *attachment) error {
+	tick := time.NewTicker(idleCanary / 4)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			a.breaks(errorf(Unavailable, nil, "the token is closed"))
+			return ctx.Err()
+		case <-a.broken:
+			return a.cause()
+		case <-tick.C:
+		}
+		if time.Duration(t.now()-t.last.Load()) >= idleCanary {
+			bounded, cancel := context.WithTimeout(ctx, t.cfg.HangAfter)
+			_ = t.examine(bounded, a)
+			cancel()
+			t.last.Store(t.now())
+		}
+	}
+}
+
+// detach waits for the calls under way and leaves the token. It returns false when
+// they do not end.
+func (t *Token) detach(a *attachment) bool {
+	select {
+	case <-a.empty:
+	case <-t.dead:
+		return false
+	}
+	a.login.Lock()
+	defer a.login.Unlock()
+	t.call(func() {
+		_ = t.module.CloseAllSessions(a.slot) // the connection may be lost
+		_ = t.module.Finalize()
+	})
+	t.guarded.Store(nil)
+	return t.Err() == nil
+}

@@ -1,0 +1,258 @@
+package hsm
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"sync/atomic"
+	"time"
+
+	"github.com/miekg/pkcs11"
+
+	"github.com/kms-agent/kms-agent/hsm/internal/cryptoki"
+)
+
+// State says what a version may be used for.
+type State uint8
+
+// The states; there is no zero state.
+const (
+	// Enabled versions wrap and unwrap.
+	Enabled State = iota + 1
+	// Disabled versions do neither.
+	Disabled
+	// Destroyed versions have no key on the token any more.
+	Destroyed
+)
+
+// String returns "enabled", "disabled" or "destroyed".
+func (s State) String() string {
+	switch s {
+	case Enabled:
+		return "enabled"
+	case Disabled:
+		return "disabled"
+	case Destroyed:
+		return "destroyed"
+	}
+	return "unknown"
+}
+
+func parseState(text string) (State, error) {
+	for _, s := range []State{Enabled, Disabled, Destroyed} {
+		if s.String() == text {
+			return s, nil
+		}
+	}
+	return 0, fmt.Errorf("no state %q", text)
+}
+
+// Version is one version of a key, as the catalogue on the token describes it.
+// It does not change; another State makes another Version.
+type Version struct {
+	Key     string
+	Number  uint32
+	Suite   Suite
+	State   State
+	ID      ID
+	Created time.Time
+
+	style     IVStyle
+	macID     ID     // of CBCHMAC
+	canary    []byte // wrapped when the version was made
+	canarySum [32]byte
+	takes     int // bytes of material that the token wraps itself
+
+	handles atomic.Pointer[binding]
+	search  chan struct{} // has room for the one that looks for the keys
+}
+
+// binding is where the keys of a version are during one attachment.
+type binding struct {
+	a    *attachment
+	keys handles
+}
+
+func (v *Version) bound(a *attachment) *handles {
+	if b := v.handles.Load(); b != nil && b.a == a {
+		return &b.keys
+	}
+	return nil
+}
+
+func (v *Version) unbind(a *attachment) {
+	if b := v.handles.Load(); b != nil && b.a == a {
+		v.handles.CompareAndSwap(b, nil)
+	}
+}
+
+func (v *Version) header() header { return header{suite: v.Suite, id: v.ID, version: v.Number} }
+
+// canaryAAD is what the canary is bound to: with the header it is all that must not
+// change in the catalogue.
+func (v *Version) canaryAAD() []byte { return canaryAAD(v.Key, v.macID) }
+
+func canaryAAD(key string, macID ID) []byte {
+	out := append([]byte("kms-agent canary 1"), macID[:]...)
+	return append(binary.BigEndian.AppendUint64(out, uint64(len(key))), key...)
+}
+
+func (v *Version) mayWrap() error { return v.mayUnwrap() }
+
+func (v *Version) mayUnwrap() error {
+	if v.State != Enabled {
+		return errorf(KeyUnusable, nil, "version %d of key %s is %s", v.Number, v.Key, v.State)
+	}
+	return nil
+}
+
+// bind returns the handles of a version. The first time in an attachment it looks
+// for the keys and lets them open the canary: a key of the same name, or even of the
+// same ID, may be another.
+func (t *Token) bind(ctx context.Context, a *attachment, v *Version) (handles, error) {
+	if keys := v.bound(a); keys != nil {
+		return *keys, nil
+	}
+	select {
+	case v.search <- struct{}{}:
+		defer func() { <-v.search }()
+	case <-ctx.Done():
+		return handles{}, context.Cause(ctx)
+	}
+	if keys := v.bound(a); keys != nil {
+		return *keys, nil
+	}
+	keys, err := t.locate(ctx, a, v)
+	if err != nil {
+		return handles{}, err
+	}
+	if err := t.openCanary(ctx, a, v, keys); err != nil {
+		return handles{}, t.strange(ctx, a, v, keys, err)
+	}
+	if err := t.selfTest(ctx, a, v, keys); err != nil {
+		return handles{}, err
+	}
+	v.handles.Store(&binding{a: a, keys: keys})
+	return keys, nil
+}
+
+// locate finds the keys of a version on the token.
+func (t *Token) locate(ctx context.Context, a *attachment, v *Version) (handles, error) {
+	found := new(handles) // the worker's, until it is done
+	err := t.do(ctx, a, func(w *worker) (err error) {
+		*found, err = v.find(w.session)
+		return err
+	})
+	if err == nil {
+		return *found, nil
+	}
+	if !errors.Is(err, errNoKey) {
+		return handles{}, err
+	}
+	// No key, or no token? Some modules find nothing where the token is gone.
+	if err := t.do(ctx, a, func(*worker) error { return t.present(a) }); err != nil {
+		if !isCallers(err) {
+			a.breaks(errorf(Unavailable, err, "the token is gone"))
+		}
+		return handles{}, errorf(Unavailable, err, "the token is gone")
+	}
+	return handles{}, errorf(KeyNotFound, nil, "the token has no key with the ID %x of version %d of key %s", v.ID, v.Number, v.Key)
+}
+
+// find returns the keys of the version.
+func (v *Version) find(s cryptoki.Session) (keys handles, err error) {
+	if !v.Suite.asymmetric() {
+		if keys.key, err = one(s, pkcs11.CKO_SECRET_KEY, v.ID); err == nil && v.Suite == CBCHMAC {
+			keys.mac, err = one(s, pkcs11.CKO_SECRET_KEY, v.macID)
+		}
+		return keys, err
+	}
+	if keys.key, err = one(s, pkcs11.CKO_PRIVATE_KEY, v.ID); err == nil {
+		keys.public, err = one(s, pkcs11.CKO_PUBLIC_KEY, v.ID)
+	}
+	return keys, err
+}
+
+// present tells whether the token is still the one that was attached.
+func (t *Token) present(a *attachment) error {
+	info, err := t.module.Token(a.slot)
+	if err != nil {
+		return err
+	}
+	if info.Label != a.info.Label || info.Serial != a.info.Serial || info.Flags&pkcs11.CKF_TOKEN_INITIALIZED == 0 {
+		return fmt.Errorf("there is another token in its slot, %q", info.Label)
+	}
+	return nil
+}
+
+var errNoKey = errors.New("no such key")
+
+// one returns the object of a class with an ID; it must be alone.
+func one(s cryptoki.Session, class uint, id ID) (cryptoki.Object, error) {
+	found, err := s.Find([]cryptoki.Attribute{
+		cryptoki.Number(pkcs11.CKA_CLASS, class), cryptoki.Bool(pkcs11.CKA_TOKEN, true), {Type: pkcs11.CKA_ID, Value: id[:]},
+	}, 2)
+	if err != nil {
+		return 0, err
+	}
+	switch len(found) {
+	case 0:
+		return 0, errNoKey
+	case 1:
+		return found[0], nil
+	}
+	return 0, errorf(KeyUnusable, nil, "several keys on the token have the ID %x: remove those that are no keys of ours", id)
+}
+
+// strange says what a canary that does not open means: another key, or a token that
+// is not well.
+func (t *Token) strange(ctx context.Context, a *attachment, v *Version, keys handles, err error) error {
+	if isCallers(err) || ctx.Err() != nil {
+		return err
+	}
+	switch s := stepFor(err); {
+	case errors.Is(err, errOpen), s == refuse:
+	case s == askCanary:
+		if other := t.selfTest(ctx, a, v, keys); other != nil {
+			a.breaks(errorf(Unavailable, err, "the token neither opens its canary nor anything else"))
+			return errorf(Unavailable, other, "the token is not well")
+		}
+	default:
+		return err
+	}
+	return errorf(KeyUnusable, err, "the key with the ID %x is not the one that version %d of key %s was made with: it does not open its canary", v.ID, v.Number, v.Key)
+}
+
+// selfTest wraps twice and opens: what a mechanism claims proves nothing.
+func (t *Token) selfTest(ctx context.Context, a *attachment, v *Version, keys handles) error {
+	material := make([]byte, 32)
+	if _, err := rand.Read(material); err != nil {
+		return err
+	}
+	defer clear(material)
+	aad := []byte("kms-agent self-test 1")
+	var wrapped [2][]byte
+	for i := range wrapped {
+		var err error
+		if wrapped[i], err = t.once(ctx, a, v, v.header(), keys, nil, material, nil, aad, false); err != nil {
+			return err
+		}
+	}
+	_, iv, _, _ := parseWrapped(wrapped[0])
+	h, other, ciphertext, err := parseWrapped(wrapped[1])
+	if err != nil || v.Suite == GCM && bytes.Equal(iv, other) {
+		return errorf(Broken, err, "the token used one initialization vector twice: it must not be used")
+	}
+	out, err := t.once(ctx, a, v, h, keys, nil, ciphertext, other, aad, true)
+	if err != nil {
+		return err
+	}
+	defer clear(out)
+	if !bytes.Equal(out, material) {
+		return errorf(Broken, nil, "what the token wrapped opens to something else: it must not be used")
+	}
+	return nil
+}

@@ -1,0 +1,220 @@
+package hsm
+
+import (
+	"context"
+	"crypto/aes"
+	"crypto/cipher"
+	"crypto/rand"
+	"encoding/binary"
+	"errors"
+	"sync/atomic"
+
+	"github.com/kms-agent/kms-agent/hsm/internal/cryptoki"
+)
+
+const (
+	inSize    = MaxWrapped + 64
+	outSize   = MaxWrapped + 64
+	oneUseKey = 32
+)
+
+// Where a job stands. Whoever moves it from running cleans up after it.
+const (
+	jobRunning uint32 = iota
+	jobDone
+	jobLeft
+)
+
+// worker owns a session: one goroutine, the memory that the module reads and
+// writes, and the session, which is closed after any error. A caller may leave;
+// the worker stays with the module until it answers.
+type worker struct {
+	a       *attachment
+	session cryptoki.Session
+	open    bool
+	spoiled bool // the session is not for others
+
+	memory  slab
+	in, out []byte // key material, packed or not
+	ivRoom  [maxIV]byte
+	iv      []byte // in ivRoom
+	aad     []byte
+	inner   []byte // of hybrids: what the key of one use encrypts
+
+	job   job
+	where atomic.Uint32
+	began atomic.Int64 // when the call of the module began, 0 without one
+	start chan struct{}
+	done  chan struct{}
+	n     int
+	err   error
+}
+
+// job is what a worker does next: one of do, or a wrap or unwrap.
+type job struct {
+	do     func(*worker) error
+	suite  Suite
+	style  IVStyle
+	keys   handles
+	unwrap bool
+	hybrid bool
+	n      int
+}
+
+func newWorker(a *attachment) (*worker, error) {
+	memory, err := newSlab(inSize + outSize)
+	if err != nil {
+		return nil, err
+	}
+	w := &worker{
+		a: a, memory: memory, in: memory[:inSize:inSize], out: memory[inSize : inSize+outSize : inSize+outSize],
+		start: make(chan struct{}), done: make(chan struct{}, 1),
+	}
+	go w.loop()
+	return w, nil
+}
+
+// run does j. When ctx ends first it returns ctx's cause and the worker goes back
+// to its attachment by itself; otherwise the caller gives it back.
+func (w *worker) run(ctx context.Context, j job) (n int, left bool, err error) {
+	w.job = j
+	w.where.Store(jobRunning)
+	w.start <- struct{}{}
+	select {
+	case <-w.done:
+		return w.n, false, w.err
+	case <-ctx.Done():
+	}
+	if w.where.CompareAndSwap(jobRunning, jobLeft) {
+		return 0, true, context.Cause(ctx)
+	}
+	<-w.done
+	return w.n, false, w.err
+}
+
+func (w *worker) loop() {
+	for range w.start {
+		w.began.Store(w.a.token.now())
+		w.n, w.err = w.perform()
+		w.began.Store(0)
+		if w.where.CompareAndSwap(jobRunning, jobDone) {
+			w.done <- struct{}{}
+			continue
+		}
+		w.clean()
+		if w.err != nil || w.spoiled {
+			break
+		}
+		w.a.release(w)
+	}
+	if w.open {
+		w.began.Store(w.a.token.now())
+		_ = w.session.Close() // mostly lost already
+		w.began.Store(0)
+	}
+	w.memory.free()
+	w.a.gone(w)
+}
+
+// clean erases key material.
+func (w *worker) clean() { clear(w.memory) }
+
+func (w *worker) perform() (int, error) {
+	if !w.open {
+		s, err := w.a.token.module.Open(w.a.slot)
+		if err != nil {
+			return 0, err
+		}
+		w.session, w.open = s, true
+	}
+	switch j := &w.job; {
+	case j.do != nil:
+		return 0, j.do(w)
+	case j.unwrap:
+		return w.unwrap(j)
+	default:
+		return w.wrap(j)
+	}
+}
+
+func (w *worker) wrap(j *job) (int, error) {
+	w.iv = w.ivRoom[:0]
+	if !j.hybrid {
+		return j.suite.seal(w, j.style, j.keys, j.n)
+	}
+	key, err := w.sealInner(j.n)
+	if err != nil {
+		return 0, err
+	}
+	n, err := j.suite.seal(w, j.style, j.keys, copy(w.in, key[:]))
+	clear(key[:])
+	if err != nil {
+		return 0, err
+	}
+	copy(w.out[2:], w.out[:n])
+	binary.BigEndian.PutUint16(w.out, uint16(n))
+	return 2 + n + copy(w.out[2+n:], w.inner), nil
+}
+
+// sealInner encrypts w.in[:n] with a key of one use.
+func (w *worker) sealInner(n int) (key [oneUseKey]byte, err error) {
+	if _, err := rand.Read(key[:]); err != nil {
+		return key, err
+	}
+	aead, err := oneUse(key[:])
+	if err != nil {
+		return key, err
+	}
+	w.inner = aead.Seal(w.inner[:0], nil, w.in[:n], w.aad)
+	return key, nil
+}
+
+// oneUse is AES-256-GCM with a random nonce that stands before the ciphertext.
+func oneUse(key []byte) (cipher.AEAD, error) {
+	b, err := aes.NewCipher(key)
+	if err != nil {
+		return nil, err
+	}
+	return cipher.NewGCMWithRandomNonce(b)
+}
+
+func (w *worker) unwrap(j *job) (int, error) {
+	if !j.hybrid {
+		if !j.suite.fits(j.n) {
+			return 0, errOpen
+		}
+		return j.suite.open(w, j.keys, j.n)
+	}
+	if j.n < 2 {
+		return 0, errOpen
+	}
+	n := int(binary.BigEndian.Uint16(w.in))
+	if 2+n > j.n || !j.suite.fits(n) {
+		return 0, errOpen
+	}
+	w.inner = append(w.inner[:0], w.in[2+n:j.n]...)
+	bound := len(w.aad) // a suite may append to it
+	copy(w.in, w.in[2:2+n])
+	got, err := j.suite.open(w, j.keys, n)
+	if err != nil {
+		return 0, err
+	}
+	if got != oneUseKey {
+		return 0, errOpen
+	}
+	aead, err := oneUse(w.out[:oneUseKey])
+	if err != nil {
+		return 0, err
+	}
+	opened, err := aead.Open(w.in[:0], nil, w.inner, w.aad[:bound])
+	if err != nil || len(opened) > MaxMaterial {
+		return 0, errOpen
+	}
+	clear(w.out)
+	return copy(w.out, opened), nil
+}
+
+// errCall says that a caller's own time was up.
+func isCallers(err error) bool {
+	return errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded)
+}
