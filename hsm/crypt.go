@@ -160,9 +160,7 @@ func (t *Token) relogin(a *attachment) error {
 	if a.cause() != nil {
 		return nil
 	}
-	a.logins.Store(t.now())
-	err := t.logIn(a.anchor, a.slot)
-	a.logins.Store(0)
+	err := t.logIn(a.anchor, a.slot, &a.logins)
 	if err != nil && KindOf(err) != Unauthenticated {
 		a.breaks(err)
 	}

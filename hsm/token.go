@@ -277,7 +277,7 @@ func (t *Token) keep(ctx context.Context) {
 		t.rest(ctx, err, wait)
 	}
 	if t.Err() == nil {
-		t.call(func() { _ = t.module.Finalize() })
+		_ = t.call(t.module.Finalize)
 	}
 }
 
@@ -314,37 +314,37 @@ func (t *Token) publish(a *attachment, err error) {
 	t.tell()
 }
 
-// call marks that the keeper is in the module.
-func (t *Token) call(do func()) {
+// call calls the module, watched by guard. Only the keeper uses it.
+func (t *Token) call(do func() error) error {
 	t.own.Store(t.now())
-	do()
-	t.own.Store(0)
+	defer t.own.Store(0)
+	return do()
 }
 
 // attach initialises the module, finds the token and logs in.
-func (t *Token) attach() (a *attachment, err error) {
-	t.call(func() {
-		if a, err = t.initialize(); err != nil {
-			_ = t.module.Finalize()
-		}
-	})
+func (t *Token) attach() (*attachment, error) {
+	a, err := t.initialize()
+	if err != nil {
+		_ = t.call(t.module.Finalize)
+	}
 	return a, err
 }
 
 func (t *Token) initialize() (*attachment, error) {
-	locks, err := t.module.Initialize(t.cfg.Reserved)
-	if err != nil {
+	locks := false
+	if err := t.call(func() (err error) { locks, err = t.module.Initialize(t.cfg.Reserved); return err }); err != nil {
 		return nil, errorf(Unavailable, err, "initialise the module")
 	}
-	slot, info, err := t.find()
-	if err != nil {
+	var slot uint
+	var info cryptoki.Token
+	if err := t.call(func() (err error) { slot, info, err = t.find(); return err }); err != nil {
 		return nil, err
 	}
-	anchor, err := t.module.Open(slot)
-	if err != nil {
+	var anchor cryptoki.Session
+	if err := t.call(func() (err error) { anchor, err = t.module.Open(slot); return err }); err != nil {
 		return nil, errorf(Unavailable, err, "open a session with token %q", info.Label)
 	}
-	if err := t.logIn(anchor, slot); err != nil {
+	if err := t.logIn(anchor, slot, &t.own); err != nil {
 		return nil, err
 	}
 	return newAttachment(t, slot, info, anchor, t.sessions(info, locks)), nil
@@ -387,16 +387,24 @@ func tokenInfo(slot uint, i cryptoki.Token) TokenInfo {
 	}
 }
 
-// logIn logs in, unless somebody of this process has.
-func (t *Token) logIn(s cryptoki.Session, slot uint) error {
-	if state, err := s.State(); err == nil && (state == pkcs11.CKS_RO_USER_FUNCTIONS || state == pkcs11.CKS_RW_USER_FUNCTIONS) {
+// logIn logs in, unless somebody of this process has. What it calls of the module is
+// marked in began, for guard.
+func (t *Token) logIn(s cryptoki.Session, slot uint, began *atomic.Int64) error {
+	mark := func(do func() error) error {
+		began.Store(t.now())
+		defer began.Store(0)
+		return do()
+	}
+	var state uint
+	err := mark(func() (err error) { state, err = s.State(); return err })
+	if err == nil && (state == pkcs11.CKS_RO_USER_FUNCTIONS || state == pkcs11.CKS_RW_USER_FUNCTIONS) {
 		return nil
 	}
-	info, err := t.module.Token(slot)
-	if err != nil {
+	var info cryptoki.Token
+	if err := mark(func() (err error) { info, err = t.module.Token(slot); return err }); err != nil {
 		return errorf(Unavailable, err, "ask the token how many logins it allows")
 	}
-	err = t.cfg.Login.Attempt(tokenInfo(slot, info), s.Login)
+	err = t.cfg.Login.Attempt(tokenInfo(slot, info), func(pin []byte) error { return mark(func() error { return s.Login(pin) }) })
 	switch {
 	case err == nil, errors.Is(err, cryptoki.Error(pkcs11.CKR_USER_ALREADY_LOGGED_IN)):
 		return nil
@@ -456,9 +464,8 @@ func (t *Token) detach(a *attachment) bool {
 	}
 	a.login.Lock()
 	defer a.login.Unlock()
-	t.call(func() {
-		_ = t.module.CloseAllSessions(a.slot) // the connection may be lost
-		_ = t.module.Finalize()
+	_ = t.call(func() error { // the connection may be lost
+		return errors.Join(t.module.CloseAllSessions(a.slot), t.module.Finalize())
 	})
 	t.guarded.Store(nil)
 	return t.Err() == nil

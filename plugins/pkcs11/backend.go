@@ -1,0 +1,188 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"strconv"
+	"sync"
+	"time"
+
+	"github.com/kms-agent/kms-agent/hsm"
+	"github.com/kms-agent/kms-agent/plugins"
+)
+
+const (
+	backendName    = "pkcs11"
+	backendVersion = "1"
+	// maxNames bounds what is remembered of the URIs in messages.
+	maxNames = 10000
+)
+
+// backend implements plugins.Backend over one token.
+type backend struct {
+	token    *hsm.Token
+	selector hsm.URI
+	counter  *hsm.Counter
+	exit     func(int)
+
+	mu    sync.Mutex
+	names map[string]string // the key's name by its URI; mu guards it
+}
+
+func newBackend() *backend { return &backend{exit: os.Exit, names: map[string]string{}} }
+
+// Open takes the settings that docs/hsm.md describes.
+func (b *backend) Open(_ context.Context, raw json.RawMessage) (plugins.Info, error) {
+	s, token, err := parseSettings(raw)
+	if err != nil {
+		return plugins.Info{}, plugins.Errorf(plugins.Invalid, "%w", err)
+	}
+	if b.token, b.counter, err = s.open(token, logEvents(os.Stderr)); err != nil {
+		return plugins.Info{}, plugins.Errorf(plugins.Invalid, "%w", err)
+	}
+	b.selector = token
+	go func() {
+		<-b.token.Dead()
+		logLine(os.Stderr, "error", "the module hangs; the process ends", map[string]any{"error": b.token.Err().Error()})
+		b.exit(1)
+	}()
+	return plugins.Info{Name: backendName, Version: backendVersion, FIPS140: plugins.FIPS140Module()}, nil
+}
+
+// Wrap wraps under one version of a key on the token.
+func (b *backend) Wrap(ctx context.Context, key plugins.KeyRef, plaintext []byte, binding plugins.Binding) ([]byte, error) {
+	v, err := b.version(ctx, key)
+	if err != nil {
+		return nil, classified(err)
+	}
+	if err := b.counter.Take(v); err != nil {
+		return nil, classified(err)
+	}
+	out, err := b.token.Wrap(ctx, v, nil, plaintext, binding.AAD())
+	return out, classified(err)
+}
+
+// Unwrap opens what Wrap made.
+func (b *backend) Unwrap(ctx context.Context, key plugins.KeyRef, ciphertext []byte, binding plugins.Binding) ([]byte, error) {
+	v, err := b.version(ctx, key)
+	if err != nil {
+		return nil, classified(err)
+	}
+	out, err := b.token.Unwrap(ctx, v, nil, ciphertext, binding.AAD())
+	return out, classified(err)
+}
+
+// Describe tells the versions of a key.
+func (b *backend) Describe(ctx context.Context, uri string) (plugins.Description, error) {
+	name, err := b.name(uri)
+	if err != nil {
+		return plugins.Description{}, classified(err)
+	}
+	k, err := b.token.Key(ctx, name)
+	if err != nil {
+		return plugins.Description{}, classified(err)
+	}
+	d := plugins.Description{Current: number(k.Current)}
+	for _, v := range k.Versions {
+		d.Versions = append(d.Versions, plugins.KeyVersion{Version: number(v.Number), State: state(v.State), Created: v.Created})
+	}
+	return d, nil
+}
+
+// Check lets the token open a canary, where a key is in use.
+func (b *backend) Check(ctx context.Context) (plugins.Health, error) {
+	began := time.Now()
+	if err := b.token.Check(ctx); err != nil {
+		return plugins.Health{}, classified(err)
+	}
+	return plugins.Health{UpstreamLatency: time.Since(began), Detail: "the token answers"}, nil
+}
+
+// Close leaves the token.
+func (b *backend) Close() error {
+	if b.token == nil {
+		return nil
+	}
+	return errors.Join(b.token.Close(), b.counter.Close())
+}
+
+func (b *backend) version(ctx context.Context, key plugins.KeyRef) (*hsm.Version, error) {
+	name, err := b.name(key.URI)
+	if err != nil {
+		return nil, err
+	}
+	n, err := strconv.ParseUint(key.Version, 10, 32)
+	if err != nil || number(uint32(n)) != key.Version {
+		return nil, &hsm.Error{Kind: hsm.KeyNotFound, Detail: fmt.Sprintf("no version %.40q: versions are numbers", key.Version)}
+	}
+	return b.token.Version(ctx, name, uint32(n))
+}
+
+// name returns the name of the key that a URI means.
+func (b *backend) name(uri string) (string, error) {
+	b.mu.Lock()
+	name, ok := b.names[uri]
+	b.mu.Unlock()
+	if ok {
+		return name, nil
+	}
+	u, err := hsm.ParseURI(uri)
+	if err != nil {
+		return "", &hsm.Error{Kind: hsm.KeyNotFound, Detail: "the wrapping key's URI", Err: err}
+	}
+	if u.Object == "" {
+		return "", &hsm.Error{Kind: hsm.KeyNotFound, Detail: fmt.Sprintf("the URI %.200q names no key: it must have object=NAME", uri)}
+	}
+	if u.Token != "" && b.selector.Token != "" && u.Token != b.selector.Token {
+		return "", &hsm.Error{Kind: hsm.KeyNotFound, Detail: fmt.Sprintf("the URI %.200q names another token than this backend's", uri)}
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if len(b.names) < maxNames {
+		b.names[uri] = u.Object
+	}
+	return u.Object, nil
+}
+
+func number(n uint32) string { return strconv.FormatUint(uint64(n), 10) }
+
+func state(s hsm.State) plugins.KeyState {
+	switch s {
+	case hsm.Enabled:
+		return plugins.Enabled
+	case hsm.Disabled:
+		return plugins.Disabled
+	default:
+		return plugins.Destroyed
+	}
+}
+
+// classified gives an error of the token its class in the contract.
+func classified(err error) error {
+	if err == nil {
+		return nil
+	}
+	if errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
+		return err
+	}
+	class := plugins.Internal
+	switch hsm.KindOf(err) {
+	case hsm.Unavailable:
+		class = plugins.Unavailable
+	case hsm.Unauthenticated:
+		class = plugins.Unauthenticated
+	case hsm.KeyUnusable:
+		class = plugins.KeyUnusable
+	case hsm.KeyNotFound:
+		class = plugins.KeyNotFound
+	case hsm.BadCiphertext:
+		class = plugins.BadCiphertext
+	case hsm.Invalid:
+		class = plugins.Invalid
+	case hsm.Broken:
+	}
+	return &plugins.Error{Class: class, Err: err}
+}

@@ -1,0 +1,93 @@
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/kms-agent/kms-agent/hsm"
+)
+
+// stateVariable names the directory that the agent keeps for this backend.
+const stateVariable = "KMS_AGENT_PLUGIN_STATE"
+
+// stateDirectory is where counts and the ledger of logins are kept.
+func (s settings) stateDirectory() (string, error) {
+	dir := s.StateDir
+	if dir == "" {
+		dir = os.Getenv(stateVariable)
+	}
+	if dir == "" {
+		return "", errors.New("settings.state_dir: no directory for the ledger of logins and the counts of wraps is known; name one")
+	}
+	if !filepath.IsAbs(dir) {
+		return "", fmt.Errorf("the state directory %q is not an absolute path", dir)
+	}
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return "", fmt.Errorf("the state directory: %w", err)
+	}
+	return dir, nil
+}
+
+// open opens the token and the counts of its wraps.
+func (s settings) open(token hsm.URI, events func(hsm.Event)) (*hsm.Token, *hsm.Counter, error) {
+	dir, err := s.stateDirectory()
+	if err != nil {
+		return nil, nil, err
+	}
+	counter, err := hsm.OpenCounter(dir, s.FleetSize)
+	if err != nil {
+		return nil, nil, err
+	}
+	t, err := s.openToken(token, events, 0)
+	return t, counter, err
+}
+
+// openToken opens the token alone. patience is how long an operation waits for it.
+func (s settings) openToken(token hsm.URI, events func(hsm.Event), patience time.Duration) (*hsm.Token, error) {
+	dir, err := s.stateDirectory()
+	if err != nil {
+		return nil, err
+	}
+	return hsm.Open(hsm.Config{
+		Module: s.Module, Reserved: s.ModuleConfig, Token: token, Login: s.login(dir), Sessions: s.Sessions,
+		HangAfter: time.Duration(s.HangAfter), Patience: patience, Events: events,
+	})
+}
+
+// logEvents writes what happens to the connection as the agent's log takes it.
+func logEvents(w io.Writer) func(hsm.Event) {
+	return func(e hsm.Event) {
+		if e.Attached {
+			logLine(w, "info", "token attached", map[string]any{
+				"token": e.Token.Label, "serial": e.Token.Serial, "model": e.Token.Model, "firmware": e.Token.Firmware, "slot": e.Token.Slot,
+			})
+			return
+		}
+		fields := map[string]any{"retry": e.Retry.Round(time.Millisecond).String()}
+		if e.Err != nil {
+			fields["error"] = e.Err.Error()
+		}
+		logLine(w, "warn", "token is not attached", fields)
+	}
+}
+
+func logLine(w io.Writer, level, message string, fields map[string]any) {
+	fields["@level"], fields["@message"] = level, message
+	if b, err := json.Marshal(fields); err == nil {
+		_, _ = w.Write(append(b, '\n'))
+	}
+}
+
+// login logs in with the PIN that the settings name.
+func (s settings) login(dir string) *hsm.Ledger {
+	return &hsm.Ledger{
+		Path:  filepath.Join(dir, "logins.json"),
+		PIN:   hsm.PINSource{File: s.PINFile, Credential: s.PINCred, Variable: s.PINVariable},
+		Retry: s.retryPIN,
+	}
+}

@@ -1,0 +1,83 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"time"
+
+	"github.com/kms-agent/kms-agent/hsm"
+)
+
+// settings are the backend's settings in the agent's configuration.
+type settings struct {
+	Module       string   `json:"module"`
+	ModuleConfig string   `json:"module_config"`
+	Token        string   `json:"token"`
+	PINFile      string   `json:"pin_file"`
+	PINCred      string   `json:"pin_credential"`
+	PINVariable  string   `json:"pin_variable"`
+	Sessions     int      `json:"sessions"`
+	HangAfter    duration `json:"hang_after"`
+	FleetSize    uint64   `json:"fleet_size"`
+	StateDir     string   `json:"state_dir"`
+
+	retryPIN bool
+}
+
+// duration is a time.Duration as text, such as "10s".
+type duration time.Duration
+
+// UnmarshalJSON reads "10s".
+func (d *duration) UnmarshalJSON(b []byte) error {
+	var text string
+	if err := json.Unmarshal(b, &text); err != nil {
+		return err
+	}
+	parsed, err := time.ParseDuration(text)
+	*d = duration(parsed)
+	return err
+}
+
+// parseSettings reads settings strictly and reports every fault at once.
+func parseSettings(raw json.RawMessage) (settings, hsm.URI, error) {
+	var s settings
+	d := json.NewDecoder(bytes.NewReader(raw))
+	d.DisallowUnknownFields()
+	if err := d.Decode(&s); err != nil {
+		return s, hsm.URI{}, fmt.Errorf("settings: %w", err)
+	}
+	var errs []error
+	fault := func(format string, a ...any) { errs = append(errs, fmt.Errorf("settings."+format, a...)) }
+	if !filepath.IsAbs(s.Module) {
+		fault("module: the absolute path of the vendor's PKCS#11 library is required")
+	}
+	token, err := hsm.ParseURI(s.Token)
+	switch {
+	case s.Token == "":
+		fault("token: a PKCS#11 URI that selects the token is required, such as pkcs11:token=kms")
+	case err != nil:
+		fault("token: %w", err)
+	}
+	given := 0
+	for _, source := range []string{s.PINFile, s.PINCred, s.PINVariable} {
+		if source != "" {
+			given++
+		}
+	}
+	if given != 1 {
+		fault("pin_file, pin_credential or pin_variable: exactly one of them says where the PIN is")
+	}
+	if s.Sessions < 0 || s.Sessions > 1024 {
+		fault("sessions: 1 to 1024, or 0 for the default")
+	}
+	if d := time.Duration(s.HangAfter); d != 0 && (d < 100*time.Millisecond || d > 10*time.Minute) {
+		fault("hang_after: 100ms to 10m")
+	}
+	if s.StateDir != "" && !filepath.IsAbs(s.StateDir) {
+		fault("state_dir: must be an absolute path")
+	}
+	return s, token, errors.Join(errs...)
+}
