@@ -139,6 +139,16 @@ func (a *attachment) breaks(why error) {
 	}
 }
 
+// over tells whether the attachment is broken.
+func (a *attachment) over() bool {
+	select {
+	case <-a.broken:
+		return true
+	default:
+		return false
+	}
+}
+
 func (a *attachment) cause() error {
 	a.mu.Lock()
 	defer a.mu.Unlock()

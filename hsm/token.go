@@ -76,7 +76,8 @@ const (
 	idleCanary = 8 * time.Second
 )
 
-// Token is one token, attached and kept that way. It is safe for concurrent use.
+// Token is one token, attached and kept that way. It is safe for concurrent use. A
+// process has one Token per module: a module is initialised once for all of it.
 type Token struct {
 	cfg    Config
 	module *cryptoki.Module
@@ -224,7 +225,7 @@ func (t *Token) attached(ctx context.Context) (*attachment, error) {
 		t.mu.Lock()
 		a, changed, why, dead := t.current, t.changed, t.lastErr, t.deadErr
 		t.mu.Unlock()
-		if a != nil {
+		if a != nil && !a.over() {
 			return a, nil
 		}
 		if dead != nil {

@@ -1,0 +1,173 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/kms-agent/kms-agent/hsm"
+	"github.com/kms-agent/kms-agent/plugins"
+	"github.com/kms-agent/kms-agent/plugins/plugintest"
+)
+
+func TestMain(m *testing.M) {
+	plugintest.ServeIfChild(map[string]func() plugins.Backend{"pkcs11": func() plugins.Backend { return newBackend() }})
+	if os.Getenv(administerVariable) != "" {
+		os.Exit(administer([]string{"administer"}, os.Stdin, os.Stdout, os.Stderr))
+	}
+	os.Exit(m.Run())
+}
+
+// administerVariable makes the test binary what kms-agent hsm starts.
+const administerVariable = "KMS_AGENT_TEST_ADMINISTER"
+
+const softHSM = "/usr/lib/softhsm/libsofthsm2.so"
+
+// rig is a SoftHSM token in a directory of its own.
+type rig struct {
+	t        testing.TB
+	dir      string
+	settings map[string]any
+}
+
+func newRig(t testing.TB) *rig {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "hsm")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	r := &rig{t: t, dir: dir}
+	for _, d := range []string{"tokens", "state"} {
+		if err := os.Mkdir(r.path(d), 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	r.write("softhsm2.conf", fmt.Sprintf("directories.tokendir = %s\nobjectstore.backend = file\nlog.level = ERROR\n", r.path("tokens")))
+	r.write("pin", "a user's PIN\n")
+	t.Setenv("SOFTHSM2_CONF", r.path("softhsm2.conf"))
+	r.run("softhsm2-util", "--init-token", "--free", "--label", "kms", "--so-pin", "officer", "--pin", "a user's PIN")
+	r.settings = map[string]any{
+		"module": softHSM, "token": "pkcs11:token=kms", "pin_file": r.path("pin"), "state_dir": r.path("state"),
+	}
+	return r
+}
+
+func (r *rig) path(name string) string { return filepath.Join(r.dir, name) }
+
+func (r *rig) write(name, content string) {
+	r.t.Helper()
+	if err := os.WriteFile(r.path(name), []byte(content), 0o600); err != nil {
+		r.t.Fatal(err)
+	}
+}
+
+func (r *rig) run(name string, args ...string) {
+	r.t.Helper()
+	if out, err := exec.Command(name, args...).CombinedOutput(); err != nil {
+		r.t.Fatalf("%s %v: %v\n%s", name, args, err, out)
+	}
+}
+
+func (r *rig) json() json.RawMessage {
+	r.t.Helper()
+	b, err := json.Marshal(r.settings)
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	return b
+}
+
+// administer does what `kms-agent hsm` asks for, as it asks.
+func (r *rig) administer(q request) answer {
+	r.t.Helper()
+	q.Settings = r.json()
+	in, err := json.Marshal(q)
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	// In a process of its own: a module is initialised once per process.
+	var out, diagnostics bytes.Buffer
+	cmd := exec.Command(os.Args[0])
+	cmd.Env = append(os.Environ(), administerVariable+"=1")
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = bytes.NewReader(in), &out, &diagnostics
+	failed := cmd.Run()
+	var a answer
+	if err := json.Unmarshal(out.Bytes(), &a); err != nil || (failed == nil) != (a.Error == "") {
+		r.t.Fatalf("%s: %v, %v\n%s%s", q.Command, failed, err, out.Bytes(), diagnostics.Bytes())
+	}
+	return a
+}
+
+func (r *rig) must(q request) answer {
+	r.t.Helper()
+	a := r.administer(q)
+	if a.Error != "" {
+		r.t.Fatalf("%s: %s", q.Command, a.Error)
+	}
+	return a
+}
+
+func bounded(t testing.TB) context.Context {
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	t.Cleanup(cancel)
+	return ctx
+}
+
+// conform runs the conformance suite on tokens of its own, with a suite.
+func conform(t *testing.T, suite hsm.Suite, open func(t *testing.T, r *rig) plugins.Backend) {
+	made := newRig(t)
+	for _, name := range []string{"orders", "other"} {
+		made.must(request{Command: "init-key", Key: name, Suite: suite.String()})
+	}
+	made.must(request{Command: "rotate", Key: "orders"})
+	plugintest.Run(t, func(t *testing.T) plugintest.Instance {
+		r := newRig(t)
+		if err := os.RemoveAll(r.path("tokens")); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.CopyFS(r.path("tokens"), os.DirFS(made.path("tokens"))); err != nil {
+			t.Fatal(err)
+		}
+		return plugintest.Instance{
+			Backend: open(t, r),
+			Key:     plugins.KeyRef{URI: "pkcs11:token=kms;object=orders", Version: "1"},
+			Other:   plugins.KeyRef{URI: "pkcs11:token=kms;object=other", Version: "1"},
+			Missing: "pkcs11:token=kms;object=missing",
+			Disable: func(t *testing.T) {
+				r.must(request{Command: "disable", Key: "orders", Version: 1})
+				time.Sleep(3100 * time.Millisecond) // as long as what was read of the catalogue counts
+			},
+		}
+	})
+}
+
+func TestConformance(t *testing.T) {
+	for _, suite := range []hsm.Suite{hsm.GCM, hsm.CBCHMAC, hsm.OAEPSHA1} {
+		t.Run(suite.String(), func(t *testing.T) {
+			conform(t, suite, func(t *testing.T, r *rig) plugins.Backend {
+				b := newBackend()
+				t.Cleanup(func() { _ = b.Close() })
+				if _, err := b.Open(bounded(t), r.json()); err != nil {
+					t.Fatal(err)
+				}
+				return b
+			})
+		})
+	}
+}
+
+func TestConformanceOverTheWire(t *testing.T) {
+	conform(t, hsm.GCM, func(t *testing.T, r *rig) plugins.Backend {
+		cfg := plugintest.Config(t, "pkcs11", r.json())
+		cfg.Env = append(cfg.Env, "SOFTHSM2_CONF="+r.path("softhsm2.conf"))
+		cfg.Access.Read, cfg.Access.Write = []string{r.dir}, []string{r.path("tokens"), r.path("state")}
+		return plugintest.Start(t, cfg)
+	})
+}
