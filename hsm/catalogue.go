@@ -157,7 +157,7 @@ func checkName(name string) error {
 		return fmt.Errorf("a key's name has 1 to %d characters", nameLength)
 	}
 	for _, c := range name {
-		if !(c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9' || c == '-' || c == '_' || c == '.') {
+		if (c < 'a' || c > 'z') && (c < 'A' || c > 'Z') && (c < '0' || c > '9') && c != '-' && c != '_' && c != '.' {
 			return fmt.Errorf("key name %q: letters, digits, - _ . are possible", name)
 		}
 	}

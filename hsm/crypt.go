@@ -60,7 +60,7 @@ func (t *Token) crypt(ctx context.Context, v *Version, h header, dst, in, iv, aa
 			}
 		}
 		var final bool
-		if err, final = t.judge(ctx, a, v, err, unwrap); final {
+		if final, err = t.judge(ctx, a, v, err, unwrap); final {
 			return nil, err
 		}
 		last = err
@@ -100,57 +100,57 @@ func (t *Token) once(ctx context.Context, a *attachment, v *Version, h header, k
 
 // judge says what the failure of an operation means. Unless it is final the
 // operation is tried again.
-func (t *Token) judge(ctx context.Context, a *attachment, v *Version, err error, unwrap bool) (_ error, final bool) {
+func (t *Token) judge(ctx context.Context, a *attachment, v *Version, err error, unwrap bool) (final bool, _ error) {
 	if known := (*Error)(nil); errors.As(err, &known) && known.Kind != Unavailable {
-		return err, true
+		return true, err
 	}
 	if cause := ctx.Err(); cause != nil {
-		return err, true
+		return true, err
 	}
 	switch stepFor(err) {
 	case newSession:
-		return err, false
+		return false, err
 	case fewer:
 		a.shrinks()
-		return err, false
+		return false, err
 	case findAgain:
 		v.unbind(a)
-		return err, false
+		return false, err
 	case loginAgain:
 		if err := t.relogin(a); err != nil {
-			return err, KindOf(err) == Unauthenticated
+			return KindOf(err) == Unauthenticated, err
 		}
-		return err, false
+		return false, err
 	case reconnect:
 		a.breaks(errorf(Unavailable, err, "the connection to the token is lost"))
-		return err, false
+		return false, err
 	case refuse:
 		if unwrap {
-			return errOpen, true
+			return true, errOpen
 		}
-		return errorf(Broken, err, "the token does not take what it took before"), true
+		return true, errorf(Broken, err, "the token does not take what it took before")
 	case askCanary:
 		if a.cause() != nil {
-			return err, false
+			return false, err
 		}
 		if t.canary(ctx, a, v) != nil {
-			return err, false // it has done what there is to do
+			return false, err // it has done what there is to do
 		}
 		if unwrap {
-			return errOpen, true
+			return true, errOpen
 		}
-		return errorf(Broken, err, "the token does not wrap, and is well otherwise"), true
+		return true, errorf(Broken, err, "the token does not wrap, and is well otherwise")
 	case fixPIN:
-		return errorf(Unauthenticated, err, "the token wants another PIN"), true
+		return true, errorf(Unauthenticated, err, "the token wants another PIN")
 	case giveUp:
 	}
 	if a.cause() != nil {
-		return err, false
+		return false, err
 	}
 	if errors.As(err, new(cryptoki.Error)) {
-		return errorf(KeyUnusable, err, "the token does not let this version of the key be used: see docs/hsm.md for the code"), true
+		return true, errorf(KeyUnusable, err, "the token does not let this version of the key be used: see docs/hsm.md for the code")
 	}
-	return errorf(Broken, err, "the module gave a wrong answer"), true
+	return true, errorf(Broken, err, "the module gave a wrong answer")
 }
 
 // relogin logs in again, once for all who lost the login.

@@ -90,7 +90,7 @@ func (l *Ledger) attempt(token TokenInfo, pin []byte, log func(pin []byte) error
 		return err
 	}
 	a := book.find(name, hash)
-	if err := l.allowed(token, a); err != nil {
+	if err := l.allowed(token, a, book.refusedBefore(name)); err != nil {
 		return err
 	}
 	a.Tried = time.Now().UTC().Truncate(time.Second)
@@ -113,13 +113,23 @@ func (l *Ledger) attempt(token TokenInfo, pin []byte, log func(pin []byte) error
 	return errors.Join(err, l.write(book))
 }
 
-// allowed returns why a PIN may not be tried.
-func (l *Ledger) allowed(token TokenInfo, a *attempt) error {
+// refusedBefore tells whether the token has refused a PIN of ours.
+func (b *ledger) refusedBefore(token string) bool {
+	return slices.ContainsFunc(b.Tokens[token], func(a attempt) bool { return a.Refused })
+}
+
+// allowed returns why a PIN may not be tried. A token that counts wrong PINs, where
+// ours is known to be one of them, takes another; never its last try.
+func (l *Ledger) allowed(token TokenInfo, a *attempt, ours bool) error {
 	known := a.Accepted && !a.Refused
 	switch {
 	case token.Flags&pkcs11.CKF_USER_PIN_LOCKED != 0:
 		return errorf(Unauthenticated, nil, "the PIN of token %q is locked: its security officer must set a new one", token.Label)
-	case l.Retry || known:
+	case l.Retry:
+		return nil
+	case token.Flags&pkcs11.CKF_USER_PIN_FINAL_TRY != 0:
+		return errorf(Unauthenticated, nil, "the token %q has one try left before its PIN is locked: make sure that the PIN is right and run 'kms-agent hsm probe --retry-pin'", token.Label)
+	case known:
 		return nil
 	case a.Refused:
 		return errorf(Unauthenticated, nil, "the token %q has refused this PIN on %s; it is not tried again, so that the token does not lock: put the right PIN in its place",
@@ -127,7 +137,7 @@ func (l *Ledger) allowed(token TokenInfo, a *attempt) error {
 	case !a.Tried.IsZero():
 		return errorf(Unauthenticated, nil, "this PIN was tried with token %q on %s, and the outcome is not known; it is not tried again, so that the token does not lock: "+
 			"make sure that it is right and run 'kms-agent hsm probe --retry-pin'", token.Label, a.Tried.Format(time.RFC3339))
-	case token.Flags&(pkcs11.CKF_USER_PIN_FINAL_TRY|pkcs11.CKF_USER_PIN_COUNT_LOW) != 0:
+	case token.Flags&pkcs11.CKF_USER_PIN_COUNT_LOW != 0 && !ours:
 		return errorf(Unauthenticated, nil, "wrong PINs were tried with token %q lately, and this one was never accepted: make sure that it is right and run 'kms-agent hsm probe --retry-pin'", token.Label)
 	}
 	return nil

@@ -3,104 +3,176 @@ package hsm_test
 import (
 	"bytes"
 	"context"
+	"crypto/rand"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"sync"
 	"testing"
 	"time"
+
+	"go.uber.org/goleak"
 
 	"github.com/kms-agent/kms-agent/hsm"
 )
 
-type pin string
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-func (p pin) Attempt(_ hsm.TokenInfo, log func([]byte) error) error { return log([]byte(p)) }
-func (p pin) Changed(ctx context.Context) error                     { <-ctx.Done(); return ctx.Err() }
+const (
+	softHSM = "/usr/lib/softhsm/libsofthsm2.so"
+	userPIN = "user-1234"
+)
 
-func softhsm(t testing.TB) {
-	dir := t.TempDir()
-	conf := filepath.Join(dir, "softhsm2.conf")
-	_ = os.Mkdir(filepath.Join(dir, "tokens"), 0o700)
-	_ = os.WriteFile(conf, []byte(fmt.Sprintf("directories.tokendir = %s/tokens\nobjectstore.backend = file\nlog.level = ERROR\n", dir)), 0o600)
-	t.Setenv("SOFTHSM2_CONF", conf)
-	if out, err := exec.Command("softhsm2-util", "--init-token", "--free", "--label", "kms", "--so-pin", "so1234", "--pin", "user1234").CombinedOutput(); err != nil {
-		t.Fatalf("%v %s", err, out)
+// rig is a SoftHSM token in a directory of its own, and a Token attached to it.
+type rig struct {
+	*hsm.Token
+
+	t   testing.TB
+	dir string
+
+	mu     sync.Mutex
+	events []hsm.Event
+}
+
+func (r *rig) path(name string) string { return filepath.Join(r.dir, name) }
+
+func (r *rig) write(name, content string) {
+	r.t.Helper()
+	if err := os.WriteFile(r.path(name), []byte(content), 0o600); err != nil {
+		r.t.Fatal(err)
 	}
 }
 
-func TestWalk(t *testing.T) {
-	softhsm(t)
-	tok, err := hsm.Open(hsm.Config{Module: "/usr/lib/softhsm/libsofthsm2.so", Token: hsm.URI{Token: "kms"}, Login: pin("user1234"),
-		Events: func(e hsm.Event) { t.Logf("%+v", e) }})
+func (r *rig) run(name string, args ...string) {
+	r.t.Helper()
+	if out, err := exec.CommandContext(r.t.Context(), name, args...).CombinedOutput(); err != nil {
+		r.t.Fatalf("%s %v: %v\n%s", name, args, err, out)
+	}
+}
+
+// tool runs pkcs11-tool, as another application of the token.
+func (r *rig) tool(args ...string) {
+	r.t.Helper()
+	r.run("pkcs11-tool", append([]string{"--module", softHSM, "--token-label", "kms", "--login", "--pin", userPIN}, args...)...)
+}
+
+// newRig makes a token; change may change how it is used.
+func newRig(t testing.TB, change ...func(*rig, *hsm.Config)) *rig {
+	t.Helper()
+	r := &rig{t: t, dir: t.TempDir()}
+	if err := os.Mkdir(r.path("tokens"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	r.write("softhsm2.conf", fmt.Sprintf("directories.tokendir = %s\nobjectstore.backend = file\nlog.level = ERROR\n", r.path("tokens")))
+	t.Setenv("SOFTHSM2_CONF", r.path("softhsm2.conf"))
+	r.initToken()
+	r.write("pin", userPIN)
+	cfg := hsm.Config{
+		Module: softHSM, Token: hsm.URI{Token: "kms"},
+		Login:  &hsm.Ledger{Path: r.path("logins"), PIN: hsm.PINSource{File: r.path("pin")}},
+		Events: r.happened,
+	}
+	for _, f := range change {
+		f(r, &cfg)
+	}
+	token, err := hsm.Open(cfg)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer tok.Close()
+	r.Token = token
+	t.Cleanup(func() {
+		if err := token.Close(); err != nil {
+			t.Errorf("Close: %v", err)
+		}
+	})
+	eventually(t, "the token is attached", func() error { return token.Check(t.Context()) })
+	return r
+}
+
+func (r *rig) initToken() {
+	r.t.Helper()
+	r.run("softhsm2-util", "--init-token", "--free", "--label", "kms", "--so-pin", "officer-1", "--pin", userPIN)
+}
+
+func (r *rig) happened(e hsm.Event) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.events = append(r.events, e)
+}
+
+// attached returns how often the token was attached.
+func (r *rig) attached() int {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	n := 0
+	for _, e := range r.events {
+		if e.Attached {
+			n++
+		}
+	}
+	return n
+}
+
+func bounded(t testing.TB) context.Context {
+	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
-	defer cancel()
-	p, err := tok.Probe(ctx)
-	t.Logf("%+v %v", p, err)
-	k, err := tok.CreateKey(ctx, "orders", 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	v := k.Versions[0]
-	for _, size := range []int{1, 32, 255, 4096} {
-		w, err := tok.Wrap(ctx, v, nil, bytes.Repeat([]byte{7}, size), []byte("aad"))
-		if err != nil {
-			t.Fatal(err)
-		}
-		out, err := tok.Unwrap(ctx, v, nil, w, []byte("aad"))
-		if err != nil || !bytes.Equal(out, bytes.Repeat([]byte{7}, size)) {
-			t.Fatal(size, err, out)
-		}
-		if _, err := tok.Unwrap(ctx, v, nil, w, []byte("aae")); hsm.KindOf(err) != hsm.BadCiphertext {
-			t.Error(err)
-		}
-	}
-	if k, err = tok.Rotate(ctx, "orders", 0); err != nil || k.Current != 2 {
-		t.Fatal(err)
-	}
-	if _, err := tok.CreateKey(ctx, "rsa", hsm.OAEPSHA1); err != nil {
-		t.Error(err)
-	}
-	k, err = tok.CreateKey(ctx, "cbc", hsm.CBCHMAC)
-	if err != nil {
-		t.Fatal(err)
-	}
-	w, err := tok.Wrap(ctx, k.Versions[0], nil, bytes.Repeat([]byte{7}, 4096), []byte("aad"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if out, err := tok.Unwrap(ctx, k.Versions[0], nil, w, []byte("aad")); err != nil || len(out) != 4096 {
-		t.Fatal(err)
-	}
-	ks, err := tok.Keys(ctx)
-	t.Log(len(ks), err)
+	t.Cleanup(cancel)
+	return ctx
 }
 
-func BenchmarkPair(b *testing.B) {
-	softhsm(b)
-	tok, err := hsm.Open(hsm.Config{Module: "/usr/lib/softhsm/libsofthsm2.so", Token: hsm.URI{Token: "kms"}, Login: pin("user1234")})
+// key makes a key and returns its first version.
+func (r *rig) key(name string, suite hsm.Suite) *hsm.Version {
+	r.t.Helper()
+	k, err := r.CreateKey(bounded(r.t), name, suite)
 	if err != nil {
-		b.Fatal(err)
+		r.t.Fatalf("CreateKey: %v", err)
 	}
-	defer tok.Close()
-	ctx, cancel := context.WithTimeout(b.Context(), 60*time.Second)
-	defer cancel()
-	k, err := tok.CreateKey(ctx, "orders", 0)
+	return k.Versions[0]
+}
+
+var bound = []byte("what is bound")
+
+func (r *rig) wrap(v *hsm.Version, material []byte) []byte {
+	r.t.Helper()
+	wrapped, err := r.Wrap(bounded(r.t), v, nil, material, bound)
 	if err != nil {
-		b.Fatal(err)
+		r.t.Fatalf("Wrap: %v", err)
 	}
-	dek, w, o := make([]byte, 32), make([]byte, 0, 200), make([]byte, 0, 200)
-	b.ReportAllocs()
-	for b.Loop() {
-		if w, err = tok.Wrap(ctx, k.Versions[0], w[:0], dek, dek); err != nil {
-			b.Fatal(err)
-		}
-		if o, err = tok.Unwrap(ctx, k.Versions[0], o[:0], w, dek); err != nil {
-			b.Fatal(err)
+	return wrapped
+}
+
+func (r *rig) opens(v *hsm.Version, wrapped, want []byte) {
+	r.t.Helper()
+	got, err := r.Unwrap(bounded(r.t), v, nil, wrapped, bound)
+	if err != nil || !bytes.Equal(got, want) {
+		r.t.Fatalf("Unwrap: %d bytes, %v; want the %d that were wrapped", len(got), err, len(want))
+	}
+}
+
+func (r *rig) fails(v *hsm.Version, wrapped []byte, want hsm.Kind) error {
+	r.t.Helper()
+	got, err := r.Unwrap(bounded(r.t), v, nil, wrapped, bound)
+	if hsm.KindOf(err) != want || got != nil {
+		r.t.Errorf("Unwrap: %d bytes, %v; want %v", len(got), err, want)
+	}
+	return err
+}
+
+// eventually waits for what the token brings about by itself.
+func eventually(t testing.TB, what string, is func() error) {
+	t.Helper()
+	var err error
+	for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
+		if err = is(); err == nil {
+			return
 		}
 	}
+	t.Fatalf("%s: not within 20 s: %v", what, err)
+}
+
+func material(n int) []byte {
+	b := make([]byte, n)
+	_, _ = rand.Read(b) // never fails
+	return b
 }

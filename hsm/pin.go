@@ -81,7 +81,7 @@ func (s PINSource) readFile(into []byte) (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0) //nolint:gosec // the operator names the file
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return 0, fmt.Errorf("the PIN: %w", err)
 	}

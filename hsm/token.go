@@ -273,7 +273,7 @@ func (t *Token) keep(ctx context.Context) {
 			break
 		}
 		pause = min(max(2*pause, reconnectMin), reconnectMax)
-		wait := pause/2 + rand.N(pause/2+1)
+		wait := pause/2 + rand.N(pause/2+1) //nolint:gosec // jitter
 		t.event(Event{Err: err, Retry: wait})
 		t.rest(ctx, err, wait)
 	}

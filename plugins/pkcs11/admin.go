@@ -13,9 +13,6 @@ import (
 	"github.com/kms-agent/kms-agent/hsm"
 )
 
-// administrationVersion goes up when request or answer change their meaning.
-const administrationVersion = 1
-
 // adminTimeout bounds one request: HSMs take seconds to make RSA keys.
 const adminTimeout = 2 * time.Minute
 

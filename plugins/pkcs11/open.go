@@ -27,7 +27,7 @@ func (s settings) stateDirectory() (string, error) {
 	if !filepath.IsAbs(dir) {
 		return "", fmt.Errorf("the state directory %q is not an absolute path", dir)
 	}
-	if err := os.MkdirAll(dir, 0o700); err != nil {
+	if err := os.MkdirAll(dir, 0o700); err != nil { //nolint:gosec // the operator or the agent names it
 		return "", fmt.Errorf("the state directory: %w", err)
 	}
 	return dir, nil

@@ -21,8 +21,8 @@ func (e Error) Name() string {
 	case e&pkcs11.CKR_VENDOR_DEFINED != 0:
 		return "a code of the vendor's own"
 	}
-	_, name, found := strings.Cut(pkcs11.Error(e).Error(), ": 0x")
-	if _, name, found = strings.Cut(name, ": "); !found || name == "" {
+	_, name, _ := strings.Cut(pkcs11.Error(e).Error(), ": 0x")
+	if _, name, _ = strings.Cut(name, ": "); name == "" {
 		return "an unknown code"
 	}
 	return name
