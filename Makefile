@@ -14,7 +14,7 @@ COUNT    ?= 5
 EXAMPLES := examples/rows
 each_example = set -e; for dir in $(EXAMPLES); do (cd $$dir && $(1)); done
 
-.PHONY: build build-fips quickstart test test-fips race lint generate generate-check fmt-check vet tidy-check check fuzz soak bench interop deps clean help
+.PHONY: build build-fips build-hsm quickstart quickstart-hsm test test-fips race lint generate generate-check fmt-check vet tidy-check check fuzz soak bench interop deps clean help
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -24,6 +24,12 @@ build: ## build bin/kms-agent
 
 build-fips: ## build bin/fips/kms-agent with the certified FIPS 140-3 module
 	$(RELEASE) GOFIPS140=certified $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/fips/ ./cmd/kms-agent
+
+build-hsm: build ## build bin/kms-agent-pkcs11, the backend for HSMs; needs a C compiler
+	$(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/kms-agent-pkcs11 ./plugins/pkcs11
+
+quickstart-hsm: build-hsm deps ## see it work with an HSM: SoftHSM, in a private directory
+	@scripts/quickstart-hsm
 
 quickstart: build ## see it work: encrypt, decrypt, a refusal, the audit trail
 	@scripts/quickstart

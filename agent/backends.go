@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"maps"
 	"os"
+	"path/filepath"
 	"reflect"
 	"slices"
 	"strings"
@@ -14,6 +15,7 @@ import (
 
 	"go.uber.org/zap"
 
+	"github.com/kms-agent/kms-agent/plugins"
 	"github.com/kms-agent/kms-agent/plugins/host"
 	"github.com/kms-agent/kms-agent/plugins/local"
 )
@@ -70,17 +72,33 @@ func (a *Agent) hostConfig(cfg BackendConfig, env []string) host.Config {
 	if cfg.Plugin == pluginLocal {
 		hc.Access.Read = append(hc.Access.Read, local.Paths(json.RawMessage(cfg.Settings))...)
 	}
+	if cfg.Path != "" {
+		hc.Access.Write = append(hc.Access.Write, a.cfg.PluginState(cfg.Name))
+	}
 	if cfg.Plugin != "" {
 		hc.Self, hc.Command, hc.Args = true, "", []string{"plugin", "serve", cfg.Plugin}
 	}
 	return hc
 }
 
-// pluginEnv is the whole environment of a plugin. systemd's credentials are
-// passed on: they are how a plugin is given its own secrets. So is GODEBUG: a
+// PluginState is the directory for what a plugin keeps across its processes. It is
+// the plugin's own, and named to it by plugins.StateVariable.
+func (c *Config) PluginState(backend string) string {
+	return filepath.Join(c.StateDir, "plugins", backend)
+}
+
+// PluginEnv is the whole environment of a backend's plugin. systemd's credentials
+// are passed on: they are how a plugin is given its own secrets. So is GODEBUG: a
 // FIPS 140-3 mode is for the agent as a whole.
-func pluginEnv(cfg BackendConfig) ([]string, error) {
+func (c *Config) PluginEnv(cfg BackendConfig) ([]string, error) {
 	env := make([]string, 0, len(cfg.Env)+len(cfg.EnvFromFiles)+1)
+	if cfg.Path != "" {
+		dir := c.PluginState(cfg.Name)
+		if err := os.MkdirAll(dir, stateMode); err != nil {
+			return nil, fmt.Errorf("the plugin's directory for its state: %w", err)
+		}
+		env = append(env, plugins.StateVariable+"="+dir)
+	}
 	for _, name := range []string{"CREDENTIALS_DIRECTORY", "GODEBUG"} {
 		if value, ok := os.LookupEnv(name); ok {
 			env = append(env, name+"="+value)
@@ -118,7 +136,7 @@ func (a *Agent) nextBackends(ctx context.Context, cfg *Config) (map[string]*back
 			next[c.Name] = running
 			continue
 		}
-		env, err := pluginEnv(c)
+		env, err := cfg.PluginEnv(c)
 		if err != nil {
 			return fail(fmt.Errorf("backend %q: %w", c.Name, err))
 		}
@@ -151,7 +169,7 @@ func (a *Agent) unchanged(c BackendConfig) *backend {
 	if running == nil || !reflect.DeepEqual(running.cfg, c) {
 		return nil
 	}
-	env, err := pluginEnv(c)
+	env, err := a.cfg.PluginEnv(c)
 	if err != nil {
 		a.logger.Warn("backend goes on with the environment it has", zap.String("backend", c.Name), zap.Error(err))
 		return running

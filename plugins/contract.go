@@ -106,6 +106,10 @@ type Health struct {
 	UpstreamLatency time.Duration
 }
 
+// StateVariable is the environment variable that names the directory in which a
+// plugin keeps what must outlive its process. It is the plugin's alone.
+const StateVariable = "KMS_AGENT_PLUGIN_STATE"
+
 type callerKey struct{}
 
 // WithCaller marks calls with who they are for, so that one caller cannot keep

@@ -23,7 +23,7 @@ protected memory and asks key services to wrap them.`)
 		&cobra.Group{ID: groupOperate, Title: "Operate it:"},
 	)
 	add(root, groupUse, newEncrypt(a), newDecrypt(a), newReencrypt(a), newDatakey(a), newWrap(a), newUnwrap(a),
-		newRandom(a), newKeys(a), newWhoami(a))
+		newRandom(a), newKeys(a), newHSM(a), newWhoami(a))
 	add(root, groupRun, newRunCommand(a), newDev(a), newCheck(a), newConfig(a))
 	add(root, groupOperate, newStatus(a), newPlugin(a), newAudit(a), newPolicy(a), newEvict(a), newReload(a), newLogLevel(a), newProfile(a), newVersion(a))
 	root.AddCommand(newCompletion(a), exitCodesTopic())

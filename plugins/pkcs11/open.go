@@ -10,16 +10,14 @@ import (
 	"time"
 
 	"github.com/kms-agent/kms-agent/hsm"
+	"github.com/kms-agent/kms-agent/plugins"
 )
-
-// stateVariable names the directory that the agent keeps for this backend.
-const stateVariable = "KMS_AGENT_PLUGIN_STATE"
 
 // stateDirectory is where counts and the ledger of logins are kept.
 func (s settings) stateDirectory() (string, error) {
 	dir := s.StateDir
 	if dir == "" {
-		dir = os.Getenv(stateVariable)
+		dir = os.Getenv(plugins.StateVariable)
 	}
 	if dir == "" {
 		return "", errors.New("settings.state_dir: no directory for the ledger of logins and the counts of wraps is known; name one")

@@ -1,0 +1,436 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"syscall"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/kms-agent/kms-agent/agent"
+)
+
+// hsmPlugin is the program of the PKCS#11 backend.
+const hsmPlugin = "kms-agent-pkcs11"
+
+// maxHSMAnswer bounds what is read of the plugin's answer.
+const maxHSMAnswer = 64 << 20
+
+// hsmFlags say which token is meant.
+type hsmFlags struct {
+	config, backend                                    string
+	plugin, module, moduleConfig, token, pin, stateDir string
+	retryPIN                                           bool
+}
+
+// hsmRequest and hsmAnswer are what kms-agent and the plugin's administer say to
+// each other.
+type hsmRequest struct {
+	Settings json.RawMessage `json:"settings"`
+	Command  string          `json:"command"`
+	Key      string          `json:"key,omitempty"`
+	Version  uint32          `json:"version,omitempty"`
+	Suite    string          `json:"suite,omitempty"`
+	RetryPIN bool            `json:"retry_pin,omitempty"`
+}
+
+type hsmAnswer struct {
+	Error string    `json:"error"`
+	Probe *hsmProbe `json:"probe"`
+	Keys  []hsmKey  `json:"keys"`
+}
+
+type hsmProbe struct {
+	Module       string     `json:"module"`
+	Library      string     `json:"library"`
+	Manufacturer string     `json:"manufacturer"`
+	Cryptoki     string     `json:"cryptoki"`
+	Token        string     `json:"token"`
+	Model        string     `json:"model"`
+	Serial       string     `json:"serial"`
+	Firmware     string     `json:"firmware"`
+	Slot         uint       `json:"slot"`
+	Sessions     int        `json:"sessions"`
+	MaxSessions  uint       `json:"max_sessions"`
+	Mechanisms   int        `json:"mechanisms"`
+	Suites       []hsmTrial `json:"suites"`
+	Use          string     `json:"use"`
+}
+
+type hsmTrial struct {
+	Suite  string `json:"suite"`
+	Works  bool   `json:"works"`
+	IV     string `json:"iv,omitempty"`
+	PairUS int64  `json:"pair_us,omitempty"`
+	Reason string `json:"reason,omitempty"`
+}
+
+type hsmKey struct {
+	Key      string       `json:"key"`
+	Current  uint32       `json:"current"`
+	Versions []hsmVersion `json:"versions"`
+}
+
+type hsmVersion struct {
+	Version uint32    `json:"version"`
+	State   string    `json:"state"`
+	Suite   string    `json:"suite"`
+	ID      string    `json:"id"`
+	Created time.Time `json:"created"`
+}
+
+func newHSM(a *app) *cobra.Command {
+	c := group("hsm", "Look at an HSM, and administer the keys on it",
+		`Administers keys inside a PKCS#11 token, in the token itself: no agent need run, and
+one that runs sees the change within seconds. Run it as the agent's user, on a host
+whose configuration has the backend; or name module, token and PIN for a first look.
+
+docs/hsm.md leads from a vendor's library and a PIN to production.`)
+	c.AddCommand(newHSMProbe(a), newHSMList(a))
+	var suite string
+	create := a.onToken("init-key NAME", "Make a key on the token", "init-key", exactly("NAME"), func(r *hsmRequest, _ []string) error {
+		r.Suite = suite
+		return nil
+	})
+	create.Long = "Makes a key that never leaves the token, with its first version. The suite is the first\nthat works on this token unless --suite names one; kms-agent hsm probe shows them."
+	create.Flags().StringVar(&suite, "suite", "", "how it wraps: aes-gcm, aes-kwp, aes-cbc-hmac, rsa-oaep-sha256 or rsa-oaep-sha1")
+	rotate := a.onToken("rotate NAME", "Add a version to a key, for what is wrapped from now on", "rotate", exactly("NAME"), nil)
+	c.AddCommand(create, rotate,
+		a.onToken("disable NAME VERSION", "Keep a version from wrapping and unwrapping", "disable", exactly("NAME", "VERSION"), nil),
+		a.onToken("enable NAME VERSION", "Let a disabled version work again", "enable", exactly("NAME", "VERSION"), nil),
+		newHSMDestroy(a))
+	return c
+}
+
+func newHSMProbe(a *app) *cobra.Command {
+	f := hsmFlags{}
+	c := &cobra.Command{
+		Use: "probe", Short: "Show what a token can do, by trying it", Args: exactly(),
+		Long: `Shows module and token, and tries each way of wrapping with keys that exist for the
+length of a session: what a token claims proves nothing. It changes nothing on the token.
+
+Each PIN is tried once until the token accepts it, so that no token is locked;
+--retry-pin lets one be tried again that was refused.`,
+		Example: "  kms-agent hsm probe\n  kms-agent hsm probe --module /usr/lib/softhsm/libsofthsm2.so --token pkcs11:token=kms --pin-file pin --state-dir state",
+		RunE: func(c *cobra.Command, _ []string) error {
+			answer, err := a.askToken(c.Context(), &f, hsmRequest{Command: "probe"})
+			if err != nil {
+				return err
+			}
+			return a.print(answer.Probe, func(t *table) { probeTable(t, answer.Probe) })
+		},
+	}
+	c.Flags().BoolVar(&f.retryPIN, "retry-pin", false, "try the PIN even if the token has refused it before")
+	a.hsmFlags(c, &f)
+	a.outputFlag(c)
+	return c
+}
+
+func probeTable(t *table, p *hsmProbe) {
+	t.row("module", p.Module)
+	t.row("library", fmt.Sprintf("%s, %s, PKCS#11 %s", p.Manufacturer, p.Library, p.Cryptoki))
+	t.row("token", fmt.Sprintf("%s, %s, serial %s, firmware %s, slot %d", p.Token, p.Model, p.Serial, p.Firmware, p.Slot))
+	most := "no limit told"
+	if p.MaxSessions != 0 {
+		most = fmt.Sprintf("%d at most", p.MaxSessions)
+	}
+	t.row("sessions", fmt.Sprintf("%d used, %s", p.Sessions, most))
+	t.row("mechanisms", strconv.Itoa(p.Mechanisms))
+	for _, s := range p.Suites {
+		line := "works"
+		switch {
+		case !s.Works:
+			line = "no: " + s.Reason
+		case s.IV != "":
+			line += ", initialization vectors by " + s.IV
+		}
+		if s.Works {
+			line += fmt.Sprintf(", wrap and unwrap in %v", time.Duration(s.PairUS)*time.Microsecond)
+		}
+		if s.Suite == p.Use {
+			line += "; new keys use it"
+		}
+		t.row(s.Suite, line)
+	}
+	if p.Use == "" {
+		t.row("result", "none of the suites works: this token cannot wrap data keys")
+	}
+}
+
+func newHSMList(a *app) *cobra.Command {
+	f := hsmFlags{}
+	c := &cobra.Command{
+		Use: "list", Short: "List the keys on a token and their versions", Args: exactly(),
+		RunE: func(c *cobra.Command, _ []string) error {
+			answer, err := a.askToken(c.Context(), &f, hsmRequest{Command: "list"})
+			if err != nil {
+				return err
+			}
+			return a.printHSMKeys(answer.Keys)
+		},
+	}
+	a.hsmFlags(c, &f)
+	a.outputFlag(c)
+	return c
+}
+
+func (a *app) printHSMKeys(keys []hsmKey) error {
+	if keys == nil {
+		keys = []hsmKey{}
+	}
+	return a.print(keys, func(t *table) {
+		t.header("KEY", "VERSION", "STATE", "SUITE", "CREATED", "ID")
+		for _, k := range keys {
+			for _, v := range k.Versions {
+				name := strconv.FormatUint(uint64(v.Version), 10)
+				if v.Version == k.Current {
+					name += " (current)"
+				}
+				t.row(k.Key, name, v.State, v.Suite, v.Created.UTC().Format(time.RFC3339), v.ID)
+			}
+		}
+	})
+}
+
+func newHSMDestroy(a *app) *cobra.Command {
+	var confirm string
+	c := a.onToken("destroy NAME VERSION", "Destroy a disabled version for good, in two steps", "destroy", exactly("NAME", "VERSION"),
+		func(_ *hsmRequest, args []string) error {
+			phrase := args[0] + "@" + args[1]
+			if confirm == phrase {
+				return nil
+			}
+			return &codedError{
+				code: exitUsage, hint: "repeat the command with --confirm " + phrase,
+				err: fmt.Errorf("everything that version %s of %q wrapped will be lost for good, but for the HSM's own backups", args[1], args[0]),
+			}
+		})
+	c.Long = `Destroys the key of one version on the token. First disable it, and see for a while
+that nothing needs it any more; then destroy it with --confirm NAME@VERSION.`
+	c.Flags().StringVar(&confirm, "confirm", "", "NAME@VERSION, to say that it is meant")
+	return c
+}
+
+// onToken is a command that changes a key; prepare may refuse and add to the request.
+func (a *app) onToken(use, short, command string, args cobra.PositionalArgs, prepare func(*hsmRequest, []string) error) *cobra.Command {
+	f := hsmFlags{}
+	c := &cobra.Command{
+		Use: use, Short: short, Args: args,
+		RunE: func(c *cobra.Command, args []string) error {
+			r := hsmRequest{Command: command, Key: args[0]}
+			if len(args) > 1 {
+				n, err := strconv.ParseUint(args[1], 10, 32)
+				if err != nil || n == 0 {
+					return usagef("%q is no version: versions are numbers from 1", args[1])
+				}
+				r.Version = uint32(n)
+			}
+			if prepare != nil {
+				if err := prepare(&r, args); err != nil {
+					return err
+				}
+			}
+			answer, err := a.askToken(c.Context(), &f, r)
+			if err != nil {
+				return err
+			}
+			return a.printHSMKeys(answer.Keys)
+		},
+	}
+	a.hsmFlags(c, &f)
+	a.outputFlag(c)
+	return c
+}
+
+func (a *app) hsmFlags(c *cobra.Command, f *hsmFlags) {
+	flags := c.Flags()
+	flags.StringVar(&f.config, "config", defaultConfigPath, "configuration that has the backend")
+	flags.StringVar(&f.backend, "backend", "", "name of the backend, where the configuration has several")
+	flags.StringVar(&f.module, "module", "", "without a configuration: the vendor's PKCS#11 library")
+	flags.StringVar(&f.moduleConfig, "module-config", "", "... what the library is started with, mostly nothing")
+	flags.StringVar(&f.token, "token", "", "... the token, such as pkcs11:token=kms")
+	flags.StringVar(&f.pin, "pin-file", "", "... the file that holds the PIN")
+	flags.StringVar(&f.stateDir, "state-dir", "", "... the directory that remembers which PINs were tried")
+	flags.StringVar(&f.plugin, "plugin", "", "... the plugin's program ("+hsmPlugin+" beside kms-agent)")
+}
+
+// askToken has the backend's plugin do what is asked.
+func (a *app) askToken(ctx context.Context, f *hsmFlags, r hsmRequest) (hsmAnswer, error) {
+	cmd, settings, err := f.command(ctx)
+	if err != nil {
+		return hsmAnswer{}, err
+	}
+	defer func() {
+		for _, file := range cmd.ExtraFiles {
+			_ = file.Close()
+		}
+	}()
+	r.Settings, r.RetryPIN = settings, f.retryPIN
+	in, err := json.Marshal(r)
+	if err != nil {
+		return hsmAnswer{}, err
+	}
+	var out, diagnostics bytes.Buffer
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = bytes.NewReader(in), &limitedWriter{w: &out, left: maxHSMAnswer}, &limitedWriter{w: &diagnostics, left: 1 << 20}
+	failed := cmd.Run()
+	var answer hsmAnswer
+	if err := json.Unmarshal(out.Bytes(), &answer); err != nil {
+		return answer, fmt.Errorf("the plugin %s gave no answer: %w\n%s", cmd.Args[0], errors.Join(failed, ctx.Err()), diagnostics.Bytes())
+	}
+	if answer.Error != "" {
+		return answer, &codedError{code: exitInvalid, err: errors.New(answer.Error)}
+	}
+	return answer, failed
+}
+
+// limitedWriter forgets what is too much.
+type limitedWriter struct {
+	w    io.Writer
+	left int
+}
+
+func (l *limitedWriter) Write(p []byte) (int, error) {
+	n := min(len(p), l.left)
+	l.left -= n
+	if _, err := l.w.Write(p[:n]); err != nil {
+		return 0, err
+	}
+	return len(p), nil
+}
+
+// command is the plugin's program, and the settings that it is given.
+func (f *hsmFlags) command(ctx context.Context) (*exec.Cmd, json.RawMessage, error) {
+	if f.module != "" {
+		return f.commandByFlags(ctx)
+	}
+	cfg, err := agent.LoadConfig(f.config)
+	if err != nil {
+		return nil, nil, err
+	}
+	b, err := f.find(cfg)
+	if err != nil {
+		return nil, nil, err
+	}
+	if err := ownState(cfg.StateDir); err != nil {
+		return nil, nil, err
+	}
+	env, err := cfg.PluginEnv(*b)
+	if err != nil {
+		return nil, nil, err
+	}
+	cmd, err := verified(ctx, b.Path, b.SHA256)
+	if err != nil {
+		return nil, nil, err
+	}
+	cmd.Env = env
+	return cmd, json.RawMessage(b.Settings), nil
+}
+
+// ownState makes sure that what is written to the agent's state stays the agent's.
+func ownState(dir string) error {
+	info, err := os.Stat(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return &codedError{code: exitInvalid, err: fmt.Errorf("%s does not exist", dir),
+			hint: "make it for the agent's user, as with install -d -m 0700 -o kms-agent " + dir}
+	}
+	if err != nil {
+		return err
+	}
+	if owner, ok := info.Sys().(*syscall.Stat_t); ok && int(owner.Uid) != os.Geteuid() {
+		return &codedError{code: exitUsage, err: fmt.Errorf("%s belongs to uid %d: what is written there must stay the agent's", dir, owner.Uid),
+			hint: fmt.Sprintf("run it as that user: sudo -u '#%d' kms-agent hsm ...", owner.Uid)}
+	}
+	return nil
+}
+
+func (f *hsmFlags) find(cfg *agent.Config) (*agent.BackendConfig, error) {
+	var found *agent.BackendConfig
+	for i := range cfg.Backends {
+		b := &cfg.Backends[i]
+		var settings struct {
+			Module string `json:"module"`
+		}
+		mine := b.Path != "" && json.Unmarshal(b.Settings, &settings) == nil && settings.Module != ""
+		if f.backend != "" && b.Name != f.backend || f.backend == "" && !mine {
+			continue
+		}
+		if !mine {
+			return nil, usagef("backend %q is no PKCS#11 backend: it has no path, or its settings no module", b.Name)
+		}
+		if found != nil {
+			return nil, usagef("there are several PKCS#11 backends: name one with --backend, such as %s", b.Name)
+		}
+		found = b
+	}
+	if found == nil {
+		return nil, usagef("%s has no such PKCS#11 backend; docs/hsm.md shows one, and --module, --token and --pin-file do without", f.config)
+	}
+	return found, nil
+}
+
+func (f *hsmFlags) commandByFlags(ctx context.Context) (*exec.Cmd, json.RawMessage, error) {
+	settings := map[string]string{"token": f.token, "module_config": f.moduleConfig}
+	for name, path := range map[string]string{"module": f.module, "pin_file": f.pin, "state_dir": f.stateDir} {
+		if path == "" {
+			return nil, nil, usagef("--module, --token, --pin-file and --state-dir belong together")
+		}
+		absolute, err := filepath.Abs(path)
+		if err != nil {
+			return nil, nil, err
+		}
+		settings[name] = absolute
+	}
+	if f.token == "" {
+		return nil, nil, usagef("--module, --token, --pin-file and --state-dir belong together")
+	}
+	raw, err := json.Marshal(settings)
+	if err != nil {
+		return nil, nil, err
+	}
+	path := f.plugin
+	if path == "" {
+		self, err := os.Executable()
+		if err != nil {
+			return nil, nil, err
+		}
+		path = filepath.Join(filepath.Dir(self), hsmPlugin)
+	}
+	if path, err = filepath.Abs(path); err != nil {
+		return nil, nil, err
+	}
+	cmd := exec.CommandContext(ctx, path, "administer") //nolint:gosec // the operator names it, or it is beside this program
+	cmd.Env = os.Environ()                              // the vendor's library may be configured by it
+	return cmd, raw, nil
+}
+
+// verified runs what was compared with its digest, and nothing else.
+func verified(ctx context.Context, path, digest string) (*exec.Cmd, error) {
+	file, err := os.Open(path)
+	if err != nil {
+		return nil, fmt.Errorf("the plugin: %w", err)
+	}
+	h := sha256.New()
+	if _, err := io.Copy(h, file); err != nil {
+		return nil, errors.Join(fmt.Errorf("the plugin: %w", err), file.Close())
+	}
+	if got := hex.EncodeToString(h.Sum(nil)); got != digest {
+		return nil, errors.Join(&codedError{code: exitInvalid, err: fmt.Errorf("the plugin %s has SHA-256 %s, the configuration wants %s", path, got, digest),
+			hint: "if it was updated on purpose, put its new digest into the configuration"}, file.Close())
+	}
+	cmd := exec.CommandContext(ctx, fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), file.Fd()), "administer") //nolint:gosec // it was verified
+	cmd.Args[0] = path
+	cmd.ExtraFiles = []*os.File{file} // stays open until it runs
+	return cmd, nil
+}
