@@ -21,7 +21,7 @@ const (
 	labelPrefix = "kmsagent/"
 	// catalogueAge is how old what was read of the catalogue may be: another host
 	// may have rotated or disabled.
-	catalogueAge = 3 * time.Second
+	catalogueAge = time.Second
 	// maxRecord is how many bytes the record of a key has at most, maxKeys how many
 	// keys are looked at.
 	maxRecord  = 60 << 10
@@ -216,7 +216,7 @@ func (v *Version) same(o *Version) bool {
 		v.canarySum == o.canarySum && v.takes == o.takes && v.Key == o.Key && bytes.Equal(v.canary, o.canary)
 }
 
-// Key returns a key by its name, as it stood on the token at most three seconds ago.
+// Key returns a key by its name, as it stood on the token at most a second ago.
 func (t *Token) Key(ctx context.Context, name string) (*Key, error) {
 	if got, ok := t.keys.cached(name); ok && time.Duration(t.now()-got.at) < catalogueAge {
 		return got.key, nil

@@ -52,7 +52,7 @@ func TestSuites(t *testing.T) {
 				if bytes.Contains(wrapped, m) && size > 1 {
 					t.Errorf("%d bytes stand in the clear", size)
 				}
-				r.fails(other, wrapped, hsm.BadCiphertext)
+				_ = r.fails(other, wrapped, hsm.BadCiphertext)
 			}
 			m := material(32)
 			wrapped := r.wrap(v, m)
@@ -62,10 +62,10 @@ func TestSuites(t *testing.T) {
 			for i := range wrapped {
 				damaged := bytes.Clone(wrapped)
 				damaged[i] ^= 0x10
-				r.fails(v, damaged, hsm.BadCiphertext)
+				_ = r.fails(v, damaged, hsm.BadCiphertext)
 			}
 			for i := range wrapped {
-				r.fails(v, wrapped[:i], hsm.BadCiphertext)
+				_ = r.fails(v, wrapped[:i], hsm.BadCiphertext)
 			}
 			for _, size := range []int{0, hsm.MaxMaterial + 1} {
 				if _, err := r.Wrap(bounded(t), v, nil, make([]byte, size), bound); hsm.KindOf(err) != hsm.Invalid {

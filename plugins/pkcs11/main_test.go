@@ -142,7 +142,7 @@ func conform(t *testing.T, suite hsm.Suite, open func(t *testing.T, r *rig) plug
 			Missing: "pkcs11:token=kms;object=missing",
 			Disable: func(t *testing.T) {
 				r.must(request{Command: "disable", Key: "orders", Version: 1})
-				time.Sleep(3100 * time.Millisecond) // as long as what was read of the catalogue counts
+				time.Sleep(1100 * time.Millisecond) // as long as what was read of the catalogue counts
 			},
 		}
 	})
