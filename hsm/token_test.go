@@ -92,14 +92,14 @@ func TestVersions(t *testing.T) {
 		t.Fatalf("Rotate: %+v, %v", k, err)
 	}
 	r.opens(k.Versions[0], wrapped, m)
-	r.fails(k.Versions[1], wrapped, hsm.BadCiphertext)
+	_ = r.fails(k.Versions[1], wrapped, hsm.BadCiphertext)
 	if _, err := r.Destroy(bounded(t), "orders", 1); hsm.KindOf(err) != hsm.Invalid {
 		t.Errorf("destroying an enabled version: %v", err)
 	}
 	if k, err = r.SetState(bounded(t), "orders", 1, hsm.Disabled); err != nil {
 		t.Fatal(err)
 	}
-	r.fails(k.Versions[0], wrapped, hsm.KeyUnusable)
+	_ = r.fails(k.Versions[0], wrapped, hsm.KeyUnusable)
 	if k, err = r.SetState(bounded(t), "orders", 1, hsm.Enabled); err != nil {
 		t.Fatal(err)
 	}
@@ -111,8 +111,8 @@ func TestVersions(t *testing.T) {
 	if err != nil || k.Versions[0].State != hsm.Destroyed {
 		t.Fatalf("Destroy: %+v, %v", k, err)
 	}
-	r.fails(k.Versions[0], wrapped, hsm.KeyUnusable)
-	r.fails(v1, wrapped, hsm.KeyNotFound) // with what was read before
+	_ = r.fails(k.Versions[0], wrapped, hsm.KeyUnusable)
+	_ = r.fails(v1, wrapped, hsm.KeyNotFound) // with what was read before
 	for name, err := range map[string]error{
 		"a second key of the name": second(r.CreateKey(bounded(t), "orders", 0)),
 		"no name":                  second(r.CreateKey(bounded(t), "", 0)),
@@ -165,7 +165,7 @@ func TestTokenGoneAndBack(t *testing.T) {
 	if err := os.Mkdir(r.path("tokens"), 0o700); err != nil {
 		t.Fatal(err)
 	}
-	r.fails(v, wrapped, hsm.Unavailable)
+	_ = r.fails(v, wrapped, hsm.Unavailable)
 	if err := r.Check(bounded(t)); hsm.KindOf(err) != hsm.Unavailable {
 		t.Errorf("Check: %v", err)
 	}
@@ -187,7 +187,7 @@ func TestSubstitutedKey(t *testing.T) {
 	wrapped := r.wrap(v, material(32))
 	id := fmt.Sprintf("%x", v.ID)
 	r.tool("--delete-object", "--type", "secrkey", "--id", id)
-	r.fails(v, wrapped, hsm.KeyNotFound)
+	_ = r.fails(v, wrapped, hsm.KeyNotFound)
 	r.tool("--keygen", "--key-type", "AES:32", "--id", id, "--label", "kmsagent/orders/v1", "--sensitive")
 	if err := r.fails(v, wrapped, hsm.KeyUnusable); !strings.Contains(err.Error(), "canary") {
 		t.Errorf("error: %v", err)
@@ -231,7 +231,7 @@ func TestPINChanged(t *testing.T) {
 	if err := os.Rename(r.path("tokens"), r.path("away")); err != nil {
 		t.Fatal(err)
 	}
-	r.fails(v, wrapped, hsm.Unavailable)
+	_ = r.fails(v, wrapped, hsm.Unavailable)
 	if err := os.Rename(r.path("away"), r.path("tokens")); err != nil {
 		t.Fatal(err)
 	}
