@@ -33,6 +33,7 @@ type follower struct {
 	// back to an older keystore or over to another one.
 	id         [idSize]byte
 	generation uint64
+	salt       [saltSize]byte // of the file's header, new with every write
 }
 
 // fingerprint tells one state of a file from another. A pinned inode is not
@@ -108,11 +109,11 @@ func (f *follower) useLoaded(now *fingerprint, act func(*ring) error) (used bool
 // be had. The caller holds the token of loading.
 func (f *follower) load(seen fingerprint) {
 	pin, _ := os.OpenFile(f.keystore.path, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
-	r, _, err := f.keystore.load()
+	r, h, err := f.keystore.load()
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if err == nil {
-		err = f.successor(r)
+		err = f.successor(r, h)
 	}
 	if err != nil || f.closed {
 		r.free()
@@ -125,7 +126,7 @@ func (f *follower) load(seen fingerprint) {
 	f.ring, f.seen, f.pin = r, seen, pin
 	f.failure, f.failedAt = f.keystore.named(err), time.Now()
 	if r != nil {
-		f.id, f.generation = r.id, r.generation
+		f.id, f.generation, f.salt = r.id, r.generation, h.salt
 	}
 	if f.closed && pin != nil {
 		_ = pin.Close()
@@ -135,7 +136,7 @@ func (f *follower) load(seen fingerprint) {
 
 // successor refuses a file that would undo changes which this process has seen:
 // a disabled version would come to life again.
-func (f *follower) successor(r *ring) error {
+func (f *follower) successor(r *ring, h *header) error {
 	switch {
 	case f.generation == 0:
 		return nil
@@ -144,6 +145,9 @@ func (f *follower) successor(r *ring) error {
 	case r.generation < f.generation:
 		return fmt.Errorf("%w: it is of generation %d, the one in use of %d: restart the agent if this is meant",
 			ErrRolledBack, r.generation, f.generation)
+	case r.generation == f.generation && h.salt != f.salt:
+		return fmt.Errorf("%w: it has generation %d as that has, but is another file, made from an older one: restart the agent if this is meant",
+			ErrRolledBack, r.generation)
 	}
 	return nil
 }

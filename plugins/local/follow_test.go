@@ -152,6 +152,27 @@ func TestRollback(t *testing.T) {
 	wrap(t, openBackend(t, k.Path(), seal), orders1) // a restart accepts it
 }
 
+// Nor by restoring a backup, which counts as one change: the file then has the
+// generation of the one that it undoes.
+func TestRollbackByRestore(t *testing.T) {
+	seal := keyFile(t)
+	k := newStore(t, seal, "orders")
+	var backup bytes.Buffer
+	must(t, k.Backup(&backup, seal))
+	must(t, k.Disable("orders", "1"))
+	b := openBackend(t, k.Path(), seal)
+	write(t, k.Path(), read(t, k.Path())) // the same file again is no rollback
+	_, err := b.Wrap(t.Context(), orders1, dataKey, binding)
+	wantClass(t, "disabled version", err, plugins.KeyUnusable)
+	must(t, os.Remove(k.Path()))
+	restored, err := local.Restore(&backup, seal, k.Path(), seal)
+	must(t, err)
+	defer restored.Close()
+	_, err = b.Wrap(t.Context(), orders1, dataKey, binding)
+	wantClass(t, "restored", err, plugins.Unavailable, "generation 3", "restart the agent")
+	wrap(t, openBackend(t, k.Path(), seal), orders1) // a restart accepts it
+}
+
 // A call whose context has ended does nothing, and one that waits for another
 // call's load ends with its context.
 func TestContextEnds(t *testing.T) {
