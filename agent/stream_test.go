@@ -36,6 +36,18 @@ func TestAStreamWithoutItsStartIsOnRecord(t *testing.T) {
 			t.Errorf("%s: the caller was told, and it is not on record:\n%s", operation, r.auditText())
 		}
 	}
+}
+
+// A stream that is cancelled before its start is on record too.
+func TestAStreamCancelledBeforeItsStartIsOnRecord(t *testing.T) {
+	t.Parallel()
+	r := newRig(t, strings.Replace(configText("PEERS", staticPeer()), "max_deadline: 5s, default_deadline: 5s", "max_deadline: 60s, default_deadline: 60s", 1))
+	r.start()
+	c := kmsagentv1.NewKMSClient(r.plain())
+	begin := map[string]func(context.Context) (grpc.ClientStream, error){
+		"encrypt": func(ctx context.Context) (grpc.ClientStream, error) { return c.EncryptStream(ctx) },
+		"decrypt": func(ctx context.Context) (grpc.ClientStream, error) { return c.DecryptStream(ctx) },
+	}
 	for operation, begin := range begin {
 		ctx, cancel := context.WithCancel(t.Context())
 		if _, err := begin(ctx); err != nil {
