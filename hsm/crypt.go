@@ -47,6 +47,7 @@ func (t *Token) Unwrap(ctx context.Context, v *Version, dst, wrapped, aad []byte
 // that can help, and never for the sake of what a caller sent.
 func (t *Token) crypt(ctx context.Context, v *Version, h header, dst, in, iv, aad []byte, unwrap bool) ([]byte, error) {
 	var last error
+	doubts := 0
 	for range attempts {
 		a, err := t.attached(ctx)
 		if err != nil {
@@ -60,7 +61,7 @@ func (t *Token) crypt(ctx context.Context, v *Version, h header, dst, in, iv, aa
 			}
 		}
 		var final bool
-		if final, err = t.judge(ctx, a, v, err, unwrap); final {
+		if final, err = t.judge(ctx, a, v, err, unwrap, &doubts); final {
 			return nil, err
 		}
 		last = err
@@ -99,8 +100,9 @@ func (t *Token) once(ctx context.Context, a *attachment, v *Version, h header, k
 }
 
 // judge says what the failure of an operation means. Unless it is final the
-// operation is tried again.
-func (t *Token) judge(ctx context.Context, a *attachment, v *Version, err error, unwrap bool) (final bool, _ error) {
+// operation is tried again; what may be the token's fault or the data's is tried
+// again once, and counted in doubts.
+func (t *Token) judge(ctx context.Context, a *attachment, v *Version, err error, unwrap bool, doubts *int) (final bool, _ error) {
 	if known := (*Error)(nil); errors.As(err, &known) && known.Kind != Unavailable {
 		return true, err
 	}
@@ -135,6 +137,9 @@ func (t *Token) judge(ctx context.Context, a *attachment, v *Version, err error,
 		}
 		if t.canary(ctx, a, v) != nil {
 			return false, err // it has done what there is to do
+		}
+		if *doubts++; *doubts == 1 {
+			return false, err
 		}
 		if unwrap {
 			return true, errOpen
@@ -215,7 +220,7 @@ func (t *Token) openCanary(ctx context.Context, a *attachment, v *Version, keys 
 func (t *Token) examine(ctx context.Context, a *attachment) error {
 	if v := t.used.Load(); v != nil && v.mayUnwrap() == nil {
 		if _, err := t.bind(ctx, a, v); err != nil {
-			_, _ = t.judge(ctx, a, v, err, false)
+			_, _ = t.judge(ctx, a, v, err, false, new(int))
 			return err
 		}
 		return t.canary(ctx, a, v)

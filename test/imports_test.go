@@ -28,6 +28,7 @@ func allowed() map[string][]string {
 		"envelope":        {},
 		"hsm":             {"hsm/internal/cryptoki"},
 		"hsm/internal/*":  {},
+		"hsm/hsmtest":     {},
 		"identity":        {},
 		"identity/issuer": {"identity"},
 		"plugins":         {"api/plugin/v1"},

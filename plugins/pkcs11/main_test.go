@@ -27,7 +27,10 @@ func TestMain(m *testing.M) {
 // administerVariable makes the test binary what kms-agent hsm starts.
 const administerVariable = "KMS_AGENT_TEST_ADMINISTER"
 
-const softHSM = "/usr/lib/softhsm/libsofthsm2.so"
+const (
+	softHSM = "/usr/lib/softhsm/libsofthsm2.so"
+	userPIN = "a user's PIN"
+)
 
 // rig is a SoftHSM token in a directory of its own.
 type rig struct {
@@ -50,9 +53,9 @@ func newRig(t testing.TB) *rig {
 		}
 	}
 	r.write("softhsm2.conf", fmt.Sprintf("directories.tokendir = %s\nobjectstore.backend = file\nlog.level = ERROR\n", r.path("tokens")))
-	r.write("pin", "a user's PIN\n")
+	r.write("pin", userPIN+"\n")
 	t.Setenv("SOFTHSM2_CONF", r.path("softhsm2.conf"))
-	r.run("softhsm2-util", "--init-token", "--free", "--label", "kms", "--so-pin", "officer", "--pin", "a user's PIN")
+	r.run("softhsm2-util", "--init-token", "--free", "--label", "kms", "--so-pin", "officer", "--pin", userPIN)
 	r.settings = map[string]any{
 		"module": softHSM, "token": "pkcs11:token=kms", "pin_file": r.path("pin"), "state_dir": r.path("state"),
 	}

@@ -1,0 +1,105 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/kms-agent/kms-agent/hsm/hsmtest"
+	"github.com/kms-agent/kms-agent/plugins"
+	"github.com/kms-agent/kms-agent/plugins/host"
+	"github.com/kms-agent/kms-agent/plugins/plugintest"
+)
+
+var orders = plugins.KeyRef{URI: "pkcs11:token=kms;object=orders", Version: "1"}
+
+// faulty is how the backend is run in a process of its own, confined, behind the fault
+// module.
+func faulty(t *testing.T, pin string) (host.Config, *hsmtest.Fault) {
+	t.Helper()
+	r := newRig(t)
+	r.must(request{Command: "init-key", Key: "orders"})
+	fault := hsmtest.NewFault(t, "../../hsm", softHSM)
+	r.settings["module"], r.settings["hang_after"] = fault.Module, "500ms"
+	r.write("pin", pin+"\n")
+	cfg := plugintest.Config(t, "pkcs11", r.json())
+	cfg.Env = append(append(cfg.Env, "SOFTHSM2_CONF="+r.path("softhsm2.conf")), fault.Env()...)
+	cfg.Access.Read, cfg.Access.Write = []string{r.dir}, []string{r.path("tokens"), r.path("state"), filepath.Dir(fault.Module)}
+	cfg.BackoffMin, cfg.BackoffMax = 10*time.Millisecond, 100*time.Millisecond
+	return cfg, fault
+}
+
+// A module that crashes, ends the process or never comes back takes the process with
+// it, and nothing else: the next one serves, without anybody's doing.
+func TestProcessIsReplaced(t *testing.T) {
+	for _, rule := range []string{"C_Decrypt segv", "C_Decrypt abort", "C_Decrypt exit=3", "C_Decrypt hang", "C_DecryptInit hang", "C_Decrypt sleep_ms=60000"} {
+		t.Run(rule, func(t *testing.T) {
+			cfg, fault := faulty(t, userPIN)
+			s := plugintest.Start(t, cfg)
+			material := bytes.Repeat([]byte{7}, 32)
+			var wrapped []byte
+			eventually(t, func() (err error) {
+				wrapped, err = s.Wrap(bounded(t), orders, material, plugins.Binding{Purpose: "message"})
+				return err
+			})
+			pid := s.Status().PID
+			fault.Set(rule)
+			if _, err := s.Unwrap(bounded(t), orders, wrapped, plugins.Binding{Purpose: "message"}); plugins.ClassOf(err) != plugins.Unavailable {
+				t.Errorf("Unwrap: %v, want Unavailable", err)
+			}
+			fault.Set()
+			eventually(t, func() error {
+				got, err := s.Unwrap(bounded(t), orders, wrapped, plugins.Binding{Purpose: "message"})
+				if err == nil && !bytes.Equal(got, material) {
+					t.Fatal("it opens to something else")
+				}
+				return err
+			})
+			if s.Status().PID == pid {
+				t.Errorf("process %d goes on", pid)
+			}
+		})
+	}
+}
+
+// However often the process is started: a wrong PIN is tried once.
+func TestAWrongPINIsTriedOnce(t *testing.T) {
+	cfg, fault := faulty(t, "not the PIN")
+	s, err := host.New(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	ended := make(chan error, 1)
+	go func() { ended <- s.Run(ctx) }()
+	t.Cleanup(func() { cancel(); <-ended })
+	for range 4 {
+		eventually(t, func() error {
+			_, err := s.Wrap(bounded(t), orders, make([]byte, 32), plugins.Binding{Purpose: "message"})
+			if plugins.ClassOf(err) != plugins.Unauthenticated {
+				return errors.Join(errors.New("want Unauthenticated"), err)
+			}
+			return nil
+		})
+		if err := s.Replace(bounded(t)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if n := fault.Calls()["C_Login"]; n != 1 {
+		t.Errorf("the PIN was tried %d times", n)
+	}
+}
+
+func eventually(t *testing.T, is func() error) {
+	t.Helper()
+	var err error
+	for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
+		if err = is(); err == nil {
+			return
+		}
+	}
+	t.Fatalf("not within 20 s: %v", err)
+}
