@@ -36,7 +36,7 @@ func NewFault(t testing.TB, hsmDir, path string) *Fault {
 	if err := os.WriteFile(source, []byte(faultSource), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	build := exec.CommandContext(t.Context(), "cc", "-shared", "-fPIC", "-O1", "-Wall", "-Werror", "-fvisibility=hidden",
+	build := exec.CommandContext(t.Context(), "cc", //nolint:gosec // paths of the test "-shared", "-fPIC", "-O1", "-Wall", "-Werror", "-fvisibility=hidden",
 		"-I", filepath.Join(hsmDir, header), "-o", f.Module, source, "-ldl", "-lpthread")
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("build the fault module: %v\n%s", err, out)

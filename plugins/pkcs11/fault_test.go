@@ -75,7 +75,7 @@ func TestAWrongPINIsTriedOnce(t *testing.T) {
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
 	go func() { ended <- s.Run(ctx) }()
-	t.Cleanup(func() { cancel(); <-ended })
+	t.Cleanup(func() { cancel(); _ = <-ended })
 	for range 4 {
 		eventually(t, func() error {
 			_, err := s.Wrap(bounded(t), orders, make([]byte, 32), plugins.Binding{Purpose: "message"})
