@@ -60,7 +60,12 @@ func (r *rig) tool(args ...string) {
 // newRig makes a token; change may change how it is used.
 func newRig(t testing.TB, change ...func(*rig, *hsm.Config)) *rig {
 	t.Helper()
-	r := &rig{t: t, dir: t.TempDir()}
+	dir, err := os.MkdirTemp("", "hsm") // SoftHSM takes no "=" in a path
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	r := &rig{t: t, dir: dir}
 	if err := os.Mkdir(r.path("tokens"), 0o700); err != nil {
 		t.Fatal(err)
 	}

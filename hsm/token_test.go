@@ -272,19 +272,3 @@ func TestOpenRefuses(t *testing.T) {
 		}
 	}
 }
-
-func BenchmarkWrapUnwrap(b *testing.B) {
-	r := newRig(b)
-	v := r.key("orders", 0)
-	dek, wrapped, opened := material(32), make([]byte, 0, 200), make([]byte, 0, 200)
-	b.ReportAllocs()
-	for b.Loop() {
-		var err error
-		if wrapped, err = r.Wrap(b.Context(), v, wrapped[:0], dek, bound); err != nil {
-			b.Fatal(err)
-		}
-		if opened, err = r.Unwrap(b.Context(), v, opened[:0], wrapped, bound); err != nil {
-			b.Fatal(err)
-		}
-	}
-}

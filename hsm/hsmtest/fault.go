@@ -14,6 +14,9 @@ import (
 //go:embed module/fault.c
 var faultSource string
 
+//go:embed module/loop.c
+var loopSource string
+
 // header is ../internal/cryptoki/cryptoki.h, which fault.c is compiled with.
 const header = "internal/cryptoki"
 
@@ -32,15 +35,7 @@ func NewFault(t testing.TB, hsmDir, path string) *Fault {
 	t.Helper()
 	dir := t.TempDir()
 	f := &Fault{Module: filepath.Join(dir, "fault.so"), rules: filepath.Join(dir, "rules"), calls: filepath.Join(dir, "calls"), t: t}
-	source := filepath.Join(dir, "fault.c")
-	if err := os.WriteFile(source, []byte(faultSource), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	build := exec.CommandContext(t.Context(), "cc", //nolint:gosec // paths of the test "-shared", "-fPIC", "-O1", "-Wall", "-Werror", "-fvisibility=hidden",
-		"-I", filepath.Join(hsmDir, header), "-o", f.Module, source, "-ldl", "-lpthread")
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("build the fault module: %v\n%s", err, out)
-	}
+	compile(t, hsmDir, f.Module, faultSource, "-shared", "-fPIC", "-fvisibility=hidden")
 	f.Set()
 	t.Setenv("KMS_AGENT_FAULT_MODULE", path)
 	t.Setenv("KMS_AGENT_FAULT_RULES", f.rules)
@@ -82,4 +77,25 @@ func (f *Fault) Calls() map[string]int {
 		n[strings.TrimSpace(line)]++
 	}
 	return n
+}
+
+// NewLoop builds module/loop.c, what C alone makes of a token, and returns its path.
+func NewLoop(t testing.TB, hsmDir string) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "loop")
+	compile(t, hsmDir, path, loopSource, "-O2")
+	return path
+}
+
+func compile(t testing.TB, hsmDir, result, source string, flags ...string) {
+	t.Helper()
+	file := result + ".c"
+	if err := os.WriteFile(file, []byte(source), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	args := append(flags, "-Wall", "-Werror", "-I", filepath.Join(hsmDir, header), "-o", result, file, "-ldl", "-lpthread")
+	build := exec.CommandContext(t.Context(), "cc", args...) //nolint:gosec // paths of the test
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("build %s: %v\n%s", result, err, out)
+	}
 }

@@ -75,7 +75,12 @@ func TestAWrongPINIsTriedOnce(t *testing.T) {
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
 	go func() { ended <- s.Run(ctx) }()
-	t.Cleanup(func() { cancel(); _ = <-ended })
+	t.Cleanup(func() {
+		cancel()
+		if err := <-ended; !errors.Is(err, context.Canceled) {
+			t.Errorf("Run: %v", err)
+		}
+	})
 	for range 4 {
 		eventually(t, func() error {
 			_, err := s.Wrap(bounded(t), orders, make([]byte, 32), plugins.Binding{Purpose: "message"})
