@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -93,7 +94,7 @@ func compile(t testing.TB, hsmDir, result, source string, flags ...string) {
 	if err := os.WriteFile(file, []byte(source), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	args := append(flags, "-Wall", "-Werror", "-I", filepath.Join(hsmDir, header), "-o", result, file, "-ldl", "-lpthread")
+	args := slices.Concat(flags, []string{"-Wall", "-Werror", "-I", filepath.Join(hsmDir, header), "-o", result, file, "-ldl", "-lpthread"})
 	build := exec.CommandContext(t.Context(), "cc", args...) //nolint:gosec // paths of the test
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("build %s: %v\n%s", result, err, out)
