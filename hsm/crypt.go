@@ -91,7 +91,7 @@ func (t *Token) once(ctx context.Context, a *attachment, v *Version, h header, k
 		dst = append(append(h.append(dst), byte(len(w.iv))), w.iv...)
 	}
 	dst = append(dst, w.out[:n]...)
-	w.clean()
+	w.cleanAfter(max(n, len(in)))
 	a.release(w)
 	a.worked.Store(true)
 	t.last.Store(t.now())

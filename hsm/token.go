@@ -10,7 +10,6 @@ import (
 	"time"
 
 	"github.com/miekg/pkcs11"
-	"golang.org/x/sys/unix"
 
 	"github.com/kms-agent/kms-agent/hsm/internal/cryptoki"
 )
@@ -81,7 +80,7 @@ const (
 type Token struct {
 	cfg    Config
 	module *cryptoki.Module
-	now    func() int64 // nanoseconds that a suspended host counts
+	start  time.Time
 
 	end   context.CancelFunc
 	ended sync.WaitGroup
@@ -119,7 +118,7 @@ func Open(cfg Config) (*Token, error) {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	t := &Token{
-		cfg: cfg, module: module, now: sinceBoot, end: cancel, dead: make(chan struct{}), changed: make(chan struct{}),
+		cfg: cfg, module: module, start: time.Now(), end: cancel, dead: make(chan struct{}), changed: make(chan struct{}),
 		lastErr: errors.New("the token has not been attached yet"),
 	}
 	t.keys.token = t
@@ -128,20 +127,15 @@ func Open(cfg Config) (*Token, error) {
 	return t, nil
 }
 
+// now is the time in nanoseconds, never 0. A suspended host does not count: its calls
+// do not hang.
+func (t *Token) now() int64 { return int64(time.Since(t.start)) + 1 }
+
 func orDefault(d, fallback time.Duration) time.Duration {
 	if d <= 0 {
 		return fallback
 	}
 	return d
-}
-
-// sinceBoot is CLOCK_BOOTTIME in nanoseconds.
-func sinceBoot() int64 {
-	var ts unix.Timespec
-	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &ts); err != nil {
-		return 0
-	}
-	return ts.Nano()
 }
 
 // Close ends all sessions and finalises the module. It does not wait for a module

@@ -78,6 +78,12 @@ func newWorker(a *attachment) (*worker, error) {
 // to its attachment by itself; otherwise the caller gives it back.
 func (w *worker) run(ctx context.Context, j job) (n int, left bool, err error) {
 	w.job = j
+	if ctx.Done() == nil { // nobody leaves: the change of goroutines is spared
+		w.began.Store(w.a.token.now())
+		n, err := w.perform()
+		w.began.Store(0)
+		return n, false, err
+	}
 	w.where.Store(jobRunning)
 	w.start <- struct{}{}
 	select {
@@ -118,6 +124,19 @@ func (w *worker) loop() {
 
 // clean erases key material.
 func (w *worker) clean() { clear(w.memory) }
+
+// padding is what suites use of the memory beyond material and ciphertext.
+const padding = 128
+
+// cleanAfter is clean for a job that took and gave so many bytes at most.
+func (w *worker) cleanAfter(n int) {
+	if w.job.hybrid {
+		w.clean()
+		return
+	}
+	clear(w.in[:min(n+padding, len(w.in))])
+	clear(w.out[:min(n+padding, len(w.out))])
+}
 
 func (w *worker) perform() (int, error) {
 	if !w.open {
