@@ -196,11 +196,11 @@ func TestBlockedModule(t *testing.T) {
 	v := r.key("orders", 0)
 	m := material(32)
 	wrapped := r.wrap(v, m)
-	fault.Set("C_Encrypt sleep_ms=1500 count=2")
+	fault.Set("C_Encrypt sleep_ms=4000 count=2")
 	for range 2 {
 		ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
 		began := time.Now()
-		if _, err := r.Wrap(ctx, v, nil, m, bound); !errors.Is(err, context.DeadlineExceeded) || time.Since(began) > time.Second {
+		if _, err := r.Wrap(ctx, v, nil, m, bound); !errors.Is(err, context.DeadlineExceeded) || time.Since(began) > 3*time.Second {
 			t.Errorf("Wrap: %v after %v", err, time.Since(began))
 		}
 		cancel()
