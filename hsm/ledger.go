@@ -24,8 +24,9 @@ import (
 )
 
 const (
-	// ledgerRounds make a guess of the PIN from the ledger dear; PINs are short.
-	ledgerRounds = 200_000
+	// ledgerRounds make a guess of the PIN from the ledger dear; who can read it can
+	// mostly read the PIN too.
+	ledgerRounds = 50_000
 	// maxAttempts is how many PINs are remembered per token.
 	maxAttempts = 64
 	// ledgerPoll is how often a refused PIN's source is looked at.
