@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -54,6 +55,11 @@ func (f *Fault) Env() []string {
 // Set replaces the rules; without any the module behaves.
 func (f *Fault) Set(rules ...string) {
 	f.t.Helper()
+	for _, rule := range rules {
+		if !ruleForm().MatchString(rule) {
+			f.t.Fatalf("%q is no rule: module/fault.c describes them", rule)
+		}
+	}
 	next := f.rules + ".next"
 	if err := os.WriteFile(next, []byte(strings.Join(rules, "\n")+"\n"), 0o600); err != nil {
 		f.t.Fatal(err)
@@ -61,6 +67,11 @@ func (f *Fault) Set(rules ...string) {
 	if err := os.Rename(next, f.rules); err != nil {
 		f.t.Fatal(err)
 	}
+}
+
+// ruleForm is what the module understands: it says nothing of what it does not.
+func ruleForm() *regexp.Regexp {
+	return regexp.MustCompile(`^((C_[A-Za-z]+|\*)( (skip|count|sleep_ms|exit)=\d+| rv=(0x)?[0-9a-fA-F]+| (segv|abort|hang))+|iv (written|appended-12|appended-16|prepended-12|fixed|short-tag)|dead|no-slots|lossy)$`)
 }
 
 // Calls returns how often each function was called, and forgets it.

@@ -28,6 +28,7 @@
 
 #define CKR_GENERAL_ERROR 0x05UL
 #define CKR_DEVICE_ERROR 0x30UL
+#define CKR_BUFFER_TOO_SMALL 0x150UL
 #define CKR_CRYPTOKI_NOT_INITIALIZED 0x190UL
 #define CKM_AES_GCM 0x1087UL
 #define MAX_RULES 64
@@ -198,12 +199,14 @@ static void remember(ck_ulong session, const ck_byte *iv, int len) {
 	pthread_mutex_unlock(&lock);
 }
 
-static int recall(ck_ulong session, ck_byte *iv) {
+/* recall gives the vector of a session's operation, and forgets it unless it is to be
+ * kept. */
+static int recall(ck_ulong session, ck_byte *iv, int keep) {
 	int len = 0;
 	pthread_mutex_lock(&lock);
 	for (int i = 0; i < MAX_SESSIONS; i++) {
 		if (!sessions[i].used || sessions[i].session != session) continue;
-		len = sessions[i].len, sessions[i].used = 0;
+		len = sessions[i].len, sessions[i].used = keep;
 		memcpy(iv, sessions[i].iv, (size_t)len);
 	}
 	pthread_mutex_unlock(&lock);
@@ -227,9 +230,14 @@ static ck_rv fault_EncryptInit(ck_ulong h, ck_mechanism *m, ck_ulong k) {
 static ck_rv fault_Encrypt(ck_ulong h, ck_byte *in, ck_ulong n, ck_byte *out, ck_ulong *len) {
 	GUARD(C_Encrypt);
 	ck_byte iv[16];
-	ck_ulong extra = (ck_ulong)recall(h, iv);
+	ck_ulong extra = (ck_ulong)recall(h, iv, 1), needed = n + 16 + extra;
+	if (extra && (!out || *len < needed)) {
+		*len = needed;
+		return out ? CKR_BUFFER_TOO_SMALL : 0;
+	}
+	recall(h, iv, 0);
 	ck_rv rv = real->C_Encrypt(h, in, n, out, len);
-	if (rv || !extra || !out) return rv;
+	if (rv || !extra) return rv;
 	if (style("prepended-12")) {
 		memmove(out + extra, out, *len);
 		memcpy(out, iv, extra);
