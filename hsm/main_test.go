@@ -4,10 +4,6 @@ import (
 	"bytes"
 	"context"
 	"crypto/rand"
-	"fmt"
-	"os"
-	"os/exec"
-	"path/filepath"
 	"sync"
 	"testing"
 	"time"
@@ -15,67 +11,52 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/kms-agent/kms-agent/hsm"
+	"github.com/kms-agent/kms-agent/hsm/hsmtest"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 const (
-	softHSM = "/usr/lib/softhsm/libsofthsm2.so"
-	userPIN = "user-1234"
+	softHSM = hsmtest.SoftHSMModule
+	userPIN = hsmtest.PIN
 )
 
 // rig is a SoftHSM token in a directory of its own, and a Token attached to it.
 type rig struct {
 	*hsm.Token
 
-	t   testing.TB
-	dir string
+	t    testing.TB
+	soft *hsmtest.SoftHSM
 
 	mu     sync.Mutex
 	events []hsm.Event
 }
 
-func (r *rig) path(name string) string { return filepath.Join(r.dir, name) }
+func (r *rig) path(name string) string { return r.soft.Path(name) }
 
 func (r *rig) write(name, content string) {
 	r.t.Helper()
-	if err := os.WriteFile(r.path(name), []byte(content), 0o600); err != nil {
-		r.t.Fatal(err)
-	}
+	r.soft.Write(name, content)
 }
 
 func (r *rig) run(name string, args ...string) {
 	r.t.Helper()
-	if out, err := exec.CommandContext(r.t.Context(), name, args...).CombinedOutput(); err != nil {
-		r.t.Fatalf("%s %v: %v\n%s", name, args, err, out)
-	}
+	r.soft.Run(name, args...)
 }
 
 // tool runs pkcs11-tool, as another application of the token.
 func (r *rig) tool(args ...string) {
 	r.t.Helper()
-	r.run("pkcs11-tool", append([]string{"--module", softHSM, "--token-label", "kms", "--login", "--pin", userPIN}, args...)...)
+	r.soft.Tool(args...)
 }
 
 // newRig makes a token; change may change how it is used.
 func newRig(t testing.TB, change ...func(*rig, *hsm.Config)) *rig {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "hsm") // SoftHSM takes no "=" in a path
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = os.RemoveAll(dir) })
-	r := &rig{t: t, dir: dir}
-	if err := os.Mkdir(r.path("tokens"), 0o700); err != nil {
-		t.Fatal(err)
-	}
-	r.write("softhsm2.conf", fmt.Sprintf("directories.tokendir = %s\nobjectstore.backend = file\nlog.level = ERROR\n", r.path("tokens")))
-	t.Setenv("SOFTHSM2_CONF", r.path("softhsm2.conf"))
-	r.initToken()
-	r.write("pin", userPIN)
+	r := &rig{t: t, soft: hsmtest.NewSoftHSM(t)}
 	cfg := hsm.Config{
-		Module: softHSM, Token: hsm.URI{Token: "kms"},
-		Login:  &hsm.Ledger{Path: r.path("logins"), PIN: hsm.PINSource{File: r.path("pin")}},
+		Module: softHSM, Token: hsm.URI{Token: hsmtest.Label},
+		Login:  &hsm.Ledger{Path: r.path("logins"), PIN: hsm.PINSource{File: r.soft.PINFile()}},
 		Events: r.happened,
 	}
 	for _, f := range change {
@@ -93,11 +74,6 @@ func newRig(t testing.TB, change ...func(*rig, *hsm.Config)) *rig {
 	})
 	eventually(t, "the token is attached", func() error { return token.Check(t.Context()) })
 	return r
-}
-
-func (r *rig) initToken() {
-	r.t.Helper()
-	r.run("softhsm2-util", "--init-token", "--free", "--label", "kms", "--so-pin", "officer-1", "--pin", userPIN)
 }
 
 func (r *rig) happened(e hsm.Event) {

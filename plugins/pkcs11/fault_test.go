@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"path/filepath"
+	"slices"
 	"testing"
 	"time"
 
@@ -22,12 +23,12 @@ func faulty(t *testing.T, pin string) (host.Config, *hsmtest.Fault) {
 	t.Helper()
 	r := newRig(t)
 	r.must(request{Command: "init-key", Key: "orders"})
-	fault := hsmtest.NewFault(t, "../../hsm", softHSM)
+	fault := hsmtest.NewFault(t, "../../hsm", hsmtest.SoftHSMModule)
 	r.settings["module"], r.settings["hang_after"] = fault.Module, "500ms"
-	r.write("pin", pin+"\n")
+	r.Write("pin", pin+"\n")
 	cfg := plugintest.Config(t, "pkcs11", r.json())
-	cfg.Env = append(append(cfg.Env, "SOFTHSM2_CONF="+r.path("softhsm2.conf")), fault.Env()...)
-	cfg.Access.Read, cfg.Access.Write = []string{r.dir}, []string{r.path("tokens"), r.path("state"), filepath.Dir(fault.Module)}
+	cfg.Env = slices.Concat(cfg.Env, r.Env(), fault.Env())
+	cfg.Access.Read, cfg.Access.Write = []string{r.Dir()}, []string{r.Tokens(), r.state(), filepath.Dir(fault.Module)}
 	cfg.BackoffMin, cfg.BackoffMax = 10*time.Millisecond, 100*time.Millisecond
 	return cfg, fault
 }
@@ -37,7 +38,7 @@ func faulty(t *testing.T, pin string) (host.Config, *hsmtest.Fault) {
 func TestProcessIsReplaced(t *testing.T) {
 	for _, rule := range []string{"C_Decrypt segv", "C_Decrypt abort", "C_Decrypt exit=3", "C_Decrypt hang", "C_DecryptInit hang", "C_Decrypt sleep_ms=60000"} {
 		t.Run(rule, func(t *testing.T) {
-			cfg, fault := faulty(t, userPIN)
+			cfg, fault := faulty(t, hsmtest.PIN)
 			s := plugintest.Start(t, cfg)
 			material := bytes.Repeat([]byte{7}, 32)
 			var wrapped []byte

@@ -4,14 +4,13 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
-	"fmt"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"testing"
 	"time"
 
 	"github.com/kms-agent/kms-agent/hsm"
+	"github.com/kms-agent/kms-agent/hsm/hsmtest"
 	"github.com/kms-agent/kms-agent/plugins"
 	"github.com/kms-agent/kms-agent/plugins/plugintest"
 )
@@ -27,56 +26,27 @@ func TestMain(m *testing.M) {
 // administerVariable makes the test binary what kms-agent hsm starts.
 const administerVariable = "KMS_AGENT_TEST_ADMINISTER"
 
-const (
-	softHSM = "/usr/lib/softhsm/libsofthsm2.so"
-	userPIN = "a user's PIN"
-)
-
-// rig is a SoftHSM token in a directory of its own.
+// rig is a SoftHSM token in a directory of its own, and the backend's settings for it.
 type rig struct {
+	*hsmtest.SoftHSM
+
 	t        testing.TB
-	dir      string
 	settings map[string]any
 }
 
 func newRig(t testing.TB) *rig {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "hsm")
-	if err != nil {
+	r := &rig{t: t, SoftHSM: hsmtest.NewSoftHSM(t)}
+	if err := os.Mkdir(r.state(), 0o700); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { _ = os.RemoveAll(dir) })
-	r := &rig{t: t, dir: dir}
-	for _, d := range []string{"tokens", "state"} {
-		if err := os.Mkdir(r.path(d), 0o700); err != nil {
-			t.Fatal(err)
-		}
-	}
-	r.write("softhsm2.conf", fmt.Sprintf("directories.tokendir = %s\nobjectstore.backend = file\nlog.level = ERROR\n", r.path("tokens")))
-	r.write("pin", userPIN+"\n")
-	t.Setenv("SOFTHSM2_CONF", r.path("softhsm2.conf"))
-	r.run("softhsm2-util", "--init-token", "--free", "--label", "kms", "--so-pin", "officer", "--pin", userPIN)
 	r.settings = map[string]any{
-		"module": softHSM, "token": "pkcs11:token=kms", "pin_file": r.path("pin"), "state_dir": r.path("state"),
+		"module": hsmtest.SoftHSMModule, "token": "pkcs11:token=kms", "pin_file": r.PINFile(), "state_dir": r.state(),
 	}
 	return r
 }
 
-func (r *rig) path(name string) string { return filepath.Join(r.dir, name) }
-
-func (r *rig) write(name, content string) {
-	r.t.Helper()
-	if err := os.WriteFile(r.path(name), []byte(content), 0o600); err != nil {
-		r.t.Fatal(err)
-	}
-}
-
-func (r *rig) run(name string, args ...string) {
-	r.t.Helper()
-	if out, err := exec.Command(name, args...).CombinedOutput(); err != nil {
-		r.t.Fatalf("%s %v: %v\n%s", name, args, err, out)
-	}
-}
+func (r *rig) state() string { return r.Path("state") }
 
 func (r *rig) json() json.RawMessage {
 	r.t.Helper()
@@ -132,10 +102,10 @@ func conform(t *testing.T, suite hsm.Suite, open func(t *testing.T, r *rig) plug
 	made.must(request{Command: "rotate", Key: "orders"})
 	plugintest.Run(t, func(t *testing.T) plugintest.Instance {
 		r := newRig(t)
-		if err := os.RemoveAll(r.path("tokens")); err != nil {
+		if err := os.RemoveAll(r.Tokens()); err != nil {
 			t.Fatal(err)
 		}
-		if err := os.CopyFS(r.path("tokens"), os.DirFS(made.path("tokens"))); err != nil {
+		if err := os.CopyFS(r.Tokens(), os.DirFS(made.Tokens())); err != nil {
 			t.Fatal(err)
 		}
 		return plugintest.Instance{
@@ -169,8 +139,8 @@ func TestConformance(t *testing.T) {
 func TestConformanceOverTheWire(t *testing.T) {
 	conform(t, hsm.GCM, func(t *testing.T, r *rig) plugins.Backend {
 		cfg := plugintest.Config(t, "pkcs11", r.json())
-		cfg.Env = append(cfg.Env, "SOFTHSM2_CONF="+r.path("softhsm2.conf"))
-		cfg.Access.Read, cfg.Access.Write = []string{r.dir}, []string{r.path("tokens"), r.path("state")}
+		cfg.Env = append(cfg.Env, r.Env()...)
+		cfg.Access.Read, cfg.Access.Write = []string{r.Dir()}, []string{r.Tokens(), r.state()}
 		return plugintest.Start(t, cfg)
 	})
 }
