@@ -245,7 +245,7 @@ func (t *Token) readKey(ctx context.Context, name string) (*Key, error) {
 	if err := checkName(name); err != nil {
 		return nil, errorf(KeyNotFound, err, "")
 	}
-	keys, err := t.readKeys(ctx, cryptoki.Text(pkcs11.CKA_LABEL, labelPrefix+name))
+	keys, err := t.readKeys(ctx, name)
 	if err != nil {
 		return nil, err
 	}
@@ -260,7 +260,7 @@ func (t *Token) readKey(ctx context.Context, name string) (*Key, error) {
 
 // Keys returns all keys on the token, by name.
 func (t *Token) Keys(ctx context.Context) ([]*Key, error) {
-	keys, err := t.readKeys(ctx)
+	keys, err := t.readKeys(ctx, "")
 	if err != nil {
 		return nil, err
 	}
@@ -270,11 +270,14 @@ func (t *Token) Keys(ctx context.Context) ([]*Key, error) {
 	return keys, nil
 }
 
-// readKeys returns the latest record of each key that matches.
-func (t *Token) readKeys(ctx context.Context, match ...cryptoki.Attribute) ([]*Key, error) {
+// readKeys returns the latest record of the key with a name, or of all for "".
+func (t *Token) readKeys(ctx context.Context, name string) ([]*Key, error) {
+	if t.cfg.Catalogue != nil {
+		return t.cfg.Catalogue.records()
+	}
 	found := new([]*Key)
 	err := t.manage(ctx, func(w *worker) (err error) {
-		*found, err = records(w.session, match)
+		*found, err = records(w.session, name)
 		return err
 	})
 	if err != nil {
@@ -283,11 +286,14 @@ func (t *Token) readKeys(ctx context.Context, match ...cryptoki.Attribute) ([]*K
 	return *found, nil
 }
 
-// records reads the records on the token.
-func records(s cryptoki.Session, match []cryptoki.Attribute) ([]*Key, error) {
-	template := append([]cryptoki.Attribute{
+// records reads the records on the token, of one key or of all.
+func records(s cryptoki.Session, name string) ([]*Key, error) {
+	template := []cryptoki.Attribute{
 		cryptoki.Number(pkcs11.CKA_CLASS, pkcs11.CKO_DATA), cryptoki.Bool(pkcs11.CKA_TOKEN, true), cryptoki.Text(pkcs11.CKA_APPLICATION, application),
-	}, match...)
+	}
+	if name != "" {
+		template = append(template, cryptoki.Text(pkcs11.CKA_LABEL, labelPrefix+name))
+	}
 	objects, err := s.Find(template, maxKeys)
 	if err != nil {
 		return nil, err

@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"encoding/hex"
 	"errors"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -47,6 +49,54 @@ func TestFrozenRecord(t *testing.T) {
 			t.Errorf("%s: parsed", name)
 		}
 	}
+}
+
+func TestFrozenCatalogue(t *testing.T) {
+	key := filepath.Join(t.TempDir(), "key")
+	if err := os.WriteFile(key, bytes.Repeat([]byte{7}, CatalogueKeySize), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	want, err := os.ReadFile("testdata/catalogue")
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := &CatalogueFile{Path: filepath.Join(t.TempDir(), "catalogue"), KeyFile: key}
+	if err := c.write([]*Key{testKey()}); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := os.ReadFile(c.Path); err != nil || !bytes.Equal(got, want) {
+		t.Errorf("%s, %v", got, err)
+	}
+	keys, err := c.parse(want)
+	if err != nil || len(keys) != 1 || !keys[0].Versions[0].same(testKey().Versions[0]) {
+		t.Errorf("parsed %v, %v", keys, err)
+	}
+}
+
+// What parses was written by us: it is what write writes.
+func FuzzParseCatalogue(f *testing.F) {
+	dir := f.TempDir()
+	c := &CatalogueFile{Path: filepath.Join(dir, "catalogue"), KeyFile: filepath.Join(dir, "key")}
+	if err := os.WriteFile(c.KeyFile, bytes.Repeat([]byte{7}, CatalogueKeySize), 0o600); err != nil {
+		f.Fatal(err)
+	}
+	f.Add([]byte("[]"))
+	f.Add([]byte(`[{"format":1}]`))
+	f.Fuzz(func(t *testing.T, body []byte) {
+		if _, err := c.parse(body); err == nil {
+			t.Errorf("%q has no MAC, and is taken", body)
+		}
+		mac, err := c.mac(body)
+		if err != nil {
+			t.Fatal(err)
+		}
+		keys, err := c.parse(append([]byte(catalogueMark+hex.EncodeToString(mac)+"\n"), body...))
+		for i, k := range keys {
+			if err != nil || i > 0 && keys[i-1].Name >= k.Name || checkName(k.Name) != nil {
+				t.Errorf("%q gives %+v, %v", body, k, err)
+			}
+		}
+	})
 }
 
 func TestFrozenWrapped(t *testing.T) {

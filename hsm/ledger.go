@@ -9,7 +9,6 @@ import (
 	"crypto/subtle"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -18,7 +17,6 @@ import (
 
 	"github.com/google/renameio/v2"
 	"github.com/miekg/pkcs11"
-	"golang.org/x/sys/unix"
 
 	"github.com/kms-agent/kms-agent/hsm/internal/cryptoki"
 )
@@ -30,8 +28,7 @@ const (
 	// maxAttempts is how many PINs are remembered per token.
 	maxAttempts = 64
 	// ledgerPoll is how often a refused PIN's source is looked at.
-	ledgerPoll   = time.Second
-	lockPatience = 5 * time.Second
+	ledgerPoll = time.Second
 )
 
 // Ledger remembers which PINs were tried with which token: tokens lock after three
@@ -64,7 +61,7 @@ type attempt struct {
 
 // Attempt implements Login.
 func (l *Ledger) Attempt(token TokenInfo, log func(pin []byte) error) error {
-	unlock, err := l.lock()
+	unlock, err := lockFile(l.Path + ".lock")
 	if err != nil {
 		return errorf(Unauthenticated, err, "the ledger of logins %s", l.Path)
 	}
@@ -216,26 +213,5 @@ func (l *Ledger) write(book *ledger) error {
 	if err := renameio.WriteFile(l.Path, b, 0o600); err != nil {
 		return err
 	}
-	dir, err := os.Open(filepath.Dir(l.Path))
-	if err != nil {
-		return err
-	}
-	return errors.Join(dir.Sync(), dir.Close())
-}
-
-// lock keeps other processes from trying at the same time.
-func (l *Ledger) lock() (unlock func(), err error) {
-	f, err := os.OpenFile(l.Path+".lock", os.O_RDWR|os.O_CREATE|unix.O_CLOEXEC, 0o600)
-	if err != nil {
-		return nil, err
-	}
-	for deadline := time.Now().Add(lockPatience); ; time.Sleep(10 * time.Millisecond) {
-		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
-		if err == nil {
-			return func() { _ = f.Close() }, nil
-		}
-		if !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, unix.EINTR) || time.Now().After(deadline) {
-			return nil, errors.Join(fmt.Errorf("another process holds it: %w", err), f.Close())
-		}
-	}
+	return syncDirectory(filepath.Dir(l.Path))
 }

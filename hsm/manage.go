@@ -23,7 +23,7 @@ func (t *Token) CreateKey(ctx context.Context, name string, suite Suite) (*Key, 
 	if err == nil {
 		return nil, errorf(Invalid, nil, "key %s exists already: rotate it instead", name)
 	}
-	if KindOf(err) != KeyNotFound {
+	if KindOf(err) != KeyNotFound && !errors.Is(err, errNoCatalogue) {
 		return nil, err
 	}
 	return t.addVersion(ctx, &Key{Name: name}, suite)
@@ -62,7 +62,11 @@ func (t *Token) addVersion(ctx context.Context, k *Key, suite Suite) (*Key, erro
 		v, err := t.newVersion(ctx, k.Name, number, s)
 		if err == nil {
 			next := &Key{Name: k.Name, Current: number, Versions: append(append([]*Version(nil), k.Versions...), v), revision: k.revision, object: k.object}
-			return t.write(ctx, next)
+			written, err := t.write(ctx, next)
+			if kind := KindOf(err); err != nil && (kind == Invalid || kind == Broken) { // it certainly is not
+				_ = t.manage(context.WithoutCancel(ctx), func(w *worker) error { return destroy(w.session, v) })
+			}
+			return written, err
 		}
 		if KindOf(err) == Unavailable || KindOf(err) == Unauthenticated || ctx.Err() != nil {
 			return nil, err
@@ -136,39 +140,51 @@ func (t *Token) setCanary(ctx context.Context, v *Version) error {
 	return t.selfTest(ctx, a, v, keys)
 }
 
-// write puts a key's record on the token in the place of the one before.
+// write puts a key's record in the place of the one before.
 func (t *Token) write(ctx context.Context, k *Key) (*Key, error) {
-	before := k.object
 	k.revision++
+	var err error
+	if t.cfg.Catalogue != nil {
+		err = t.cfg.Catalogue.replace(k)
+	} else {
+		err = t.writeObject(ctx, k)
+	}
+	if err != nil {
+		return nil, err
+	}
+	t.keys.forget(k.Name)
+	return t.readKey(ctx, k.Name)
+}
+
+// writeObject puts a key's record on the token.
+func (t *Token) writeObject(ctx context.Context, k *Key) error {
 	value, err := k.marshal()
 	if err != nil {
-		return nil, errorf(Invalid, err, "")
+		return errorf(Invalid, err, "")
 	}
-	err = t.manage(ctx, func(w *worker) error {
+	return t.manage(ctx, func(w *worker) error {
 		object, err := w.session.Create([]cryptoki.Attribute{
 			cryptoki.Number(pkcs11.CKA_CLASS, pkcs11.CKO_DATA), cryptoki.Bool(pkcs11.CKA_TOKEN, true), cryptoki.Bool(pkcs11.CKA_PRIVATE, true),
 			cryptoki.Text(pkcs11.CKA_APPLICATION, application), cryptoki.Text(pkcs11.CKA_LABEL, labelPrefix+k.Name),
 			{Type: pkcs11.CKA_VALUE, Value: value},
 		})
+		if err != nil && stepFor(err) == giveUp {
+			return errorf(Broken, err, "the token takes no private data objects: name a file for the catalogue (settings catalogue_file and catalogue_key_file)")
+		}
 		if err != nil {
 			return err
 		}
 		// With two administrators at work one of them must lose.
-		if _, err := records(w.session, []cryptoki.Attribute{cryptoki.Text(pkcs11.CKA_LABEL, labelPrefix+k.Name)}); err != nil {
+		if _, err := records(w.session, k.Name); err != nil {
 			return errors.Join(errorf(Invalid, err, "somebody else changes key %s just now: try again", k.Name), w.session.Destroy(object))
 		}
-		if before != 0 {
+		if before := k.object; before != 0 {
 			if err := w.session.Destroy(before); err != nil && stepFor(err) != findAgain {
 				return err
 			}
 		}
 		return nil
 	})
-	if err != nil {
-		return nil, err
-	}
-	t.keys.forget(k.Name)
-	return t.readKey(ctx, k.Name)
 }
 
 // SetState disables or enables a version: in the record, and on tokens that allow

@@ -4,14 +4,10 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
-	"io"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
 	"syscall"
-
-	"golang.org/x/sys/unix"
 )
 
 // maxPIN is how many bytes a PIN has at most.
@@ -74,40 +70,17 @@ func (s PINSource) read(use func(pin []byte) error) error {
 	return use(pin)
 }
 
-// readFile reads the file of the PIN. What it says of the file holds for what was
-// read.
+// readFile reads the file of the PIN.
 func (s PINSource) readFile(into []byte) (int, error) {
 	path, err := s.path()
 	if err != nil {
 		return 0, err
 	}
-	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return 0, fmt.Errorf("the PIN: %w", err)
-	}
-	defer func() { _ = f.Close() }()
-	info, err := f.Stat()
-	if err != nil {
-		return 0, fmt.Errorf("the PIN: %w", err)
-	}
-	forbidden := fs.FileMode(0o077)
+	forbidden := ownerOnly
 	if s.Credential != "" {
 		forbidden = 0o037 // systemd grants it by an ACL, whose mask shows as the group's bits
 	}
-	owner, ok := info.Sys().(*syscall.Stat_t)
-	switch {
-	case !info.Mode().IsRegular():
-		return 0, fmt.Errorf("the PIN: %s is not a regular file", path)
-	case info.Mode().Perm()&forbidden != 0:
-		return 0, fmt.Errorf("the PIN: mode %04o gives others access to %s: chmod 600 it, and change the PIN if others had it", info.Mode().Perm(), path)
-	case !ok || owner.Uid != 0 && int(owner.Uid) != os.Geteuid():
-		return 0, fmt.Errorf("the PIN: %s belongs to another user: chown it to the user of the agent or to root", path)
-	}
-	n, err := io.ReadFull(f, into)
-	if err != nil && !errors.Is(err, io.EOF) && !errors.Is(err, io.ErrUnexpectedEOF) {
-		return 0, fmt.Errorf("the PIN: %w", err)
-	}
-	return n, nil
+	return readPrivate(path, forbidden, into, "the PIN")
 }
 
 // stamp is what changes when the PIN does. An environment variable never does.

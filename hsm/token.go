@@ -26,6 +26,9 @@ type Config struct {
 	// Login logs the session's application in, and asks nobody twice with a PIN that
 	// was refused: see Ledger.
 	Login Login
+	// Catalogue holds what is known of the keys, for tokens that take no private data
+	// objects; nil means that it stands on the token.
+	Catalogue *CatalogueFile
 	// Sessions is how many operations are under way at once; 0 means 8, or what the
 	// token has, less two.
 	Sessions int

@@ -51,8 +51,12 @@ func (s settings) openToken(token hsm.URI, events func(hsm.Event), patience time
 	if err != nil {
 		return nil, err
 	}
+	var catalogue *hsm.CatalogueFile
+	if s.Catalogue != "" {
+		catalogue = &hsm.CatalogueFile{Path: s.Catalogue, KeyFile: s.CatalogueKey}
+	}
 	return hsm.Open(hsm.Config{
-		Module: s.Module, Reserved: s.ModuleConfig, Token: token, Login: s.login(dir), Sessions: s.Sessions,
+		Module: s.Module, Reserved: s.ModuleConfig, Token: token, Login: s.login(dir), Catalogue: catalogue, Sessions: s.Sessions,
 		HangAfter: time.Duration(s.HangAfter), Patience: patience, Events: events,
 	})
 }

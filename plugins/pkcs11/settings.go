@@ -22,6 +22,8 @@ type settings struct {
 	Sessions     int      `json:"sessions"`
 	HangAfter    duration `json:"hang_after"`
 	FleetSize    uint64   `json:"fleet_size"`
+	Catalogue    string   `json:"catalogue_file"`
+	CatalogueKey string   `json:"catalogue_key_file"`
 	StateDir     string   `json:"state_dir"`
 
 	retryPIN bool
@@ -75,6 +77,11 @@ func parseSettings(raw json.RawMessage) (settings, hsm.URI, error) {
 	}
 	if d := time.Duration(s.HangAfter); d != 0 && (d < 100*time.Millisecond || d > 10*time.Minute) {
 		fault("hang_after: 100ms to 10m")
+	}
+	if s.Catalogue != "" || s.CatalogueKey != "" {
+		if !filepath.IsAbs(s.Catalogue) || !filepath.IsAbs(s.CatalogueKey) || s.Catalogue == s.CatalogueKey {
+			fault("catalogue_file and catalogue_key_file: both must be named, as absolute paths, where the catalogue is not on the token")
+		}
 	}
 	if s.StateDir != "" && !filepath.IsAbs(s.StateDir) {
 		fault("state_dir: must be an absolute path")

@@ -1,0 +1,74 @@
+package hsm
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// ownerOnly are the permissions that a secret file must not give.
+const ownerOnly fs.FileMode = 0o077
+
+// lockPatience is how long another process may hold a lock.
+const lockPatience = 5 * time.Second
+
+// readPrivate reads a regular file that belongs to this process's user or to root
+// and gives none of the forbidden permissions. What it says of the file holds for
+// what was read.
+func readPrivate(path string, forbidden fs.FileMode, into []byte, what string) (int, error) {
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0) //nolint:gosec // the operator names it
+	if err != nil {
+		return 0, fmt.Errorf("%s: %w", what, err)
+	}
+	defer func() { _ = f.Close() }()
+	info, err := f.Stat()
+	if err != nil {
+		return 0, fmt.Errorf("%s: %w", what, err)
+	}
+	owner, ok := info.Sys().(*syscall.Stat_t)
+	switch {
+	case !info.Mode().IsRegular():
+		return 0, fmt.Errorf("%s: %s is not a regular file", what, path)
+	case info.Mode().Perm()&forbidden != 0:
+		return 0, fmt.Errorf("%s: mode %04o gives others access to %s: chmod 600 it, and make a new one if others had it", what, info.Mode().Perm(), path)
+	case !ok || owner.Uid != 0 && int(owner.Uid) != os.Geteuid():
+		return 0, fmt.Errorf("%s: %s belongs to another user: chown it to the user of the agent or to root", what, path)
+	}
+	n, err := io.ReadFull(f, into)
+	if err != nil && !errors.Is(err, io.EOF) && !errors.Is(err, io.ErrUnexpectedEOF) {
+		return 0, fmt.Errorf("%s: %w", what, err)
+	}
+	return n, nil
+}
+
+// lockFile keeps other processes away until unlock.
+func lockFile(path string) (unlock func(), err error) {
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|unix.O_CLOEXEC, 0o600) //nolint:gosec // the operator names it
+	if err != nil {
+		return nil, err
+	}
+	for deadline := time.Now().Add(lockPatience); ; time.Sleep(10 * time.Millisecond) {
+		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil {
+			return func() { _ = f.Close() }, nil
+		}
+		if !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, unix.EINTR) || time.Now().After(deadline) {
+			return nil, errors.Join(fmt.Errorf("another process holds it: %w", err), f.Close())
+		}
+	}
+}
+
+// syncDirectory makes a renamed file last.
+func syncDirectory(path string) error {
+	dir, err := os.Open(path) //nolint:gosec // the operator names it
+	if err != nil {
+		return err
+	}
+	return errors.Join(dir.Sync(), dir.Close())
+}
