@@ -3,10 +3,12 @@ package hsm_test
 import (
 	"bytes"
 	"os"
+	"os/exec"
 	"strings"
 	"testing"
 
 	"github.com/kms-agent/kms-agent/hsm"
+	"github.com/kms-agent/kms-agent/hsm/hsmtest"
 )
 
 // inFile keeps the catalogue in a file.
@@ -34,8 +36,10 @@ func TestCatalogueInFile(t *testing.T) {
 	if _, err := r.CreateKey(bounded(t), "orders", 0); hsm.KindOf(err) != hsm.Invalid {
 		t.Errorf("a key of the same name: %v", err)
 	}
-	if out := r.output("pkcs11-tool", "--module", softHSM, "--token-label", "kms", "--login", "--pin", userPIN, "--list-objects", "--type", "data"); strings.Contains(out, "kmsagent/") {
-		t.Errorf("there is a catalogue on the token too:\n%s", out)
+	out, err := exec.CommandContext(t.Context(), "pkcs11-tool", "--module", softHSM, "--token-label", hsmtest.Label, "--login", "--pin", userPIN,
+		"--list-objects", "--type", "data").CombinedOutput()
+	if err != nil || strings.Contains(string(out), "kmsagent/") {
+		t.Errorf("there is a catalogue on the token too: %v\n%s", err, out)
 	}
 	for _, name := range []string{"catalogue", "catalogue.key"} {
 		if info, err := os.Stat(r.path(name)); err != nil || info.Mode().Perm() != 0o600 {

@@ -44,15 +44,6 @@ func (r *rig) run(name string, args ...string) {
 	r.soft.Run(name, args...)
 }
 
-func (r *rig) output(name string, args ...string) string {
-	r.t.Helper()
-	out, err := exec.CommandContext(r.t.Context(), name, args...).CombinedOutput()
-	if err != nil {
-		r.t.Fatalf("%s %v: %v\n%s", name, args, err, out)
-	}
-	return string(out)
-}
-
 // tool runs pkcs11-tool, as another application of the token.
 func (r *rig) tool(args ...string) {
 	r.t.Helper()
