@@ -254,8 +254,8 @@ func (t *Token) keep(ctx context.Context) {
 		a, err := t.attach()
 		if err == nil {
 			t.guarded.Store(a)
+			t.event(Event{Attached: true, Token: tokenInfo(a.slot, a.info)}) // before its first use
 			t.publish(a, nil)
-			t.event(Event{Attached: true, Token: tokenInfo(a.slot, a.info)})
 			err = t.watch(ctx, a)
 			t.publish(nil, err)
 			if !t.detach(a) {
