@@ -3,111 +3,112 @@
 package hsmtest
 
 import (
-	_ "embed"
+	"bytes"
+	"io"
 	"os"
-	"os/exec"
 	"path/filepath"
-	"regexp"
-	"slices"
 	"strings"
+	"sync"
 	"testing"
+	"time"
 )
 
-//go:embed module/fault.c
-var faultSource string
-
-//go:embed module/loop.c
-var loopSource string
-
-// header is ../internal/cryptoki/cryptoki.h, which fault.c is compiled with.
-const header = "internal/cryptoki"
-
 // Fault is a PKCS#11 module that passes its calls to another one, and does what its
-// rules say instead; module/fault.c describes them.
+// rules say instead. Its files are in the directory of Module, all it needs: a
+// confined process that loads it may write there. Several goroutines may use a Fault.
 type Fault struct {
-	// Module is its path.
-	Module       string
-	rules, calls string
-	t            testing.TB
+	// Module is its path, one for each Fault: rules, counts and calls are its own.
+	Module string
+
+	t     testing.TB
+	mu    sync.Mutex // guards what follows
+	sets  int64
+	calls *os.File // at what Calls has not read yet
+	rest  []byte   // of a line that was not complete
 }
 
-// NewFault builds the module before the one at path. hsmDir is the directory of
-// package hsm, seen from the test. Its environment is that of the test.
+// NewFault puts a module before the one at path, which behaves until there are rules.
+// hsmDir is the directory of package hsm, seen from the test.
 func NewFault(t testing.TB, hsmDir, path string) *Fault {
 	t.Helper()
-	dir := t.TempDir()
-	f := &Fault{Module: filepath.Join(dir, "fault.so"), rules: filepath.Join(dir, "rules"), calls: filepath.Join(dir, "calls"), t: t}
-	compile(t, hsmDir, f.Module, faultSource, "-shared", "-fPIC", "-fvisibility=hidden")
+	module, err := faultModule(hsmDir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// A file for each: of one that several load, they would share the state.
+	f := &Fault{Module: filepath.Join(t.TempDir(), "fault.so"), t: t}
+	if err := os.WriteFile(f.Module, module, 0o700); err != nil { //nolint:gosec // it is executed
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(f.file("module"), []byte(path+"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if f.calls, err = os.OpenFile(f.file("calls"), os.O_RDONLY|os.O_CREATE, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = f.calls.Close() })
 	f.Set()
-	t.Setenv("KMS_AGENT_FAULT_MODULE", path)
-	t.Setenv("KMS_AGENT_FAULT_RULES", f.rules)
-	t.Setenv("KMS_AGENT_FAULT_CALLS", f.calls)
 	return f
 }
 
-// Env is the environment for other processes that load the module.
-func (f *Fault) Env() []string {
-	return []string{
-		"KMS_AGENT_FAULT_MODULE=" + os.Getenv("KMS_AGENT_FAULT_MODULE"), "KMS_AGENT_FAULT_RULES=" + f.rules, "KMS_AGENT_FAULT_CALLS=" + f.calls,
-	}
-}
+func (f *Fault) file(name string) string { return filepath.Join(filepath.Dir(f.Module), name) }
 
-// Set replaces the rules; without any the module behaves.
+// Set replaces the rules, for the next call on; their counts begin anew. Without any
+// the module behaves. Each process counts for itself. A rule is one of
+//
+//	FUNCTION [skip=N] [count=N] [sleep_ms=N] [rv=N | segv | abort | exit=N | hang]
+//	dead       the connection is lost: every call is CKR_DEVICE_ERROR until the rules
+//	           are others and C_Finalize was called
+//	no-slots   C_GetSlotList is well and empty
+//	lossy      C_Decrypt changes a bit of what it gives
+//	iv STYLE   what becomes of the vectors of CKM_AES_GCM
+//
+// FUNCTION is C_Encrypt or another that a module has in its list, or * for all. The
+// first rule of a function that is not used up counts: it is not for skip calls and
+// then for count ones, all without a count. Such a call waits for sleep_ms, and then
+// is made; or answers rv, decimal or hexadecimal after 0x, without being made; or ends
+// the process by a write to nowhere, an abort or _exit(N); or never comes back.
+//
+// STYLE is written (the token writes its own over the caller's), appended-12,
+// appended-16 or prepended-12 (it has its own with the result), fixed (always the
+// same one) or short-tag (the caller's, but a tag of 96 bits).
 func (f *Fault) Set(rules ...string) {
 	f.t.Helper()
-	for _, rule := range rules {
-		if !ruleForm().MatchString(rule) {
-			f.t.Fatalf("%q is no rule: module/fault.c describes them", rule)
-		}
+	if err := checkRules(rules); err != nil {
+		f.t.Fatal(err)
 	}
-	next := f.rules + ".next"
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	next := f.file("rules.next")
 	if err := os.WriteFile(next, []byte(strings.Join(rules, "\n")+"\n"), 0o600); err != nil {
 		f.t.Fatal(err)
 	}
-	if err := os.Rename(next, f.rules); err != nil {
+	// The module knows them by their time. That of the clock may be the same twice.
+	f.sets++
+	if err := os.Chtimes(next, time.Time{}, time.Unix(f.sets, 0)); err != nil {
+		f.t.Fatal(err)
+	}
+	if err := os.Rename(next, f.file("rules")); err != nil {
 		f.t.Fatal(err)
 	}
 }
 
-// ruleForm is what the module understands: it says nothing of what it does not.
-func ruleForm() *regexp.Regexp {
-	return regexp.MustCompile(`^((C_[A-Za-z]+|\*)( (skip|count|sleep_ms|exit)=\d+| rv=(0x)?[0-9a-fA-F]+| (segv|abort|hang))+|iv (written|appended-12|appended-16|prepended-12|fixed|short-tag)|dead|no-slots|lossy)$`)
-}
-
-// Calls returns how often each function was called, and forgets it.
+// Calls returns how often each function was called since it was last asked, in all
+// processes; functions that were not are not in it. A call counts when it begins.
 func (f *Fault) Calls() map[string]int {
 	f.t.Helper()
-	content, err := os.ReadFile(f.calls)
-	if err != nil && !os.IsNotExist(err) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	content, err := io.ReadAll(f.calls)
+	if err != nil {
 		f.t.Fatal(err)
 	}
-	if err := os.WriteFile(f.calls, nil, 0o600); err != nil {
-		f.t.Fatal(err)
-	}
+	content = append(f.rest, content...)
+	complete := bytes.LastIndexByte(content, '\n') + 1
+	f.rest = content[complete:]
 	n := map[string]int{}
-	for line := range strings.Lines(string(content)) {
-		n[strings.TrimSpace(line)]++
+	for line := range bytes.Lines(content[:complete]) {
+		n[string(bytes.TrimSpace(line))]++
 	}
 	return n
-}
-
-// NewLoop builds module/loop.c, what C alone makes of a token, and returns its path.
-func NewLoop(t testing.TB, hsmDir string) string {
-	t.Helper()
-	path := filepath.Join(t.TempDir(), "loop")
-	compile(t, hsmDir, path, loopSource, "-O2")
-	return path
-}
-
-func compile(t testing.TB, hsmDir, result, source string, flags ...string) {
-	t.Helper()
-	file := result + ".c"
-	if err := os.WriteFile(file, []byte(source), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	args := slices.Concat(flags, []string{"-Wall", "-Werror", "-I", filepath.Join(hsmDir, header), "-o", result, file, "-ldl", "-lpthread"})
-	build := exec.CommandContext(t.Context(), "cc", args...) //nolint:gosec // paths of the test
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("build %s: %v\n%s", result, err, out)
-	}
 }

@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"path/filepath"
-	"slices"
 	"testing"
 	"time"
 
@@ -27,7 +26,7 @@ func faulty(t *testing.T, pin string) (host.Config, *hsmtest.Fault) {
 	r.settings["module"], r.settings["hang_after"] = fault.Module, "500ms"
 	r.Write("pin", pin+"\n")
 	cfg := plugintest.Config(t, "pkcs11", r.json())
-	cfg.Env = slices.Concat(cfg.Env, r.Env(), fault.Env())
+	cfg.Env = append(cfg.Env, r.Env()...)
 	cfg.Access.Read, cfg.Access.Write = []string{r.Dir()}, []string{r.Tokens(), r.state(), filepath.Dir(fault.Module)}
 	cfg.BackoffMin, cfg.BackoffMax = 10*time.Millisecond, 100*time.Millisecond
 	return cfg, fault

@@ -1,0 +1,27 @@
+/* The rules of the fault module; ../rules.go describes them. */
+#ifndef KMSAGENT_RULES_H
+#define KMSAGENT_RULES_H
+
+#include "cryptoki.h"
+
+/* The rules that are not of one function. */
+struct modes {
+	int dead, no_slots, lossy;
+	char iv[16];
+};
+
+/* open_rules takes the rules and the file for calls of a directory. It returns 0, and
+ * has complained, where it cannot. */
+int open_rules(const char *directory);
+
+/* begin notes a call and does what the rules say of it. It returns 1 where the call is
+ * to be made, and sets the modes as they are then; else it sets rv. */
+int begin(const char *function, struct modes *now, ck_rv *rv);
+
+/* connection says that C_Initialize went well. */
+void connection(void);
+
+/* complain writes a line for whoever reads the test's output. */
+__attribute__((format(printf, 1, 2))) void complain(const char *format, ...);
+
+#endif
