@@ -14,7 +14,7 @@ COUNT    ?= 5
 EXAMPLES := examples/rows
 each_example = set -e; for dir in $(EXAMPLES); do (cd $$dir && $(1)); done
 
-.PHONY: build build-fips build-hsm quickstart quickstart-hsm test test-fips race lint generate generate-check fmt-check vet tidy-check check fuzz soak bench interop deps clean help
+.PHONY: build build-fips build-hsm quickstart quickstart-hsm test test-fips test-hsm-all race lint generate generate-check fmt-check vet tidy-check check fuzz soak bench interop deps clean help
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -47,6 +47,10 @@ race: deps ## run every test under the race detector
 
 test-fips: deps ## run every test on the certified module, with what is not approved refused
 	GOFIPS140=certified GODEBUG=fips140=only $(GO) test -timeout 15m ./...
+
+test-hsm-all: deps ## the HSM tests on every module that Debian has, not SoftHSM alone; as root
+	@scripts/setup-hsm-modules
+	$(GO) test -tags hsmall -timeout 20m ./hsm/... ./plugins/pkcs11/...
 
 interop: deps ## messages against another implementation, at length
 	INTEROP=full $(GO) test -count=1 -timeout 20m ./test/interop/...

@@ -1,0 +1,118 @@
+//go:build hsmall
+
+package hsmtest_test
+
+import (
+	"bytes"
+	"context"
+	"os/exec"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/kms-agent/kms-agent/hsm"
+	"github.com/kms-agent/kms-agent/hsm/hsmtest"
+)
+
+func TestOpenCryptoki(t *testing.T) {
+	for _, round := range []string{"first", "second in this process"} {
+		t.Run(round, func(t *testing.T) {
+			k := hsmtest.OpenCryptoki(t)
+			wantElsewhere(t, k)
+			token := attach(t, k, nil)
+			wantTrials(t, token, hsm.CBCHMAC, map[hsm.Suite]bool{hsm.CBCHMAC: true, hsm.OAEP: true, hsm.OAEPSHA1: true})
+			wantKeys(t, token, hsm.CBCHMAC, hsm.OAEP)
+		})
+	}
+}
+
+// wantElsewhere uses the token in a process that has nothing but Env of the test.
+func wantElsewhere(t *testing.T, k *hsmtest.Token) {
+	t.Helper()
+	cmd := exec.CommandContext(t.Context(), "pkcs11-tool", "--module", k.Module, "--token-label", k.Label, "--login", "--pin", k.PIN, "--list-objects")
+	cmd.Env = append([]string{"PATH=/usr/bin:/bin"}, k.Env...)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Errorf("pkcs11-tool: %v\n%s", err, out)
+	}
+}
+
+// attach attaches the token; without a file the catalogue is on it.
+func attach(t *testing.T, k *hsmtest.Token, catalogue *hsm.CatalogueFile) *hsm.Token {
+	t.Helper()
+	token, err := hsm.Open(hsm.Config{
+		Module: k.Module, Reserved: k.Reserved, Token: hsm.URI{Token: k.Label},
+		Login:     &hsm.Ledger{Path: k.Path("logins"), PIN: hsm.PINSource{File: k.PINFile}},
+		Catalogue: catalogue,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := token.Close(); err != nil {
+			t.Errorf("Close: %v", err)
+		}
+	})
+	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+		if err = token.Check(bounded(t)); err == nil {
+			return token
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("the token is not attached: %v", err)
+		}
+	}
+}
+
+// wantTrials probes the token; works says which suites do.
+func wantTrials(t *testing.T, token *hsm.Token, use hsm.Suite, works map[hsm.Suite]bool) {
+	t.Helper()
+	p, err := token.Probe(bounded(t))
+	if err != nil {
+		t.Fatalf("Probe: %v", err)
+	}
+	got := map[hsm.Suite]bool{}
+	var reasons strings.Builder
+	for _, trial := range p.Trials {
+		if trial.Err == nil {
+			got[trial.Suite] = true
+		} else {
+			reasons.WriteString(trial.Suite.String() + ": " + trial.Err.Error() + "\n")
+		}
+	}
+	t.Logf("%s %s, %s, firmware %s:\n%s", p.Manufacturer, p.Library, p.Token.Model, p.Token.Firmware, reasons.String())
+	if diff := cmp.Diff(works, got); diff != "" {
+		t.Errorf("the suites that work (-want +got):\n%s%s", diff, reasons.String())
+	}
+	if p.Use != use {
+		t.Errorf("a new key gets %v, want %v", p.Use, use)
+	}
+}
+
+// wantKeys makes keys on the token, and wraps with them.
+func wantKeys(t *testing.T, token *hsm.Token, suites ...hsm.Suite) {
+	t.Helper()
+	for _, suite := range suites {
+		key, err := token.CreateKey(bounded(t), suite.String(), suite)
+		if err != nil {
+			t.Errorf("%v: CreateKey: %v", suite, err)
+			continue
+		}
+		material, bound := []byte("thirty-two bytes of key material"), []byte("what is bound")
+		wrapped, err := token.Wrap(bounded(t), key.Versions[0], nil, material, bound)
+		if err != nil {
+			t.Errorf("%v: Wrap: %v", suite, err)
+			continue
+		}
+		if got, err := token.Unwrap(bounded(t), key.Versions[0], nil, wrapped, bound); err != nil || !bytes.Equal(got, material) {
+			t.Errorf("%v: Unwrap: %d bytes, %v", suite, len(got), err)
+		}
+	}
+}
+
+func bounded(t *testing.T) context.Context {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	t.Cleanup(cancel)
+	return ctx
+}
