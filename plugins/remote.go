@@ -9,6 +9,7 @@ import (
 	plugin "github.com/hashicorp/go-plugin"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/protobuf/proto"
 
 	pluginv1 "github.com/kms-agent/kms-agent/api/plugin/v1"
 )
@@ -21,6 +22,8 @@ type Remote struct {
 	service pluginv1.BackendClient
 	health  grpc_health_v1.HealthClient
 	session atomic.Pointer[session]
+	calls   atomic.Pointer[caller] // nil where each call is an RPC of its own
+	alone   bool
 }
 
 // NewRemote returns the backend at the other end of conn, which stays the
@@ -28,6 +31,10 @@ type Remote struct {
 func NewRemote(conn grpc.ClientConnInterface) *Remote {
 	return &Remote{service: pluginv1.NewBackendClient(conn), health: grpc_health_v1.NewHealthClient(conn)}
 }
+
+// Alone makes an RPC of each call, for those who look at RPCs, as traces do. Otherwise
+// calls share a stream where the plugin has one. It is called before Open.
+func (r *Remote) Alone() { r.alone = true }
 
 // Open configures the process and agrees with it on the session's key.
 func (r *Remote) Open(ctx context.Context, config json.RawMessage) (Info, error) {
@@ -49,31 +56,65 @@ func (r *Remote) Open(ctx context.Context, config json.RawMessage) (Info, error)
 	if err != nil {
 		return Info{}, &Error{Class: Internal, Detail: "malformed answer", Err: err}
 	}
+	if answer.GetCalls() && !r.alone {
+		r.calls.Store(&caller{service: r.service})
+	}
 	r.session.Store(s)
 	return info, nil
 }
 
 // Wrap implements Backend.
 func (r *Remote) Wrap(ctx context.Context, key KeyRef, plaintext []byte, b Binding) ([]byte, error) {
-	if err := firstError(key.check(), checkMaterial(plaintext)); err != nil {
-		return nil, err
-	}
-	s, err := r.open()
+	_, answer, err := r.wrapFor(ctx, key, plaintext, b, false)
+	return answer.GetCiphertext(), err
+}
+
+// WrapProven is WrapProven in one call of the plugin, where it knows how.
+func (r *Remote) WrapProven(ctx context.Context, key KeyRef, plaintext []byte, b Binding) ([]byte, error) {
+	s, answer, err := r.wrapFor(ctx, key, plaintext, b, true)
 	if err != nil {
 		return nil, err
 	}
+	ciphertext := answer.GetCiphertext()
+	switch {
+	case answer.GetUnproven():
+		return nil, unproven()
+	case answer.GetOpened() == nil:
+		if err := prove(ctx, r, key, plaintext, ciphertext, b); err != nil {
+			return nil, err
+		}
+		return ciphertext, nil
+	}
+	opened, openErr := s.open(s.toHost, answer.GetOpened(), unwrapAAD(key, ciphertext, b))
+	if openErr != nil {
+		return nil, &Error{Class: Internal, Detail: "malformed answer", Err: openErr}
+	}
+	if !same(opened, plaintext) {
+		return nil, unproven()
+	}
+	return ciphertext, nil
+}
+
+func (r *Remote) wrapFor(ctx context.Context, key KeyRef, plaintext []byte, b Binding, proof bool) (*session, *pluginv1.WrapResponse, error) {
+	if err := firstError(key.check(), checkMaterial(plaintext)); err != nil {
+		return nil, nil, err
+	}
+	s, err := r.open()
+	if err != nil {
+		return nil, nil, err
+	}
 	sealed, sealErr := s.seal(s.toPlugin, plaintext, wrapAAD(key, b))
 	if sealErr != nil {
-		return nil, &Error{Class: Internal, Err: sealErr}
+		return nil, nil, &Error{Class: Internal, Err: sealErr}
 	}
-	answer, callErr := r.service.Wrap(ctx, &pluginv1.WrapRequest{Key: key.proto(), Plaintext: sealed, Binding: b.proto()})
+	answer, callErr := r.wrap(ctx, &pluginv1.WrapRequest{Key: key.proto(), Plaintext: sealed, Binding: b.proto(), Prove: proof})
 	if callErr != nil {
-		return nil, fromStatus(ctx, callErr)
+		return nil, nil, fromStatus(ctx, callErr)
 	}
 	if n := len(answer.GetCiphertext()); n == 0 || n > MaxCiphertextSize {
-		return nil, malformed("wrapped into %d bytes, 1 to %d are allowed", n, MaxCiphertextSize)
+		return nil, nil, malformed("wrapped into %d bytes, 1 to %d are allowed", n, MaxCiphertextSize)
 	}
-	return answer.GetCiphertext(), nil
+	return s, answer, nil
 }
 
 // Unwrap implements Backend.
@@ -85,7 +126,7 @@ func (r *Remote) Unwrap(ctx context.Context, key KeyRef, ciphertext []byte, b Bi
 	if err != nil {
 		return nil, err
 	}
-	answer, callErr := r.service.Unwrap(ctx, &pluginv1.UnwrapRequest{Key: key.proto(), Ciphertext: ciphertext, Binding: b.proto()})
+	answer, callErr := r.unwrap(ctx, &pluginv1.UnwrapRequest{Key: key.proto(), Ciphertext: ciphertext, Binding: b.proto()})
 	if callErr != nil {
 		return nil, fromStatus(ctx, callErr)
 	}
@@ -94,6 +135,24 @@ func (r *Remote) Unwrap(ctx context.Context, key KeyRef, ciphertext []byte, b Bi
 		return nil, &Error{Class: Internal, Detail: "malformed answer", Err: openErr}
 	}
 	return plaintext, nil
+}
+
+func (r *Remote) wrap(ctx context.Context, q *pluginv1.WrapRequest) (*pluginv1.WrapResponse, error) {
+	calls := r.calls.Load()
+	if calls == nil || proto.Size(q) > maxShared/2 {
+		return r.service.Wrap(ctx, q)
+	}
+	a, err := calls.do(ctx, &pluginv1.Call{Request: &pluginv1.Call_Wrap{Wrap: q}})
+	return a.GetWrap(), err
+}
+
+func (r *Remote) unwrap(ctx context.Context, q *pluginv1.UnwrapRequest) (*pluginv1.UnwrapResponse, error) {
+	calls := r.calls.Load()
+	if calls == nil || proto.Size(q) > maxShared/2 {
+		return r.service.Unwrap(ctx, q)
+	}
+	a, err := calls.do(ctx, &pluginv1.Call{Request: &pluginv1.Call_Unwrap{Unwrap: q}})
+	return a.GetUnwrap(), err
 }
 
 // Describe implements Backend.

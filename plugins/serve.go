@@ -44,19 +44,22 @@ func Handshake() plugin.HandshakeConfig {
 
 // Sets returns the services by protocol version, for go-plugin. b is nil in
 // the agent.
-func Sets(b Backend) map[int]plugin.PluginSet {
-	return map[int]plugin.PluginSet{protocolVersion: {PluginName: &grpcPlugin{backend: b}}}
+func Sets(b Backend) map[int]plugin.PluginSet { return sets(b, nil) }
+
+func sets(b Backend, each grpc.UnaryServerInterceptor) map[int]plugin.PluginSet {
+	return map[int]plugin.PluginSet{protocolVersion: {PluginName: &grpcPlugin{backend: b, each: each}}}
 }
 
 type grpcPlugin struct {
 	plugin.NetRPCUnsupportedPlugin
 
 	backend Backend
+	each    grpc.UnaryServerInterceptor
 }
 
 // GRPCServer registers the backend; the broker is not used.
 func (p *grpcPlugin) GRPCServer(_ *plugin.GRPCBroker, s *grpc.Server) error {
-	pluginv1.RegisterBackendServer(s, &server{backend: p.backend})
+	pluginv1.RegisterBackendServer(s, &server{backend: p.backend, each: p.each})
 	return nil
 }
 
@@ -84,12 +87,16 @@ func Serve(b Backend) error {
 	}
 	stderr := os.Stderr // go-plugin replaces the variable
 	go closeOnTerm(b, stderr)
+	recovers := recoverPanics(stderr)
+	each := func(ctx context.Context, request any, info *grpc.UnaryServerInfo, method grpc.UnaryHandler) (any, error) {
+		return recovers(ctx, request, info, func(ctx context.Context, request any) (any, error) { return answerInTime(ctx, request, info, method) })
+	}
 	plugin.Serve(&plugin.ServeConfig{
 		HandshakeConfig:  h,
-		VersionedPlugins: Sets(b),
+		VersionedPlugins: sets(b, each),
 		GRPCServer: func(o []grpc.ServerOption) *grpc.Server {
 			return grpc.NewServer(append(o, grpc.MaxRecvMsgSize(MaxMessageSize), grpc.MaxSendMsgSize(MaxMessageSize),
-				grpc.ChainUnaryInterceptor(recoverPanics(stderr), answerInTime))...)
+				grpc.UnaryInterceptor(each))...)
 		},
 		Logger: hclog.New(&hclog.LoggerOptions{Level: hclog.Warn, Output: stderr, JSONFormat: true}),
 	})

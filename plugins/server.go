@@ -6,6 +6,7 @@ import (
 	"sync"
 	"sync/atomic"
 
+	"google.golang.org/grpc"
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	pluginv1 "github.com/kms-agent/kms-agent/api/plugin/v1"
@@ -17,6 +18,8 @@ type server struct {
 
 	backend Backend
 	session atomic.Pointer[session]
+	// each is around every call that comes by the stream. It may be nil.
+	each grpc.UnaryServerInterceptor
 
 	mu     sync.Mutex
 	opened bool // mu guards opened: Open was called
@@ -48,7 +51,7 @@ func (s *server) Open(ctx context.Context, r *pluginv1.OpenRequest) (*pluginv1.O
 	s.session.Store(session)
 	return &pluginv1.OpenResponse{
 		Name: info.Name, Version: info.Version, PluginPublicKey: own.PublicKey().Bytes(),
-		Capabilities: info.Capabilities, Fips140: info.FIPS140,
+		Capabilities: info.Capabilities, Fips140: info.FIPS140, Calls: true,
 	}, nil
 }
 
@@ -79,7 +82,31 @@ func (s *server) Wrap(ctx context.Context, r *pluginv1.WrapRequest) (*pluginv1.W
 	if err != nil {
 		return nil, toStatus(err)
 	}
-	return &pluginv1.WrapResponse{Ciphertext: ciphertext}, nil
+	answer := &pluginv1.WrapResponse{Ciphertext: ciphertext}
+	if r.GetProve() {
+		if err := s.prove(ctx, session, key, binding, answer); err != nil {
+			return nil, err
+		}
+	}
+	return answer, nil
+}
+
+// prove lets the backend open what it made and adds what it gave to the answer: the
+// agent compares.
+func (s *server) prove(ctx context.Context, session *session, key KeyRef, binding Binding, answer *pluginv1.WrapResponse) error {
+	opened, err := s.backend.Unwrap(ctx, key, answer.GetCiphertext(), binding)
+	defer clear(opened)
+	if err != nil {
+		answer.Unproven = ClassOf(err) == BadCiphertext
+		if answer.GetUnproven() {
+			return nil
+		}
+		return toStatus(err)
+	}
+	if answer.Opened, err = session.seal(session.toHost, opened, unwrapAAD(key, answer.GetCiphertext(), binding)); err != nil {
+		return toStatus(&Error{Class: Internal, Err: err})
+	}
+	return nil
 }
 
 // Unwrap implements the RPC.

@@ -29,6 +29,13 @@ func (s *Supervisor) Wrap(ctx context.Context, key plugins.KeyRef, plaintext []b
 	return call(ctx, s, "wrap", func(ctx context.Context, r *plugins.Remote) ([]byte, error) { return r.Wrap(ctx, key, plaintext, b) })
 }
 
+// WrapProven is plugins.WrapProven in one turn.
+func (s *Supervisor) WrapProven(ctx context.Context, key plugins.KeyRef, plaintext []byte, b plugins.Binding) ([]byte, error) {
+	return call(ctx, s, "wrap", func(ctx context.Context, r *plugins.Remote) ([]byte, error) {
+		return r.WrapProven(ctx, key, plaintext, b)
+	})
+}
+
 // Unwrap implements plugins.Backend.
 func (s *Supervisor) Unwrap(ctx context.Context, key plugins.KeyRef, ciphertext []byte, b plugins.Binding) ([]byte, error) {
 	return call(ctx, s, "unwrap", func(ctx context.Context, r *plugins.Remote) ([]byte, error) { return r.Unwrap(ctx, key, ciphertext, b) })

@@ -88,7 +88,7 @@ func (p *process) start(ctx context.Context, cfg Config, program *program) error
 	p.runner = newRunner(command(cfg, path), dir.path, rules, cfg.Logger)
 	p.client = plugin.NewClient(p.clientConfig(cfg))
 	defer context.AfterFunc(ctx, p.runner.kill)()
-	return p.connect()
+	return p.connect(cfg.StatsHandler != nil)
 }
 
 func (p *process) clientConfig(cfg Config) *plugin.ClientConfig {
@@ -116,7 +116,7 @@ func (p *process) prepare(_ hclog.Logger, handshake *exec.Cmd, _ string) (plugin
 	return p.runner, nil
 }
 
-func (p *process) connect() error {
+func (p *process) connect(alone bool) error {
 	if _, err := p.client.Start(); err != nil {
 		return fmt.Errorf("start the plugin: %s", plugins.Printable(err.Error(), maxCause))
 	}
@@ -131,6 +131,9 @@ func (p *process) connect() error {
 	remote, ok := raw.(*plugins.Remote)
 	if !ok {
 		return fmt.Errorf("connect to the plugin: unexpected %T", raw)
+	}
+	if alone { // somebody looks at RPCs
+		remote.Alone()
 	}
 	p.remote = remote
 	return nil

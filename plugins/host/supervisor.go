@@ -289,7 +289,7 @@ func (s *Supervisor) availableLocked() error {
 		return nil
 	}
 	e := &plugins.Error{
-		Class: plugins.Unavailable, RetryAfter: max(time.Until(s.next), s.cfg.BackoffMin),
+		Class: plugins.Unavailable, RetryAfter: max(time.Until(s.next), 0) + s.cfg.BackoffMin/5, // and a start
 		Detail: fmt.Sprintf("the plugin of backend %s is %s", s.cfg.Name, s.status.State),
 	}
 	if s.status.LastError != "" {

@@ -143,7 +143,9 @@ type OpenResponse struct {
 	PluginPublicKey []byte   `protobuf:"bytes,3,opt,name=plugin_public_key,json=pluginPublicKey,proto3" json:"plugin_public_key,omitempty"`
 	Capabilities    []string `protobuf:"bytes,4,rep,name=capabilities,proto3" json:"capabilities,omitempty"`
 	// Go's FIPS 140-3 module: "off" or its version.
-	Fips140       string `protobuf:"bytes,5,opt,name=fips140,proto3" json:"fips140,omitempty"`
+	Fips140 string `protobuf:"bytes,5,opt,name=fips140,proto3" json:"fips140,omitempty"`
+	// Whether the plugin serves Calls.
+	Calls         bool `protobuf:"varint,6,opt,name=calls,proto3" json:"calls,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -211,6 +213,13 @@ func (x *OpenResponse) GetFips140() string {
 		return x.Fips140
 	}
 	return ""
+}
+
+func (x *OpenResponse) GetCalls() bool {
+	if x != nil {
+		return x.Calls
+	}
+	return false
 }
 
 // Sealed is key material under the session key: AES-256-GCM.
@@ -391,10 +400,13 @@ func (x *Binding) GetContext() map[string]string {
 }
 
 type WrapRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Key           *KeyRef                `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`
-	Plaintext     *Sealed                `protobuf:"bytes,2,opt,name=plaintext,proto3" json:"plaintext,omitempty"`
-	Binding       *Binding               `protobuf:"bytes,3,opt,name=binding,proto3" json:"binding,omitempty"`
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Key       *KeyRef                `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`
+	Plaintext *Sealed                `protobuf:"bytes,2,opt,name=plaintext,proto3" json:"plaintext,omitempty"`
+	Binding   *Binding               `protobuf:"bytes,3,opt,name=binding,proto3" json:"binding,omitempty"`
+	// Asks for the proof that the backend opens what it made, in the same call. A
+	// plugin that does not know the field gives none, and is asked to unwrap.
+	Prove         bool `protobuf:"varint,4,opt,name=prove,proto3" json:"prove,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -450,9 +462,20 @@ func (x *WrapRequest) GetBinding() *Binding {
 	return nil
 }
 
+func (x *WrapRequest) GetProve() bool {
+	if x != nil {
+		return x.Prove
+	}
+	return false
+}
+
 type WrapResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Ciphertext    []byte                 `protobuf:"bytes,1,opt,name=ciphertext,proto3" json:"ciphertext,omitempty"`
+	state      protoimpl.MessageState `protogen:"open.v1"`
+	Ciphertext []byte                 `protobuf:"bytes,1,opt,name=ciphertext,proto3" json:"ciphertext,omitempty"`
+	// What the backend opened its ciphertext to, sealed as the answer of Unwrap.
+	Opened *Sealed `protobuf:"bytes,2,opt,name=opened,proto3" json:"opened,omitempty"`
+	// Proof was asked for, and the backend does not open what it made.
+	Unproven      bool `protobuf:"varint,3,opt,name=unproven,proto3" json:"unproven,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -492,6 +515,20 @@ func (x *WrapResponse) GetCiphertext() []byte {
 		return x.Ciphertext
 	}
 	return nil
+}
+
+func (x *WrapResponse) GetOpened() *Sealed {
+	if x != nil {
+		return x.Opened
+	}
+	return nil
+}
+
+func (x *WrapResponse) GetUnproven() bool {
+	if x != nil {
+		return x.Unproven
+	}
+	return false
 }
 
 type UnwrapRequest struct {
@@ -842,6 +879,318 @@ func (x *CheckResponse) GetUpstreamLatency() *durationpb.Duration {
 	return nil
 }
 
+type CallsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Calls         []*Call                `protobuf:"bytes,1,rep,name=calls,proto3" json:"calls,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CallsRequest) Reset() {
+	*x = CallsRequest{}
+	mi := &file_plugin_v1_plugin_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CallsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CallsRequest) ProtoMessage() {}
+
+func (x *CallsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_plugin_v1_plugin_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CallsRequest.ProtoReflect.Descriptor instead.
+func (*CallsRequest) Descriptor() ([]byte, []int) {
+	return file_plugin_v1_plugin_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *CallsRequest) GetCalls() []*Call {
+	if x != nil {
+		return x.Calls
+	}
+	return nil
+}
+
+type Call struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Not used by another call that is under way on the stream.
+	Id uint64 `protobuf:"varint,1,opt,name=id,proto3" json:"id,omitempty"`
+	// How long the caller waits; absent = for ever.
+	Timeout *durationpb.Duration `protobuf:"bytes,2,opt,name=timeout,proto3" json:"timeout,omitempty"`
+	// Types that are valid to be assigned to Request:
+	//
+	//	*Call_Wrap
+	//	*Call_Unwrap
+	//	*Call_Cancel
+	Request       isCall_Request `protobuf_oneof:"request"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Call) Reset() {
+	*x = Call{}
+	mi := &file_plugin_v1_plugin_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Call) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Call) ProtoMessage() {}
+
+func (x *Call) ProtoReflect() protoreflect.Message {
+	mi := &file_plugin_v1_plugin_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Call.ProtoReflect.Descriptor instead.
+func (*Call) Descriptor() ([]byte, []int) {
+	return file_plugin_v1_plugin_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *Call) GetId() uint64 {
+	if x != nil {
+		return x.Id
+	}
+	return 0
+}
+
+func (x *Call) GetTimeout() *durationpb.Duration {
+	if x != nil {
+		return x.Timeout
+	}
+	return nil
+}
+
+func (x *Call) GetRequest() isCall_Request {
+	if x != nil {
+		return x.Request
+	}
+	return nil
+}
+
+func (x *Call) GetWrap() *WrapRequest {
+	if x != nil {
+		if x, ok := x.Request.(*Call_Wrap); ok {
+			return x.Wrap
+		}
+	}
+	return nil
+}
+
+func (x *Call) GetUnwrap() *UnwrapRequest {
+	if x != nil {
+		if x, ok := x.Request.(*Call_Unwrap); ok {
+			return x.Unwrap
+		}
+	}
+	return nil
+}
+
+func (x *Call) GetCancel() bool {
+	if x != nil {
+		if x, ok := x.Request.(*Call_Cancel); ok {
+			return x.Cancel
+		}
+	}
+	return false
+}
+
+type isCall_Request interface {
+	isCall_Request()
+}
+
+type Call_Wrap struct {
+	Wrap *WrapRequest `protobuf:"bytes,3,opt,name=wrap,proto3,oneof"`
+}
+
+type Call_Unwrap struct {
+	Unwrap *UnwrapRequest `protobuf:"bytes,4,opt,name=unwrap,proto3,oneof"`
+}
+
+type Call_Cancel struct {
+	// The caller of this id waits no longer; there is no answer to this.
+	Cancel bool `protobuf:"varint,5,opt,name=cancel,proto3,oneof"`
+}
+
+func (*Call_Wrap) isCall_Request() {}
+
+func (*Call_Unwrap) isCall_Request() {}
+
+func (*Call_Cancel) isCall_Request() {}
+
+type CallsResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Answers       []*Answer              `protobuf:"bytes,1,rep,name=answers,proto3" json:"answers,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CallsResponse) Reset() {
+	*x = CallsResponse{}
+	mi := &file_plugin_v1_plugin_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CallsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CallsResponse) ProtoMessage() {}
+
+func (x *CallsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_plugin_v1_plugin_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CallsResponse.ProtoReflect.Descriptor instead.
+func (*CallsResponse) Descriptor() ([]byte, []int) {
+	return file_plugin_v1_plugin_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *CallsResponse) GetAnswers() []*Answer {
+	if x != nil {
+		return x.Answers
+	}
+	return nil
+}
+
+type Answer struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Id    uint64                 `protobuf:"varint,1,opt,name=id,proto3" json:"id,omitempty"`
+	// Types that are valid to be assigned to Result:
+	//
+	//	*Answer_Wrap
+	//	*Answer_Unwrap
+	//	*Answer_Error
+	Result        isAnswer_Result `protobuf_oneof:"result"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Answer) Reset() {
+	*x = Answer{}
+	mi := &file_plugin_v1_plugin_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Answer) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Answer) ProtoMessage() {}
+
+func (x *Answer) ProtoReflect() protoreflect.Message {
+	mi := &file_plugin_v1_plugin_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Answer.ProtoReflect.Descriptor instead.
+func (*Answer) Descriptor() ([]byte, []int) {
+	return file_plugin_v1_plugin_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *Answer) GetId() uint64 {
+	if x != nil {
+		return x.Id
+	}
+	return 0
+}
+
+func (x *Answer) GetResult() isAnswer_Result {
+	if x != nil {
+		return x.Result
+	}
+	return nil
+}
+
+func (x *Answer) GetWrap() *WrapResponse {
+	if x != nil {
+		if x, ok := x.Result.(*Answer_Wrap); ok {
+			return x.Wrap
+		}
+	}
+	return nil
+}
+
+func (x *Answer) GetUnwrap() *UnwrapResponse {
+	if x != nil {
+		if x, ok := x.Result.(*Answer_Unwrap); ok {
+			return x.Unwrap
+		}
+	}
+	return nil
+}
+
+func (x *Answer) GetError() []byte {
+	if x != nil {
+		if x, ok := x.Result.(*Answer_Error); ok {
+			return x.Error
+		}
+	}
+	return nil
+}
+
+type isAnswer_Result interface {
+	isAnswer_Result()
+}
+
+type Answer_Wrap struct {
+	Wrap *WrapResponse `protobuf:"bytes,2,opt,name=wrap,proto3,oneof"`
+}
+
+type Answer_Unwrap struct {
+	Unwrap *UnwrapResponse `protobuf:"bytes,3,opt,name=unwrap,proto3,oneof"`
+}
+
+type Answer_Error struct {
+	// A google.rpc.Status, as the RPC by itself would end with.
+	Error []byte `protobuf:"bytes,4,opt,name=error,proto3,oneof"`
+}
+
+func (*Answer_Wrap) isAnswer_Result() {}
+
+func (*Answer_Unwrap) isAnswer_Result() {}
+
+func (*Answer_Error) isAnswer_Result() {}
+
 var File_plugin_v1_plugin_proto protoreflect.FileDescriptor
 
 const file_plugin_v1_plugin_proto_rawDesc = "" +
@@ -850,13 +1199,14 @@ const file_plugin_v1_plugin_proto_rawDesc = "" +
 	"\vOpenRequest\x12\x1f\n" +
 	"\vconfig_json\x18\x01 \x01(\fR\n" +
 	"configJson\x12&\n" +
-	"\x0fhost_public_key\x18\x02 \x01(\fR\rhostPublicKey\"\xa6\x01\n" +
+	"\x0fhost_public_key\x18\x02 \x01(\fR\rhostPublicKey\"\xbc\x01\n" +
 	"\fOpenResponse\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\tR\aversion\x12*\n" +
 	"\x11plugin_public_key\x18\x03 \x01(\fR\x0fpluginPublicKey\x12\"\n" +
 	"\fcapabilities\x18\x04 \x03(\tR\fcapabilities\x12\x18\n" +
-	"\afips140\x18\x05 \x01(\tR\afips140\">\n" +
+	"\afips140\x18\x05 \x01(\tR\afips140\x12\x14\n" +
+	"\x05calls\x18\x06 \x01(\bR\x05calls\">\n" +
 	"\x06Sealed\x12\x14\n" +
 	"\x05nonce\x18\x01 \x01(\fR\x05nonce\x12\x1e\n" +
 	"\n" +
@@ -872,15 +1222,18 @@ const file_plugin_v1_plugin_proto_rawDesc = "" +
 	"\acontext\x18\x04 \x03(\v2(.kmsagent.plugin.v1.Binding.ContextEntryR\acontext\x1a:\n" +
 	"\fContextEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xac\x01\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xc2\x01\n" +
 	"\vWrapRequest\x12,\n" +
 	"\x03key\x18\x01 \x01(\v2\x1a.kmsagent.plugin.v1.KeyRefR\x03key\x128\n" +
 	"\tplaintext\x18\x02 \x01(\v2\x1a.kmsagent.plugin.v1.SealedR\tplaintext\x125\n" +
-	"\abinding\x18\x03 \x01(\v2\x1b.kmsagent.plugin.v1.BindingR\abinding\".\n" +
+	"\abinding\x18\x03 \x01(\v2\x1b.kmsagent.plugin.v1.BindingR\abinding\x12\x14\n" +
+	"\x05prove\x18\x04 \x01(\bR\x05prove\"~\n" +
 	"\fWrapResponse\x12\x1e\n" +
 	"\n" +
 	"ciphertext\x18\x01 \x01(\fR\n" +
-	"ciphertext\"\x94\x01\n" +
+	"ciphertext\x122\n" +
+	"\x06opened\x18\x02 \x01(\v2\x1a.kmsagent.plugin.v1.SealedR\x06opened\x12\x1a\n" +
+	"\bunproven\x18\x03 \x01(\bR\bunproven\"\x94\x01\n" +
 	"\rUnwrapRequest\x12,\n" +
 	"\x03key\x18\x01 \x01(\v2\x1a.kmsagent.plugin.v1.KeyRefR\x03key\x12\x1e\n" +
 	"\n" +
@@ -907,11 +1260,29 @@ const file_plugin_v1_plugin_proto_rawDesc = "" +
 	"\fCheckRequest\"m\n" +
 	"\rCheckResponse\x12\x16\n" +
 	"\x06detail\x18\x01 \x01(\tR\x06detail\x12D\n" +
-	"\x10upstream_latency\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\x0fupstreamLatency2\x95\x03\n" +
+	"\x10upstream_latency\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\x0fupstreamLatency\">\n" +
+	"\fCallsRequest\x12.\n" +
+	"\x05calls\x18\x01 \x03(\v2\x18.kmsagent.plugin.v1.CallR\x05calls\"\xe4\x01\n" +
+	"\x04Call\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\x04R\x02id\x123\n" +
+	"\atimeout\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\atimeout\x125\n" +
+	"\x04wrap\x18\x03 \x01(\v2\x1f.kmsagent.plugin.v1.WrapRequestH\x00R\x04wrap\x12;\n" +
+	"\x06unwrap\x18\x04 \x01(\v2!.kmsagent.plugin.v1.UnwrapRequestH\x00R\x06unwrap\x12\x18\n" +
+	"\x06cancel\x18\x05 \x01(\bH\x00R\x06cancelB\t\n" +
+	"\arequest\"E\n" +
+	"\rCallsResponse\x124\n" +
+	"\aanswers\x18\x01 \x03(\v2\x1a.kmsagent.plugin.v1.AnswerR\aanswers\"\xb0\x01\n" +
+	"\x06Answer\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\x04R\x02id\x126\n" +
+	"\x04wrap\x18\x02 \x01(\v2 .kmsagent.plugin.v1.WrapResponseH\x00R\x04wrap\x12<\n" +
+	"\x06unwrap\x18\x03 \x01(\v2\".kmsagent.plugin.v1.UnwrapResponseH\x00R\x06unwrap\x12\x16\n" +
+	"\x05error\x18\x04 \x01(\fH\x00R\x05errorB\b\n" +
+	"\x06result2\xe7\x03\n" +
 	"\aBackend\x12I\n" +
 	"\x04Open\x12\x1f.kmsagent.plugin.v1.OpenRequest\x1a .kmsagent.plugin.v1.OpenResponse\x12I\n" +
 	"\x04Wrap\x12\x1f.kmsagent.plugin.v1.WrapRequest\x1a .kmsagent.plugin.v1.WrapResponse\x12O\n" +
-	"\x06Unwrap\x12!.kmsagent.plugin.v1.UnwrapRequest\x1a\".kmsagent.plugin.v1.UnwrapResponse\x12U\n" +
+	"\x06Unwrap\x12!.kmsagent.plugin.v1.UnwrapRequest\x1a\".kmsagent.plugin.v1.UnwrapResponse\x12P\n" +
+	"\x05Calls\x12 .kmsagent.plugin.v1.CallsRequest\x1a!.kmsagent.plugin.v1.CallsResponse(\x010\x01\x12U\n" +
 	"\bDescribe\x12#.kmsagent.plugin.v1.DescribeRequest\x1a$.kmsagent.plugin.v1.DescribeResponse\x12L\n" +
 	"\x05Check\x12 .kmsagent.plugin.v1.CheckRequest\x1a!.kmsagent.plugin.v1.CheckResponseB7Z5github.com/kms-agent/kms-agent/api/plugin/v1;pluginv1b\x06proto3"
 
@@ -928,7 +1299,7 @@ func file_plugin_v1_plugin_proto_rawDescGZIP() []byte {
 }
 
 var file_plugin_v1_plugin_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_plugin_v1_plugin_proto_msgTypes = make([]protoimpl.MessageInfo, 15)
+var file_plugin_v1_plugin_proto_msgTypes = make([]protoimpl.MessageInfo, 19)
 var file_plugin_v1_plugin_proto_goTypes = []any{
 	(KeyVersion_State)(0),         // 0: kmsagent.plugin.v1.KeyVersion.State
 	(*OpenRequest)(nil),           // 1: kmsagent.plugin.v1.OpenRequest
@@ -945,37 +1316,51 @@ var file_plugin_v1_plugin_proto_goTypes = []any{
 	(*KeyVersion)(nil),            // 12: kmsagent.plugin.v1.KeyVersion
 	(*CheckRequest)(nil),          // 13: kmsagent.plugin.v1.CheckRequest
 	(*CheckResponse)(nil),         // 14: kmsagent.plugin.v1.CheckResponse
-	nil,                           // 15: kmsagent.plugin.v1.Binding.ContextEntry
-	(*timestamppb.Timestamp)(nil), // 16: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 17: google.protobuf.Duration
+	(*CallsRequest)(nil),          // 15: kmsagent.plugin.v1.CallsRequest
+	(*Call)(nil),                  // 16: kmsagent.plugin.v1.Call
+	(*CallsResponse)(nil),         // 17: kmsagent.plugin.v1.CallsResponse
+	(*Answer)(nil),                // 18: kmsagent.plugin.v1.Answer
+	nil,                           // 19: kmsagent.plugin.v1.Binding.ContextEntry
+	(*timestamppb.Timestamp)(nil), // 20: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 21: google.protobuf.Duration
 }
 var file_plugin_v1_plugin_proto_depIdxs = []int32{
-	15, // 0: kmsagent.plugin.v1.Binding.context:type_name -> kmsagent.plugin.v1.Binding.ContextEntry
+	19, // 0: kmsagent.plugin.v1.Binding.context:type_name -> kmsagent.plugin.v1.Binding.ContextEntry
 	4,  // 1: kmsagent.plugin.v1.WrapRequest.key:type_name -> kmsagent.plugin.v1.KeyRef
 	3,  // 2: kmsagent.plugin.v1.WrapRequest.plaintext:type_name -> kmsagent.plugin.v1.Sealed
 	5,  // 3: kmsagent.plugin.v1.WrapRequest.binding:type_name -> kmsagent.plugin.v1.Binding
-	4,  // 4: kmsagent.plugin.v1.UnwrapRequest.key:type_name -> kmsagent.plugin.v1.KeyRef
-	5,  // 5: kmsagent.plugin.v1.UnwrapRequest.binding:type_name -> kmsagent.plugin.v1.Binding
-	3,  // 6: kmsagent.plugin.v1.UnwrapResponse.plaintext:type_name -> kmsagent.plugin.v1.Sealed
-	12, // 7: kmsagent.plugin.v1.DescribeResponse.versions:type_name -> kmsagent.plugin.v1.KeyVersion
-	0,  // 8: kmsagent.plugin.v1.KeyVersion.state:type_name -> kmsagent.plugin.v1.KeyVersion.State
-	16, // 9: kmsagent.plugin.v1.KeyVersion.created:type_name -> google.protobuf.Timestamp
-	17, // 10: kmsagent.plugin.v1.CheckResponse.upstream_latency:type_name -> google.protobuf.Duration
-	1,  // 11: kmsagent.plugin.v1.Backend.Open:input_type -> kmsagent.plugin.v1.OpenRequest
-	6,  // 12: kmsagent.plugin.v1.Backend.Wrap:input_type -> kmsagent.plugin.v1.WrapRequest
-	8,  // 13: kmsagent.plugin.v1.Backend.Unwrap:input_type -> kmsagent.plugin.v1.UnwrapRequest
-	10, // 14: kmsagent.plugin.v1.Backend.Describe:input_type -> kmsagent.plugin.v1.DescribeRequest
-	13, // 15: kmsagent.plugin.v1.Backend.Check:input_type -> kmsagent.plugin.v1.CheckRequest
-	2,  // 16: kmsagent.plugin.v1.Backend.Open:output_type -> kmsagent.plugin.v1.OpenResponse
-	7,  // 17: kmsagent.plugin.v1.Backend.Wrap:output_type -> kmsagent.plugin.v1.WrapResponse
-	9,  // 18: kmsagent.plugin.v1.Backend.Unwrap:output_type -> kmsagent.plugin.v1.UnwrapResponse
-	11, // 19: kmsagent.plugin.v1.Backend.Describe:output_type -> kmsagent.plugin.v1.DescribeResponse
-	14, // 20: kmsagent.plugin.v1.Backend.Check:output_type -> kmsagent.plugin.v1.CheckResponse
-	16, // [16:21] is the sub-list for method output_type
-	11, // [11:16] is the sub-list for method input_type
-	11, // [11:11] is the sub-list for extension type_name
-	11, // [11:11] is the sub-list for extension extendee
-	0,  // [0:11] is the sub-list for field type_name
+	3,  // 4: kmsagent.plugin.v1.WrapResponse.opened:type_name -> kmsagent.plugin.v1.Sealed
+	4,  // 5: kmsagent.plugin.v1.UnwrapRequest.key:type_name -> kmsagent.plugin.v1.KeyRef
+	5,  // 6: kmsagent.plugin.v1.UnwrapRequest.binding:type_name -> kmsagent.plugin.v1.Binding
+	3,  // 7: kmsagent.plugin.v1.UnwrapResponse.plaintext:type_name -> kmsagent.plugin.v1.Sealed
+	12, // 8: kmsagent.plugin.v1.DescribeResponse.versions:type_name -> kmsagent.plugin.v1.KeyVersion
+	0,  // 9: kmsagent.plugin.v1.KeyVersion.state:type_name -> kmsagent.plugin.v1.KeyVersion.State
+	20, // 10: kmsagent.plugin.v1.KeyVersion.created:type_name -> google.protobuf.Timestamp
+	21, // 11: kmsagent.plugin.v1.CheckResponse.upstream_latency:type_name -> google.protobuf.Duration
+	16, // 12: kmsagent.plugin.v1.CallsRequest.calls:type_name -> kmsagent.plugin.v1.Call
+	21, // 13: kmsagent.plugin.v1.Call.timeout:type_name -> google.protobuf.Duration
+	6,  // 14: kmsagent.plugin.v1.Call.wrap:type_name -> kmsagent.plugin.v1.WrapRequest
+	8,  // 15: kmsagent.plugin.v1.Call.unwrap:type_name -> kmsagent.plugin.v1.UnwrapRequest
+	18, // 16: kmsagent.plugin.v1.CallsResponse.answers:type_name -> kmsagent.plugin.v1.Answer
+	7,  // 17: kmsagent.plugin.v1.Answer.wrap:type_name -> kmsagent.plugin.v1.WrapResponse
+	9,  // 18: kmsagent.plugin.v1.Answer.unwrap:type_name -> kmsagent.plugin.v1.UnwrapResponse
+	1,  // 19: kmsagent.plugin.v1.Backend.Open:input_type -> kmsagent.plugin.v1.OpenRequest
+	6,  // 20: kmsagent.plugin.v1.Backend.Wrap:input_type -> kmsagent.plugin.v1.WrapRequest
+	8,  // 21: kmsagent.plugin.v1.Backend.Unwrap:input_type -> kmsagent.plugin.v1.UnwrapRequest
+	15, // 22: kmsagent.plugin.v1.Backend.Calls:input_type -> kmsagent.plugin.v1.CallsRequest
+	10, // 23: kmsagent.plugin.v1.Backend.Describe:input_type -> kmsagent.plugin.v1.DescribeRequest
+	13, // 24: kmsagent.plugin.v1.Backend.Check:input_type -> kmsagent.plugin.v1.CheckRequest
+	2,  // 25: kmsagent.plugin.v1.Backend.Open:output_type -> kmsagent.plugin.v1.OpenResponse
+	7,  // 26: kmsagent.plugin.v1.Backend.Wrap:output_type -> kmsagent.plugin.v1.WrapResponse
+	9,  // 27: kmsagent.plugin.v1.Backend.Unwrap:output_type -> kmsagent.plugin.v1.UnwrapResponse
+	17, // 28: kmsagent.plugin.v1.Backend.Calls:output_type -> kmsagent.plugin.v1.CallsResponse
+	11, // 29: kmsagent.plugin.v1.Backend.Describe:output_type -> kmsagent.plugin.v1.DescribeResponse
+	14, // 30: kmsagent.plugin.v1.Backend.Check:output_type -> kmsagent.plugin.v1.CheckResponse
+	25, // [25:31] is the sub-list for method output_type
+	19, // [19:25] is the sub-list for method input_type
+	19, // [19:19] is the sub-list for extension type_name
+	19, // [19:19] is the sub-list for extension extendee
+	0,  // [0:19] is the sub-list for field type_name
 }
 
 func init() { file_plugin_v1_plugin_proto_init() }
@@ -983,13 +1368,23 @@ func file_plugin_v1_plugin_proto_init() {
 	if File_plugin_v1_plugin_proto != nil {
 		return
 	}
+	file_plugin_v1_plugin_proto_msgTypes[15].OneofWrappers = []any{
+		(*Call_Wrap)(nil),
+		(*Call_Unwrap)(nil),
+		(*Call_Cancel)(nil),
+	}
+	file_plugin_v1_plugin_proto_msgTypes[17].OneofWrappers = []any{
+		(*Answer_Wrap)(nil),
+		(*Answer_Unwrap)(nil),
+		(*Answer_Error)(nil),
+	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_plugin_v1_plugin_proto_rawDesc), len(file_plugin_v1_plugin_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   15,
+			NumMessages:   19,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -28,6 +28,7 @@ const (
 	Backend_Open_FullMethodName     = "/kmsagent.plugin.v1.Backend/Open"
 	Backend_Wrap_FullMethodName     = "/kmsagent.plugin.v1.Backend/Wrap"
 	Backend_Unwrap_FullMethodName   = "/kmsagent.plugin.v1.Backend/Unwrap"
+	Backend_Calls_FullMethodName    = "/kmsagent.plugin.v1.Backend/Calls"
 	Backend_Describe_FullMethodName = "/kmsagent.plugin.v1.Backend/Describe"
 	Backend_Check_FullMethodName    = "/kmsagent.plugin.v1.Backend/Check"
 )
@@ -43,6 +44,10 @@ type BackendClient interface {
 	Wrap(ctx context.Context, in *WrapRequest, opts ...grpc.CallOption) (*WrapResponse, error)
 	// Unwrap opens what Wrap made, with the same binding.
 	Unwrap(ctx context.Context, in *UnwrapRequest, opts ...grpc.CallOption) (*UnwrapResponse, error)
+	// Calls carries many Wrap and Unwrap at once on one stream, each as if it was
+	// called by itself: in any order of answers, with a time of its own. It is
+	// optional (OpenResponse.calls); what it spares is the cost of an RPC each.
+	Calls(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[CallsRequest, CallsResponse], error)
 	// Describe tells the versions of a wrapping key and which is current.
 	Describe(ctx context.Context, in *DescribeRequest, opts ...grpc.CallOption) (*DescribeResponse, error)
 	// Check tells whether the backend could serve now. It must not cost an
@@ -88,6 +93,19 @@ func (c *backendClient) Unwrap(ctx context.Context, in *UnwrapRequest, opts ...g
 	return out, nil
 }
 
+func (c *backendClient) Calls(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[CallsRequest, CallsResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Backend_ServiceDesc.Streams[0], Backend_Calls_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[CallsRequest, CallsResponse]{ClientStream: stream}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Backend_CallsClient = grpc.BidiStreamingClient[CallsRequest, CallsResponse]
+
 func (c *backendClient) Describe(ctx context.Context, in *DescribeRequest, opts ...grpc.CallOption) (*DescribeResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(DescribeResponse)
@@ -119,6 +137,10 @@ type BackendServer interface {
 	Wrap(context.Context, *WrapRequest) (*WrapResponse, error)
 	// Unwrap opens what Wrap made, with the same binding.
 	Unwrap(context.Context, *UnwrapRequest) (*UnwrapResponse, error)
+	// Calls carries many Wrap and Unwrap at once on one stream, each as if it was
+	// called by itself: in any order of answers, with a time of its own. It is
+	// optional (OpenResponse.calls); what it spares is the cost of an RPC each.
+	Calls(grpc.BidiStreamingServer[CallsRequest, CallsResponse]) error
 	// Describe tells the versions of a wrapping key and which is current.
 	Describe(context.Context, *DescribeRequest) (*DescribeResponse, error)
 	// Check tells whether the backend could serve now. It must not cost an
@@ -142,6 +164,9 @@ func (UnimplementedBackendServer) Wrap(context.Context, *WrapRequest) (*WrapResp
 }
 func (UnimplementedBackendServer) Unwrap(context.Context, *UnwrapRequest) (*UnwrapResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Unwrap not implemented")
+}
+func (UnimplementedBackendServer) Calls(grpc.BidiStreamingServer[CallsRequest, CallsResponse]) error {
+	return status.Error(codes.Unimplemented, "method Calls not implemented")
 }
 func (UnimplementedBackendServer) Describe(context.Context, *DescribeRequest) (*DescribeResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Describe not implemented")
@@ -224,6 +249,13 @@ func _Backend_Unwrap_Handler(srv interface{}, ctx context.Context, dec func(inte
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Backend_Calls_Handler(srv interface{}, stream grpc.ServerStream) error {
+	return srv.(BackendServer).Calls(&grpc.GenericServerStream[CallsRequest, CallsResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Backend_CallsServer = grpc.BidiStreamingServer[CallsRequest, CallsResponse]
+
 func _Backend_Describe_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(DescribeRequest)
 	if err := dec(in); err != nil {
@@ -288,6 +320,13 @@ var Backend_ServiceDesc = grpc.ServiceDesc{
 			Handler:    _Backend_Check_Handler,
 		},
 	},
-	Streams:  []grpc.StreamDesc{},
+	Streams: []grpc.StreamDesc{
+		{
+			StreamName:    "Calls",
+			Handler:       _Backend_Calls_Handler,
+			ServerStreams: true,
+			ClientStreams: true,
+		},
+	},
 	Metadata: "plugin/v1/plugin.proto",
 }

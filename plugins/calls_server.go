@@ -1,0 +1,146 @@
+package plugins
+
+import (
+	"context"
+	"sync"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+
+	pluginv1 "github.com/kms-agent/kms-agent/api/plugin/v1"
+)
+
+// answering is one stream of calls at the plugin's end.
+type answering struct {
+	server *server
+	out    chan *pluginv1.Answer
+	under  sync.WaitGroup
+
+	mu      sync.Mutex
+	cancels map[uint64]context.CancelFunc // mu guards cancels
+}
+
+// Calls implements the RPC.
+func (s *server) Calls(stream grpc.BidiStreamingServer[pluginv1.CallsRequest, pluginv1.CallsResponse]) error {
+	a := &answering{server: s, out: make(chan *pluginv1.Answer, 2*batchSize), cancels: map[uint64]context.CancelFunc{}}
+	ctx, cancel := context.WithCancel(stream.Context())
+	var sender sync.WaitGroup
+	sender.Go(func() {
+		defer cancel() // who cannot be answered need not be worked for
+		a.send(ctx, stream)
+	})
+	defer sender.Wait()
+	defer a.under.Wait()
+	defer cancel()
+	for {
+		calls, err := stream.Recv()
+		if err != nil {
+			return nil //nolint:nilerr // the agent has gone; there is nobody to tell
+		}
+		for _, call := range calls.GetCalls() {
+			if err := a.take(ctx, call); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+// take begins a call, or cancels one.
+func (a *answering) take(ctx context.Context, call *pluginv1.Call) error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	running, known := a.cancels[call.GetId()]
+	if call.GetCancel() {
+		if known {
+			running()
+		}
+		return nil
+	}
+	if known || len(a.cancels) >= maxCalls {
+		return status.Errorf(codes.InvalidArgument, "call %d: its number is in use, or more than %d calls are under way", call.GetId(), maxCalls)
+	}
+	own, cancel := context.WithCancel(ctx)
+	if call.GetTimeout() != nil {
+		own, cancel = context.WithTimeout(ctx, call.GetTimeout().AsDuration())
+	}
+	a.cancels[call.GetId()] = cancel
+	a.under.Go(func() {
+		answer := a.server.answer(own, call)
+		cancel()
+		a.mu.Lock()
+		delete(a.cancels, call.GetId())
+		a.mu.Unlock()
+		select {
+		case a.out <- answer:
+		case <-ctx.Done(): // nobody waits for it
+		}
+	})
+	return nil
+}
+
+// send sends the answers, together where they came together, until ctx ends.
+func (a *answering) send(ctx context.Context, stream grpc.BidiStreamingServer[pluginv1.CallsRequest, pluginv1.CallsResponse]) {
+	for {
+		var batch []*pluginv1.Answer
+		select {
+		case answer := <-a.out:
+			batch = append(batch, answer)
+		case <-ctx.Done():
+			return
+		}
+		if err := stream.Send(&pluginv1.CallsResponse{Answers: more(batch, a.out)}); err != nil {
+			return
+		}
+	}
+}
+
+// answer makes one call as if it had come by itself.
+func (s *server) answer(ctx context.Context, call *pluginv1.Call) *pluginv1.Answer {
+	out := &pluginv1.Answer{Id: call.GetId()}
+	var err error
+	switch r := call.GetRequest().(type) {
+	case *pluginv1.Call_Wrap:
+		var w *pluginv1.WrapResponse
+		if w, err = intercepted(ctx, s, "Wrap", r.Wrap, s.Wrap); err == nil {
+			out.Result = &pluginv1.Answer_Wrap{Wrap: w}
+		}
+	case *pluginv1.Call_Unwrap:
+		var u *pluginv1.UnwrapResponse
+		if u, err = intercepted(ctx, s, "Unwrap", r.Unwrap, s.Unwrap); err == nil {
+			out.Result = &pluginv1.Answer_Unwrap{Unwrap: u}
+		}
+	default:
+		err = status.Error(codes.Unimplemented, "a call that this plugin does not know")
+	}
+	if n := proto.Size(out); err == nil && n > maxShared {
+		err = status.Errorf(codes.ResourceExhausted, "an answer of %d bytes, %d are possible", n, maxShared)
+	}
+	if err == nil {
+		return out
+	}
+	encoded, marshalErr := proto.Marshal(status.Convert(err).Proto())
+	if marshalErr != nil {
+		encoded = nil // no status: the agent takes it for a fault of ours, which it is
+	}
+	out.Result = &pluginv1.Answer_Error{Error: encoded}
+	return out
+}
+
+// intercepted calls a method as the RPC server does.
+func intercepted[Q, A any](ctx context.Context, s *server, name string, request *Q, method func(context.Context, *Q) (*A, error)) (*A, error) {
+	if s.each == nil {
+		return method(ctx, request)
+	}
+	answer, err := s.each(ctx, request, &grpc.UnaryServerInfo{FullMethod: pluginv1.Backend_ServiceDesc.ServiceName + "/" + name},
+		func(ctx context.Context, _ any) (any, error) { return method(ctx, request) })
+	if err != nil {
+		return nil, err
+	}
+	typed, ok := answer.(*A)
+	if !ok {
+		return nil, status.Errorf(codes.Internal, "%s answered %T", name, answer)
+	}
+	return typed, nil
+}
