@@ -22,7 +22,7 @@ const lockPatience = 5 * time.Second
 // and gives none of the forbidden permissions. What it says of the file holds for
 // what was read.
 func readPrivate(path string, forbidden fs.FileMode, into []byte, what string) (int, error) {
-	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0) //nolint:gosec // the operator names it
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return 0, fmt.Errorf("%s: %w", what, err)
 	}
@@ -49,7 +49,7 @@ func readPrivate(path string, forbidden fs.FileMode, into []byte, what string) (
 
 // lockFile keeps other processes away until unlock.
 func lockFile(path string) (unlock func(), err error) {
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|unix.O_CLOEXEC, 0o600) //nolint:gosec // the operator names it
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|unix.O_CLOEXEC, 0o600)
 	if err != nil {
 		return nil, err
 	}
@@ -66,7 +66,7 @@ func lockFile(path string) (unlock func(), err error) {
 
 // syncDirectory makes a renamed file last.
 func syncDirectory(path string) error {
-	dir, err := os.Open(path) //nolint:gosec // the operator names it
+	dir, err := os.Open(path)
 	if err != nil {
 		return err
 	}

@@ -37,7 +37,7 @@ func (s *server) Calls(stream grpc.BidiStreamingServer[pluginv1.CallsRequest, pl
 	for {
 		calls, err := stream.Recv()
 		if err != nil {
-			return nil //nolint:nilerr // the agent has gone; there is nobody to tell
+			return nil // the agent has gone; there is nobody to tell
 		}
 		for _, call := range calls.GetCalls() {
 			if err := a.take(ctx, call); err != nil {

@@ -103,7 +103,9 @@ func wireTo(t *testing.T, service pluginv1.BackendServer, change func(*Remote)) 
 	t.Cleanup(func() {
 		_ = w.conn.Close()
 		w.server.Stop()
-		<-served
+		if err := <-served; err != nil && !errors.Is(err, grpc.ErrServerStopped) {
+			t.Errorf("Serve: %v", err)
+		}
 	})
 	w.Remote = NewRemote(w.conn)
 	if change != nil {
@@ -229,7 +231,9 @@ func TestCallsOutliveAStream(t *testing.T) {
 	if err := <-waits; ClassOf(err) == 0 || err == nil {
 		t.Errorf("the stream ended: %v", err)
 	}
-	<-o.ended
+	if err := <-o.ended; err == nil {
+		t.Error("the backend's context did not end with the stream")
+	}
 	if _, err := w.Wrap(t.Context(), KeyRef{URI: "good", Version: "1"}, []byte("m"), Binding{}); err != nil {
 		t.Errorf("after it: %v", err)
 	}

@@ -67,7 +67,7 @@ func newHSMAgent(t testing.TB, faulty bool) *hsmAgent {
 	a := &hsmAgent{t: t, soft: hsmtest.NewSoftHSM(t), agent: filepath.Join(bin, "kms-agent")}
 	plugin := filepath.Join(bin, "kms-agent-pkcs11")
 	for binary, how := range map[string][]string{a.agent: {"./cmd/kms-agent", "CGO_ENABLED=0"}, plugin: {"./plugins/pkcs11", "CGO_ENABLED=1"}} {
-		build := exec.CommandContext(t.Context(), "go", "build", "-o", binary, how[0]) //nolint:gosec // our own programs
+		build := exec.CommandContext(t.Context(), "go", "build", "-o", binary, how[0])
 		build.Dir, build.Env = "..", append(os.Environ(), how[1])
 		if out, err := build.CombinedOutput(); err != nil {
 			t.Fatalf("%v\n%s", err, out)
@@ -88,7 +88,7 @@ func newHSMAgent(t testing.TB, faulty bool) *hsmAgent {
 	if err != nil {
 		t.Fatal(err)
 	}
-	program, err := os.ReadFile(plugin) //nolint:gosec // our own program
+	program, err := os.ReadFile(plugin)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -116,7 +116,7 @@ func newHSMAgent(t testing.TB, faulty bool) *hsmAgent {
 func (a *hsmAgent) run(args ...string) []byte {
 	a.t.Helper()
 	var diagnostics bytes.Buffer
-	cmd := exec.CommandContext(a.t.Context(), a.agent, args...) //nolint:gosec // our own program
+	cmd := exec.CommandContext(a.t.Context(), a.agent, args...)
 	cmd.Stderr = &diagnostics
 	out, err := cmd.Output()
 	if err != nil {
@@ -128,7 +128,7 @@ func (a *hsmAgent) run(args ...string) []byte {
 func (a *hsmAgent) start() {
 	a.t.Helper()
 	var log bytes.Buffer
-	cmd := exec.Command(a.agent, "run", "--config", a.config) //nolint:gosec // our own program
+	cmd := exec.Command(a.agent, "run", "--config", a.config)
 	cmd.Stdout, cmd.Stderr = &log, &log
 	if err := cmd.Start(); err != nil {
 		a.t.Fatal(err)
@@ -278,7 +278,7 @@ func median(values []float64) float64 {
 // loop is how many pairs a second C alone makes of the module.
 func (a *hsmAgent) loop(program string, sessions int, length time.Duration) float64 {
 	a.t.Helper()
-	out, err := exec.CommandContext(a.t.Context(), program, a.module, hsmtest.PIN, a.id, strconv.Itoa(sessions), strconv.Itoa(int(length.Milliseconds()))).Output() //nolint:gosec // our own program
+	out, err := exec.CommandContext(a.t.Context(), program, a.module, hsmtest.PIN, a.id, strconv.Itoa(sessions), strconv.Itoa(int(length.Milliseconds()))).Output()
 	if err != nil {
 		a.t.Fatal(err)
 	}
