@@ -17,15 +17,29 @@ import (
 )
 
 func TestOpenCryptoki(t *testing.T) {
-	for _, round := range []string{"first", "second in this process"} {
-		t.Run(round, func(t *testing.T) {
-			k := hsmtest.OpenCryptoki(t)
-			wantElsewhere(t, k)
-			token := attach(t, k, nil)
-			wantTrials(t, token, hsm.CBCHMAC, map[hsm.Suite]bool{hsm.CBCHMAC: true, hsm.OAEP: true, hsm.OAEPSHA1: true})
-			wantKeys(t, token, hsm.CBCHMAC, hsm.OAEP)
-		})
-	}
+	twice(t, func(t *testing.T) {
+		k := hsmtest.OpenCryptoki(t)
+		wantElsewhere(t, k)
+		token := attach(t, k)
+		wantTrials(t, token, hsm.CBCHMAC, map[hsm.Suite]bool{hsm.CBCHMAC: true, hsm.OAEP: true, hsm.OAEPSHA1: true})
+		wantKeys(t, token, hsm.CBCHMAC, hsm.OAEP)
+	})
+}
+
+func TestNSS(t *testing.T) {
+	twice(t, func(t *testing.T) {
+		k := hsmtest.NSS(t)
+		token := attach(t, k)
+		wantTrials(t, token, hsm.GCM, map[hsm.Suite]bool{hsm.GCM: true, hsm.KWP: true, hsm.CBCHMAC: true, hsm.OAEP: true, hsm.OAEPSHA1: true})
+		wantKeys(t, token, hsm.GCM, hsm.KWP, hsm.CBCHMAC, hsm.OAEP)
+	})
+}
+
+// twice makes a token, and another one later in the same process.
+func twice(t *testing.T, test func(t *testing.T)) {
+	t.Helper()
+	t.Run("first", test)
+	t.Run("another", test)
 }
 
 // wantElsewhere uses the token in a process that has nothing but Env of the test.
@@ -38,14 +52,16 @@ func wantElsewhere(t *testing.T, k *hsmtest.Token) {
 	}
 }
 
-// attach attaches the token; without a file the catalogue is on it.
-func attach(t *testing.T, k *hsmtest.Token, catalogue *hsm.CatalogueFile) *hsm.Token {
+func attach(t *testing.T, k *hsmtest.Token) *hsm.Token {
 	t.Helper()
-	token, err := hsm.Open(hsm.Config{
+	cfg := hsm.Config{
 		Module: k.Module, Reserved: k.Reserved, Token: hsm.URI{Token: k.Label},
-		Login:     &hsm.Ledger{Path: k.Path("logins"), PIN: hsm.PINSource{File: k.PINFile}},
-		Catalogue: catalogue,
-	})
+		Login: &hsm.Ledger{Path: k.Path("logins"), PIN: hsm.PINSource{File: k.PINFile}},
+	}
+	if !k.DataObjects {
+		cfg.Catalogue = &hsm.CatalogueFile{Path: k.Path("catalogue"), KeyFile: k.Path("catalogue-key")}
+	}
+	token, err := hsm.Open(cfg)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -43,6 +43,7 @@ func OpenCryptoki(t testing.TB) *Token {
 		t.Fatal("a pkcsslotd is running, and there can be one at a time: stop it (systemctl stop pkcsslotd)")
 	}
 	data, locks := filepath.Join(openCryptokiData, openCryptokiName), filepath.Join(openCryptokiLocks, openCryptokiName)
+	k.DataObjects = true
 	k.Write, k.Sockets = []string{data, openCryptokiLocks, sharedMemory}, []string{openCryptokiSocket}
 	leftovers := []string{data, locks, filepath.Join(sharedMemory, "var.lib.opencryptoki."+openCryptokiName)}
 	remove(t, leftovers...)

@@ -23,6 +23,9 @@ type Token struct {
 	Label string
 	// PIN is in PINFile, too.
 	PIN, OfficerPIN, PINFile string
+	// DataObjects says whether it takes private data objects: else the catalogue of
+	// its keys must be in a file.
+	DataObjects bool
 	// Dir is the test's own; it may put more there.
 	Dir string
 	// Env is the environment for processes that do not have that of the test, where
@@ -83,14 +86,13 @@ func (k *Token) answers(t testing.TB) error {
 	return nil
 }
 
-// run runs a program that has to succeed, and returns what it writes.
-func run(t testing.TB, name string, args ...string) string {
+// run runs a program that has to succeed.
+func run(t testing.TB, name string, args ...string) {
 	t.Helper()
 	out, err := exec.CommandContext(t.Context(), name, args...).CombinedOutput() //nolint:gosec // what the package says
 	if err != nil {
 		t.Fatalf("%s %v: %v\n%s", name, args, err, out)
 	}
-	return string(out)
 }
 
 // daemonPatience is how long a daemon has to be ready, and to end.
