@@ -255,10 +255,20 @@ func (t *Token) do(ctx context.Context, a *attachment, f func(*worker) error) er
 }
 
 // Check asks the token whether it could serve, with a canary where a key is in use.
+// A connection that turns out to be lost is made anew.
 func (t *Token) Check(ctx context.Context) error {
-	a, err := t.attached(ctx)
-	if err != nil {
-		return err
+	var last error
+	for range attempts {
+		a, err := t.attached(ctx)
+		if err != nil {
+			return err
+		}
+		if last = t.examine(ctx, a); last == nil || ctx.Err() != nil || !a.over() {
+			break
+		}
 	}
-	return t.examine(ctx, a)
+	if last == nil || isCallers(last) || errors.As(last, new(*Error)) {
+		return last
+	}
+	return errorf(Unavailable, last, "the token is not well")
 }

@@ -189,6 +189,39 @@ func TestDeadConnection(t *testing.T) {
 	}
 }
 
+// A module is finalised once for each time that it was initialised: one that was not
+// complains, or worse.
+func TestFinalizedOnce(t *testing.T) {
+	fault := hsmtest.NewFault(t, ".", softHSM)
+	calls := map[string]int{}
+	count := func(function string) int {
+		for name, n := range fault.Calls() {
+			calls[name] += n
+		}
+		return calls[function]
+	}
+	attached := 0
+	t.Run("life", func(t *testing.T) {
+		r := newRig(t, func(_ *rig, c *hsm.Config) { c.Module, c.Patience = fault.Module, 50*time.Millisecond })
+		v := r.key("orders", 0)
+		wrapped := r.wrap(v, material(32))
+		fault.Set("C_Initialize rv=0x30", "C_Decrypt rv=0x30")
+		eventually(t, "it has tried three times in vain", func() error {
+			_ = r.fails(v, wrapped, hsm.Unavailable)
+			if count("C_Initialize") < r.attached()+3 {
+				return errors.New("it has not")
+			}
+			return nil
+		})
+		fault.Set()
+		eventually(t, "it works again", func() error { return r.Check(t.Context()) })
+		attached = r.attached()
+	})
+	if n := count("C_Finalize"); n != attached {
+		t.Errorf("finalised %d times, initialised %d times", n, attached)
+	}
+}
+
 // A caller's time is obeyed while the module blocks, and its session is nobody
 // else's until the module lets go of it.
 func TestBlockedModule(t *testing.T) {

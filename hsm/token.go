@@ -267,15 +267,12 @@ func (t *Token) keep(ctx context.Context) {
 		}
 		t.publish(nil, err)
 		if ctx.Err() != nil {
-			break
+			return
 		}
 		pause = min(max(2*pause, reconnectMin), reconnectMax)
 		wait := pause/2 + rand.N(pause/2+1) //nolint:gosec // jitter
 		t.event(Event{Err: err, Retry: wait})
 		t.rest(ctx, err, wait)
-	}
-	if t.Err() == nil {
-		_ = t.call(t.module.Finalize)
 	}
 }
 
@@ -319,20 +316,22 @@ func (t *Token) call(do func() error) error {
 	return do()
 }
 
-// attach initialises the module, finds the token and logs in.
+// attach initialises the module, finds the token and logs in. Where it fails the
+// module is not initialised afterwards.
 func (t *Token) attach() (*attachment, error) {
-	a, err := t.initialize()
-	if err != nil {
-		_ = t.call(t.module.Finalize)
-	}
-	return a, err
-}
-
-func (t *Token) initialize() (*attachment, error) {
 	locks := false
 	if err := t.call(func() (err error) { locks, err = t.module.Initialize(t.cfg.Reserved); return err }); err != nil {
 		return nil, errorf(Unavailable, err, "initialise the module")
 	}
+	a, err := t.enter(locks)
+	if err != nil {
+		_ = t.call(t.module.Finalize) // only who is in may leave: some modules complain
+	}
+	return a, err
+}
+
+// enter finds the token and logs in. locks is what Initialize returned.
+func (t *Token) enter(locks bool) (*attachment, error) {
 	var slot uint
 	var info cryptoki.Token
 	if err := t.call(func() (err error) { slot, info, err = t.find(); return err }); err != nil {

@@ -1,5 +1,5 @@
-// Package hsmtest has what tests of HSMs need: a token of SoftHSM, and a module that
-// misbehaves as it is told, before a real one.
+// Package hsmtest has what tests of HSMs need: a token of SoftHSM, the same at the
+// other end of a wire, and a module that misbehaves as it is told, before a real one.
 package hsmtest
 
 import (
