@@ -10,6 +10,7 @@ import (
 	"io/fs"
 	"maps"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 
@@ -38,6 +39,7 @@ func (h *hostCheck) backend(at string, b *BackendConfig) {
 		h.keystore(at+".settings", b)
 	} else {
 		h.program(at, b)
+		h.reach(at, b)
 	}
 	for _, variable := range slices.Sorted(maps.Keys(b.EnvFromFiles)) {
 		h.secretFile(join(at+".env_from_files", variable), b.EnvFromFiles[variable])
@@ -51,6 +53,29 @@ func (h *hostCheck) backend(at string, b *BackendConfig) {
 				h.warn(fmt.Sprintf("%s.access.%s[%d]", at, name, i),
 					"%s does not exist; what is made later is out of a running plugin's reach, so make it before the agent starts", path)
 			}
+		}
+	}
+}
+
+// reach warns of files in a confined plugin's settings that it will not reach.
+func (h *hostCheck) reach(at string, b *BackendConfig) {
+	var settings map[string]any
+	if b.Confine == Confinement(host.ConfineNever) || json.Unmarshal(b.Settings, &settings) != nil {
+		return
+	}
+	named := slices.Concat(b.Access.Read, b.Access.Write)
+	for _, setting := range slices.Sorted(maps.Keys(settings)) {
+		path, ok := settings[setting].(string)
+		if !ok || !filepath.IsAbs(path) || host.ReachesBySystem(path) {
+			continue
+		}
+		info, err := os.Stat(path)
+		switch {
+		case slices.Contains(named, path) && err == nil && !info.IsDir():
+			h.warn(at+".settings."+setting, "access names the file %s alone: once it is replaced, as editors and Kubernetes do, it is out of the running plugin's reach; "+
+				"put it into a directory of its own and name that", path)
+		case !slices.ContainsFunc(named, func(dir string) bool { return path == dir || strings.HasPrefix(path, strings.TrimSuffix(dir, "/")+"/") }):
+			h.warn(at+".settings."+setting, "%s is out of the confined plugin's reach; name its directory in access.read", path)
 		}
 	}
 }

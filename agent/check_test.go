@@ -29,7 +29,8 @@ backends:
     path: plugin
     sha256: DIGEST
     env_from_files: { ACCESS: token }
-    access: { read: [DIR/vendor.conf] }
+    access: { read: [DIR/vendor.conf, DIR/vendor] }
+    settings: { module: /usr/lib/module.so, conf: DIR/vendor/conf, level: 7, name: vendor }
 keys:
   - { name: orders, backend: local, wrapping_key: local:orders }
 audit: { file: log/audit.log, initial_key: audit.key }
@@ -50,7 +51,7 @@ func checkedHost(t *testing.T) (dir, config string) {
 			t.Fatal(err)
 		}
 	}
-	for _, name := range []string{"state", "run", "log"} {
+	for _, name := range []string{"state", "run", "log", "vendor"} {
 		must(os.Mkdir(filepath.Join(dir, name), 0o755))
 	}
 	must(os.WriteFile(filepath.Join(dir, "plugin"), []byte("program"), 0o700))
@@ -130,6 +131,9 @@ func TestCheckConfigOfAHostThatLacks(t *testing.T) {
 		{name: "no token", spoil: remove("token"), fault: "backends[1].env_from_files.ACCESS: DIR/token cannot be read"},
 		{name: "token for all", spoil: mode("token", 0o644), warning: "backends[1].env_from_files.ACCESS: everybody has access to DIR/token"},
 		{name: "nothing to read", spoil: remove("vendor.conf"), warning: "backends[1].access.read[0]: DIR/vendor.conf does not exist"},
+		{name: "settings out of reach", config: "module: /usr/lib|module: DIR/lib", warning: "backends[1].settings.module: DIR/lib/module.so is out of the confined plugin's reach; name its directory in access.read"},
+		{name: "settings without confinement", config: "module: /usr/lib/module.so|module: /opt/module.so }\n    confine: off #"},
+		{name: "a file that may be replaced", config: "conf: DIR/vendor/conf|conf: DIR/vendor.conf", warning: "backends[1].settings.conf: access names the file DIR/vendor.conf alone"},
 		{name: "no Workload API", spoil: remove("api.sock"), warning: ":6:17: identity.workload_api: DIR/api.sock is not there"},
 		{name: "Workload API is a file", config: "unix:api.sock|unix:token", warning: "identity.workload_api: DIR/token is no socket"},
 		{name: "socket is a file", spoil: content("run/kms.sock", ""), fault: "listen.native.socket: DIR/run/kms.sock is there and is no socket"},
@@ -141,7 +145,7 @@ func TestCheckConfigOfAHostThatLacks(t *testing.T) {
 	for _, c := range cases {
 		t.Run(c.name, func(t *testing.T) {
 			dir, config := checkedHost(t)
-			if old, replacement, ok := strings.Cut(c.config, "|"); ok {
+			if old, replacement, ok := strings.Cut(strings.ReplaceAll(c.config, "DIR", dir), "|"); ok {
 				config = strings.Replace(config, old, replacement, 1)
 			}
 			if c.spoil != nil {

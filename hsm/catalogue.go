@@ -280,11 +280,17 @@ func (t *Token) readKeys(ctx context.Context, name string) ([]*Key, error) {
 		*found, err = records(w.session, name)
 		return err
 	})
+	if err == nil && len(*found) == 0 {
+		err = t.sure(ctx) // some modules find nothing where the token is gone
+	}
 	if err != nil {
 		return nil, err
 	}
 	return *found, nil
 }
+
+// errTwice says that a key has two records of one revision.
+var errTwice = errors.New("two records")
 
 // records reads the records on the token, of one key or of all.
 func records(s cryptoki.Session, name string) ([]*Key, error) {
@@ -316,7 +322,7 @@ func records(s cryptoki.Session, name string) ([]*Key, error) {
 		case old == nil || old.revision < k.revision:
 			latest[k.Name] = k
 		case old.revision == k.revision:
-			return nil, errorf(Broken, nil, "key %s was changed by two administrators at once: remove one of its two data objects of revision %d", k.Name, k.revision)
+			return nil, errorf(Broken, errTwice, "key %s was changed by two administrators at once: remove one of its two data objects of revision %d", k.Name, k.revision)
 		}
 	}
 	keys := make([]*Key, 0, len(latest))

@@ -18,42 +18,61 @@ const counterBlock = 1 << 16
 
 // Counter counts the wraps of each version on this host, for suites whose keys wear
 // out: GCM with random initialization vectors (SP 800-38D, section 8.3). It counts
-// across restarts. It is safe for concurrent use; one process uses a directory.
+// across restarts and over the processes that use a directory. It is safe for
+// concurrent use.
 type Counter struct {
 	path  string
 	share uint64 // hosts among which a limit is divided
+	// worn is told once in a life of the process when half of a limit is used up.
+	worn func(v *Version, used, limit uint64)
 
-	mu    sync.Mutex
-	used  map[string]uint64 // mu guards used and saved: by ID, in hexadecimal
-	saved map[string]uint64 // reserved on disk
+	mu   sync.Mutex
+	left map[string]*reserved // mu guards left: by ID, in hexadecimal
+}
+
+// reserved is what this process may still use of what it has reserved.
+type reserved struct {
+	left  uint64
+	total uint64 // reserved on this host, by the last look at the file
+	told  bool   // that half is used up
 }
 
 // counters is the file's content.
 type counters struct {
 	Format int               `json:"format"`
-	Wraps  map[string]uint64 `json:"wraps"`
+	Wraps  map[string]uint64 `json:"wraps"` // reserved on this host
 }
 
-// OpenCounter reads the counts in a directory that is this process's own. share is
-// how many hosts use the keys, 1 at least.
-func OpenCounter(dir string, share uint64) (*Counter, error) {
-	c := &Counter{path: filepath.Join(dir, "wraps.json"), share: max(share, 1), used: map[string]uint64{}, saved: map[string]uint64{}}
+// OpenCounter reads the counts in a directory of this plugin's. share is how many
+// hosts use the keys, 1 at least. worn, which may be nil, is told when half of what a
+// version may do on this host is done.
+func OpenCounter(dir string, share uint64, worn func(v *Version, used, limit uint64)) (*Counter, error) {
+	c := &Counter{path: filepath.Join(dir, "wraps.json"), share: max(share, 1), worn: worn, left: map[string]*reserved{}}
+	if c.worn == nil {
+		c.worn = func(*Version, uint64, uint64) {}
+	}
+	_, err := c.read()
+	return c, err
+}
+
+func (c *Counter) read() (counters, error) {
+	file := counters{Format: 1, Wraps: map[string]uint64{}}
 	b, err := os.ReadFile(c.path)
 	if errors.Is(err, fs.ErrNotExist) {
-		return c, nil
+		return file, nil
 	}
 	if err != nil {
-		return nil, fmt.Errorf("the counts of wraps: %w", err)
+		return file, fmt.Errorf("the counts of wraps: %w", err)
 	}
-	var file counters
+	file = counters{}
 	if err := json.Unmarshal(b, &file); err != nil || file.Format != 1 {
-		return nil, fmt.Errorf("the counts of wraps in %s are not readable (%w); without them it is not known how much keys were used: "+
+		return file, fmt.Errorf("the counts of wraps in %s are not readable (%w); without them it is not known how much keys were used: "+
 			"rotate the keys of this backend and remove the file", c.path, errors.Join(err, formatFault(file.Format)))
 	}
-	for id, n := range file.Wraps {
-		c.used[id], c.saved[id] = n, n
+	if file.Wraps == nil {
+		file.Wraps = map[string]uint64{}
 	}
-	return c, nil
+	return file, nil
 }
 
 func formatFault(format int) error {
@@ -73,36 +92,53 @@ func (c *Counter) Take(v *Version) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	id := hex.EncodeToString(v.ID[:])
-	n := c.used[id] + 1
-	if n > limit {
-		return errorf(KeyUnusable, nil, "version %d of key %s has made all its %d wraps on this host: rotate the key with 'kms-agent hsm rotate %s'", v.Number, v.Key, limit, v.Key)
+	r := c.left[id]
+	if r == nil {
+		r = &reserved{}
+		c.left[id] = r
 	}
-	if n > c.saved[id] {
-		reserved := min(n+counterBlock-1, limit)
-		if err := c.save(id, reserved); err != nil {
+	if r.left == 0 {
+		if err := c.reserve(id, r, limit); err != nil {
 			return errorf(Unavailable, err, "the counts of wraps cannot be kept")
 		}
-		c.saved[id] = reserved
 	}
-	c.used[id] = n
+	if r.left == 0 {
+		return errorf(KeyUnusable, nil, "version %d of key %s has made all its %d wraps on this host: rotate the key with 'kms-agent hsm rotate %s'", v.Number, v.Key, limit, v.Key)
+	}
+	r.left--
+	if used := r.total - r.left; !r.told && used >= limit/2 {
+		r.told = true
+		c.worn(v, used, limit)
+	}
 	return nil
 }
 
-// Used returns how many wraps of a version were made on this host, at most, and how
-// many there may be; a limit of 0 is none.
-func (c *Counter) Used(v *Version) (used, limit uint64) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.used[hex.EncodeToString(v.ID[:])], v.Suite.maxWraps() / c.share
+// reserve reserves a block of what is left of the limit, if anything is.
+func (c *Counter) reserve(id string, r *reserved, limit uint64) error {
+	var block, total uint64
+	err := c.change(func(wraps map[string]uint64) {
+		block = min(counterBlock, limit-min(wraps[id], limit))
+		total = wraps[id] + block
+		wraps[id] = total
+	})
+	if err == nil {
+		r.left, r.total = block, total
+	}
+	return err
 }
 
-func (c *Counter) save(id string, reserved uint64) error {
-	file := counters{Format: 1, Wraps: map[string]uint64{id: reserved}}
-	for other, n := range c.saved {
-		if other != id {
-			file.Wraps[other] = n
-		}
+// change changes the file, alone among the processes that use it.
+func (c *Counter) change(how func(wraps map[string]uint64)) error {
+	unlock, err := lockFile(c.path + ".lock")
+	if err != nil {
+		return err
 	}
+	defer unlock()
+	file, err := c.read()
+	if err != nil {
+		return err
+	}
+	how(file.Wraps)
 	b, err := json.Marshal(file)
 	if err != nil {
 		return err
@@ -110,17 +146,39 @@ func (c *Counter) save(id string, reserved uint64) error {
 	return renameio.WriteFile(c.path, b, 0o600)
 }
 
-// Close keeps what was really used.
+// Used returns how many wraps of a version were made on this host, at most, and how
+// many there may be; a limit of 0 is none.
+func (c *Counter) Used(v *Version) (used, limit uint64, err error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	file, err := c.read()
+	if err != nil {
+		return 0, 0, err
+	}
+	id := hex.EncodeToString(v.ID[:])
+	used = file.Wraps[id]
+	if r := c.left[id]; r != nil {
+		used -= min(r.left, used)
+	}
+	return used, v.Suite.maxWraps() / c.share, nil
+}
+
+// Close gives back what was reserved and not used.
 func (c *Counter) Close() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	for id, n := range c.used {
-		if n < c.saved[id] {
-			if err := c.save(id, n); err != nil {
-				return err
-			}
-			c.saved[id] = n
-		}
+	unused := false
+	for _, r := range c.left {
+		unused = unused || r.left > 0
 	}
-	return nil
+	if !unused {
+		return nil
+	}
+	err := c.change(func(wraps map[string]uint64) {
+		for id, r := range c.left {
+			wraps[id] -= min(r.left, wraps[id])
+		}
+	})
+	clear(c.left)
+	return err
 }

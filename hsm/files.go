@@ -72,3 +72,17 @@ func syncDirectory(path string) error {
 	}
 	return errors.Join(dir.Sync(), dir.Close())
 }
+
+// stamp is what changes when a file does, its content, mode or owner.
+func stamp(path string) string {
+	info, err := os.Stat(path) // through the links of Kubernetes and systemd
+	if err != nil {
+		return err.Error()
+	}
+	var inode uint64
+	var changed syscall.Timespec
+	if st, ok := info.Sys().(*syscall.Stat_t); ok {
+		inode, changed = st.Ino, st.Ctim
+	}
+	return fmt.Sprint(inode, info.Size(), info.ModTime().UnixNano(), changed.Nano())
+}

@@ -2,6 +2,7 @@ package hsm
 
 import (
 	"bytes"
+	"context"
 	"encoding/hex"
 	"errors"
 	"os"
@@ -218,8 +219,13 @@ func TestCounter(t *testing.T) {
 	dir := t.TempDir()
 	v := &Version{Key: "orders", Number: 1, Suite: GCM, ID: ID{1}}
 	const share = 1 << 15 // leaves 2^17 wraps, two blocks
+	worn := 0
 	open := func() *Counter {
-		c, err := OpenCounter(dir, share)
+		c, err := OpenCounter(dir, share, func(_ *Version, used, limit uint64) {
+			if worn++; used < limit/2 || limit != 1<<17 {
+				t.Errorf("worn at %d of %d", used, limit)
+			}
+		})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -235,7 +241,7 @@ func TestCounter(t *testing.T) {
 		t.Fatal(err)
 	}
 	c = open()
-	if used, limit := c.Used(v); used != 100 || limit != 1<<17 {
+	if used, limit, err := c.Used(v); err != nil || used != 100 || limit != 1<<17 {
 		t.Errorf("%d of %d are used", used, limit)
 	}
 	for range 10 {
@@ -245,7 +251,10 @@ func TestCounter(t *testing.T) {
 		made++
 	}
 	c = open() // as after a crash
-	used, limit := c.Used(v)
+	used, limit, err := c.Used(v)
+	if err != nil {
+		t.Fatal(err)
+	}
 	if used < uint64(made) {
 		t.Errorf("%d are used, and %d were made", used, made)
 	}
@@ -254,6 +263,9 @@ func TestCounter(t *testing.T) {
 			t.Fatalf("wrap %d of %d: %v", used, limit, err)
 		}
 	}
+	if worn == 0 {
+		t.Error("nobody was told that the version is half worn")
+	}
 	for _, c := range []*Counter{c, open()} {
 		if err := c.Take(v); KindOf(err) != KeyUnusable || !strings.Contains(err.Error(), "rotate") {
 			t.Errorf("one wrap too many: %v", err)
@@ -261,6 +273,44 @@ func TestCounter(t *testing.T) {
 		if err := c.Take(&Version{Suite: CBCHMAC, ID: ID{1}}); err != nil {
 			t.Errorf("a suite without a limit: %v", err)
 		}
+	}
+}
+
+// Processes that count at the same time, as while one replaces the other, count
+// together.
+func TestCounterOfTwoProcesses(t *testing.T) {
+	dir := t.TempDir()
+	v := &Version{Key: "orders", Number: 1, Suite: GCM, ID: ID{1}}
+	const share = 1 << 15
+	worn, made := 0, uint64(0)
+	var both [2]*Counter
+	for i := range both {
+		var err error
+		if both[i], err = OpenCounter(dir, share, func(*Version, uint64, uint64) { worn++ }); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for range 2 {
+		for _, c := range both {
+			for range 1000 {
+				if err := c.Take(v); err != nil {
+					t.Fatal(err)
+				}
+				made++
+			}
+		}
+	}
+	if err := both[0].Close(); err != nil { // what it gives back is not what the other has
+		t.Fatal(err)
+	}
+	if used, _, err := both[1].Used(v); err != nil || used != made {
+		t.Errorf("%d are used, %d were made: %v", used, made, err)
+	}
+	for both[1].Take(v) == nil {
+		made++
+	}
+	if made != 1<<17 || worn == 0 {
+		t.Errorf("%d wraps were made, want 2^17; told %d times that it is half worn", made, worn)
 	}
 }
 
@@ -311,6 +361,34 @@ func TestLedger(t *testing.T) {
 	if device.tries != 4 {
 		t.Errorf("%d tries, want 4: an accepted PIN is tried whenever it is needed", device.tries)
 	}
+	// Another process has found out that the PIN is right; somebody has replaced it.
+	for name, change := range map[string]func(){
+		"ledger": func() {
+			if err := ledgerOf().Attempt(other, device.log); err != nil {
+				t.Fatal(err)
+			}
+		},
+		"mode": func() {
+			if err := os.Chmod(pin, 0o400); err != nil {
+				t.Fatal(err)
+			}
+		},
+	} {
+		waiting := ledgerOf()
+		if err := waiting.Attempt(token, device.log); err != nil {
+			t.Fatal(err)
+		}
+		ended, cancel := context.WithCancel(t.Context())
+		cancel()
+		if err := waiting.Changed(ended); err == nil {
+			t.Errorf("%s: changed before", name)
+		}
+		change()
+		if err := waiting.Changed(t.Context()); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	other.Serial, device.tries = "3", 4
 	// Another token is another matter; a crash in the middle counts as a try.
 	crash := errors.New("killed")
 	if err := ledgerOf().Attempt(other, func([]byte) error { return crash }); !errors.Is(err, crash) {

@@ -13,6 +13,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"sync/atomic"
 	"time"
 
 	"github.com/google/renameio/v2"
@@ -42,7 +43,12 @@ type Ledger struct {
 	PIN PINSource
 	// Retry lets a PIN be tried that was refused, or whose outcome is not known.
 	Retry bool
+
+	seen atomic.Pointer[seen]
 }
+
+// seen is what PIN and ledger were when a login was tried last, or refused.
+type seen struct{ pin, ledger string }
 
 // ledger is the content of the file.
 type ledger struct {
@@ -66,6 +72,8 @@ func (l *Ledger) Attempt(token TokenInfo, log func(pin []byte) error) error {
 		return errorf(Unauthenticated, err, "the ledger of logins %s", l.Path)
 	}
 	defer unlock()
+	before := l.PIN.stamp() // what comes while it is read is news
+	defer func() { l.seen.Store(&seen{pin: before, ledger: stamp(l.Path)}) }()
 	return l.classified(l.PIN.read(func(pin []byte) error { return l.attempt(token, pin, log) }))
 }
 
@@ -130,7 +138,7 @@ func (l *Ledger) allowed(token TokenInfo, a *attempt, ours bool) error {
 	case known:
 		return nil
 	case a.Refused:
-		return errorf(Unauthenticated, nil, "the token %q has refused this PIN on %s; it is not tried again, so that the token does not lock: put the right PIN in its place",
+		return errorf(Unauthenticated, nil, "the token %q has refused this PIN on %s; it is not tried again, so that the token does not lock: put the right PIN in its place, or, if the token was given this one meanwhile, run 'kms-agent hsm probe --retry-pin'",
 			token.Label, a.Tried.Format(time.RFC3339))
 	case !a.Tried.IsZero():
 		return errorf(Unauthenticated, nil, "this PIN was tried with token %q on %s, and the outcome is not known; it is not tried again, so that the token does not lock: "+
@@ -168,19 +176,23 @@ func (b *ledger) find(token string, hash []byte) *attempt {
 	return &list[len(list)-1]
 }
 
-// Changed implements Login: it returns when the PIN's source is another one.
+// Changed implements Login: it returns when the PIN's source is another one than at
+// the last attempt, or another process has learned something of the PIN.
 func (l *Ledger) Changed(ctx context.Context) error {
-	before := l.PIN.stamp()
+	before := l.seen.Load()
+	if before == nil {
+		before = &seen{pin: l.PIN.stamp(), ledger: stamp(l.Path)}
+	}
 	tick := time.NewTicker(ledgerPoll)
 	defer tick.Stop()
 	for {
+		if l.PIN.stamp() != before.pin || stamp(l.Path) != before.ledger {
+			return nil
+		}
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
 		case <-tick.C:
-		}
-		if l.PIN.stamp() != before {
-			return nil
 		}
 	}
 }

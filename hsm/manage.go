@@ -175,8 +175,8 @@ func (t *Token) writeObject(ctx context.Context, k *Key) error {
 			return err
 		}
 		// With two administrators at work one of them must lose.
-		if _, err := records(w.session, k.Name); err != nil {
-			return errors.Join(errorf(Invalid, err, "somebody else changes key %s just now: try again", k.Name), w.session.Destroy(object))
+		if _, err := records(w.session, k.Name); errors.Is(err, errTwice) {
+			return errors.Join(errorf(Invalid, nil, "somebody else changes key %s just now: try again", k.Name), w.session.Destroy(object))
 		}
 		if before := k.object; before != 0 {
 			if err := w.session.Destroy(before); err != nil && stepFor(err) != findAgain {

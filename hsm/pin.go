@@ -7,7 +7,6 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"syscall"
 )
 
 // maxPIN is how many bytes a PIN has at most.
@@ -83,19 +82,12 @@ func (s PINSource) readFile(into []byte) (int, error) {
 	return readPrivate(path, forbidden, into, "the PIN")
 }
 
-// stamp is what changes when the PIN does. An environment variable never does.
+// stamp is what changes when the PIN does, or who may read it. An environment
+// variable never does.
 func (s PINSource) stamp() string {
 	path, err := s.path()
 	if path == "" || err != nil {
 		return ""
 	}
-	info, err := os.Stat(path) // through the links of Kubernetes and systemd
-	if err != nil {
-		return err.Error()
-	}
-	inode := uint64(0)
-	if st, ok := info.Sys().(*syscall.Stat_t); ok {
-		inode = st.Ino
-	}
-	return fmt.Sprint(inode, info.Size(), info.ModTime().UnixNano())
+	return stamp(path)
 }

@@ -64,7 +64,7 @@ type Event struct {
 	Attached bool
 	Token    TokenInfo
 	Err      error
-	// Retry is when the next attempt is made.
+	// Retry is when the next attempt is made; 0 when there is another PIN to try.
 	Retry time.Duration
 }
 
@@ -271,6 +271,9 @@ func (t *Token) keep(ctx context.Context) {
 		}
 		pause = min(max(2*pause, reconnectMin), reconnectMax)
 		wait := pause/2 + rand.N(pause/2+1) //nolint:gosec // jitter
+		if KindOf(err) == Unauthenticated {
+			wait = 0
+		}
 		t.event(Event{Err: err, Retry: wait})
 		t.rest(ctx, err, wait)
 	}
@@ -321,7 +324,7 @@ func (t *Token) call(do func() error) error {
 func (t *Token) attach() (*attachment, error) {
 	locks := false
 	if err := t.call(func() (err error) { locks, err = t.module.Initialize(t.cfg.Reserved); return err }); err != nil {
-		return nil, errorf(Unavailable, err, "initialise the module")
+		return nil, errorf(Unavailable, err, "initialise the module: can it read and write what its own configuration names?")
 	}
 	a, err := t.enter(locks)
 	if err != nil {
@@ -376,6 +379,15 @@ func (t *Token) find() (slot uint, info cryptoki.Token, err error) {
 		return 0, info, errorf(Unavailable, nil, "no token matches %s; there are %v", t.cfg.Token, seen)
 	}
 	return 0, info, errorf(Invalid, nil, "%d tokens match %s; add the serial number: %v", found, t.cfg.Token, seen)
+}
+
+// Info returns what the token says of itself, once it is attached.
+func (t *Token) Info(ctx context.Context) (TokenInfo, error) {
+	a, err := t.attached(ctx)
+	if err != nil {
+		return TokenInfo{}, err
+	}
+	return tokenInfo(a.slot, a.info), nil
 }
 
 func tokenInfo(slot uint, i cryptoki.Token) TokenInfo {

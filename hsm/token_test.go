@@ -179,6 +179,38 @@ func TestTokenGoneAndBack(t *testing.T) {
 	r.opens(v, wrapped, m)
 }
 
+// A token that is gone has no keys, which says nothing of them.
+func TestTokenGoneIsNoAnswer(t *testing.T) {
+	for name, ask := range map[string]func(r *rig) error{
+		"one key":   func(r *rig) error { _, err := r.Version(bounded(r.t), "orders", 2); return err },
+		"all keys":  func(r *rig) error { _, err := r.Keys(bounded(r.t)); return err },
+		"no key":    func(r *rig) error { _, err := r.Key(bounded(r.t), "letters"); return err },
+		"to create": func(r *rig) error { _, err := r.CreateKey(bounded(r.t), "letters", 0); return err },
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := newRig(t, func(_ *rig, c *hsm.Config) { c.Patience = 50 * time.Millisecond })
+			v := r.key("orders", 0)
+			wrapped := r.wrap(v, material(32))
+			if err := os.Rename(r.path("tokens"), r.path("away")); err != nil {
+				t.Fatal(err)
+			}
+			if err := os.Mkdir(r.path("tokens"), 0o700); err != nil {
+				t.Fatal(err)
+			}
+			if err := ask(r); hsm.KindOf(err) != hsm.Unavailable {
+				t.Errorf("%v, want Unavailable", err)
+			}
+			if err := errors.Join(os.Remove(r.path("tokens")), os.Rename(r.path("away"), r.path("tokens"))); err != nil {
+				t.Fatal(err)
+			}
+			eventually(t, "the token is back", func() error {
+				_, err := r.Unwrap(t.Context(), v, nil, wrapped, bound)
+				return err
+			})
+		})
+	}
+}
+
 // A key that another application deletes and makes anew, under the same ID and
 // label, is not taken for the one it was.
 func TestSubstitutedKey(t *testing.T) {

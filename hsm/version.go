@@ -152,14 +152,46 @@ func (t *Token) locate(ctx context.Context, a *attachment, v *Version) (handles,
 	if !errors.Is(err, errNoKey) {
 		return handles{}, err
 	}
-	// No key, or no token? Some modules find nothing where the token is gone.
-	if err := t.do(ctx, a, func(*worker) error { return t.present(a) }); err != nil {
-		if !isCallers(err) {
-			a.breaks(errorf(Unavailable, err, "the token is gone"))
-		}
-		return handles{}, errorf(Unavailable, err, "the token is gone")
+	if err := t.there(ctx, a); err != nil { // no key, or no token?
+		return handles{}, err
 	}
 	return handles{}, errorf(KeyNotFound, nil, "the token has no key with the ID %x of version %d of key %s", v.ID, v.Number, v.Key)
+}
+
+// there returns nil where the token of the attachment is there. Where it is not, the
+// attachment is over.
+func (t *Token) there(ctx context.Context, a *attachment) error {
+	err := t.do(ctx, a, func(*worker) error { return t.present(a) })
+	if err == nil || isCallers(err) {
+		return err
+	}
+	gone := errorf(Unavailable, err, "the token is gone")
+	a.breaks(gone)
+	return gone
+}
+
+// sure returns nil where the token is well, so that what it does not find is not
+// there: only then is that a no, and not an outage.
+func (t *Token) sure(ctx context.Context) error {
+	a, err := t.attached(ctx)
+	if err != nil {
+		return err
+	}
+	if err := t.there(ctx, a); err != nil {
+		return err
+	}
+	err = t.examine(ctx, a)
+	if stepFor(err) == findAgain { // the canary's key is gone, too
+		err = t.examine(ctx, a)
+	}
+	switch {
+	case err == nil, KindOf(err) == KeyNotFound, KindOf(err) == KeyUnusable:
+		return nil
+	case isCallers(err):
+		return err
+	default:
+		return errorf(Unavailable, err, "the token is not well")
+	}
 }
 
 // find returns the keys of the version.

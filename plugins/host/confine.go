@@ -7,6 +7,8 @@ import (
 	"math"
 	"os"
 	"runtime"
+	"slices"
+	"strings"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -51,6 +53,12 @@ func systemReads() []string {
 		"/etc/resolv.conf", "/etc/hosts", "/etc/host.conf", "/etc/nsswitch.conf", "/etc/gai.conf", "/etc/services",
 		"/etc/localtime", "/etc/passwd", "/etc/group", "/run/systemd/resolve", "/dev/urandom", "/dev/random",
 	}
+}
+
+// ReachesBySystem tells whether every confined plugin reads a file, as it does those
+// of the system.
+func ReachesBySystem(path string) bool {
+	return slices.ContainsFunc(systemReads(), func(known string) bool { return path == known || strings.HasPrefix(path, known+"/") })
 }
 
 // The rights of Landlock that belong together.
@@ -162,7 +170,7 @@ func (r *ruleset) rules(a Access, executable, socketDir string) {
 		r.path(path, rightsRead)
 	}
 	for _, path := range a.Write {
-		r.path(path, rightsWrite)
+		r.path(path, rightsWrite|unix.LANDLOCK_ACCESS_FS_IOCTL_DEV) // HSMs on the bus are spoken to so
 	}
 	for _, path := range a.Sockets {
 		r.path(path, unix.LANDLOCK_ACCESS_FS_RESOLVE_UNIX)

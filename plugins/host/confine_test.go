@@ -56,7 +56,7 @@ func TestConfinedPlugin(t *testing.T) {
 	listen(t, "unix", abstract)
 	cfg := config(t, puppetSettings{})
 	cfg.Access = host.Access{
-		Read: []string{readable, "/not/there"}, Write: []string{writable}, ConnectTCP: []uint16{portOf(t, open)},
+		Read: []string{readable, "/not/there"}, Write: []string{writable, "/dev/null"}, ConnectTCP: []uint16{portOf(t, open)},
 	}
 	s := plugintest.Start(t, cfg)
 	for what, allowed := range map[string]bool{
@@ -67,6 +67,8 @@ func TestConfinedPlugin(t *testing.T) {
 		"write " + filepath.Join(writable, "new"):     true,
 		"read " + filepath.Join(writable, "new"):      true,
 		"read /etc/shadow":                            false,
+		"control /dev/null":                           true,
+		"control /dev/zero":                           false,
 		"read /proc/self/status":                      true,
 		fmt.Sprintf("read /proc/%d/mem", os.Getpid()): false,
 		"write /tmp/kms-agent-confined":               false,

@@ -170,6 +170,17 @@ func (p *puppet) obey(ctx context.Context, order string) (string, error) {
 		return "read", refusal(err)
 	case "write":
 		return "written", refusal(os.WriteFile(argument, []byte("x"), 0o600))
+	case "control": // ENOTTY says that the device was asked
+		f, err := os.OpenFile(argument, os.O_RDWR, 0)
+		if err != nil {
+			return "", refusal(err)
+		}
+		defer func() { _ = f.Close() }()
+		_, err = unix.IoctlGetWinsize(int(f.Fd()), unix.TIOCGWINSZ)
+		if errors.Is(err, unix.ENOTTY) {
+			err = nil
+		}
+		return "controlled", refusal(err)
 	case "dial":
 		network, address, _ := strings.Cut(argument, " ")
 		conn, err := (&net.Dialer{}).DialContext(ctx, network, address)

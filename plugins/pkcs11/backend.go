@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -23,10 +24,9 @@ const (
 
 // backend implements plugins.Backend over one token.
 type backend struct {
-	token    *hsm.Token
-	selector hsm.URI
-	counter  *hsm.Counter
-	exit     func(int)
+	token   *hsm.Token
+	counter *hsm.Counter
+	exit    func(int)
 
 	mu    sync.Mutex
 	names map[string]string // the key's name by its URI; mu guards it
@@ -41,9 +41,8 @@ func (b *backend) Open(_ context.Context, raw json.RawMessage) (plugins.Info, er
 		return plugins.Info{}, plugins.Errorf(plugins.Invalid, "%w", err)
 	}
 	if b.token, b.counter, err = s.open(token, logEvents(os.Stderr)); err != nil {
-		return plugins.Info{}, plugins.Errorf(plugins.Invalid, "%w", err)
+		return plugins.Info{}, plugins.Errorf(plugins.Invalid, "%w", explained(err))
 	}
-	b.selector = token
 	go func() {
 		<-b.token.Dead()
 		logLine(os.Stderr, "error", "the module hangs; the process ends", map[string]any{"error": b.token.Err().Error()})
@@ -77,7 +76,7 @@ func (b *backend) Unwrap(ctx context.Context, key plugins.KeyRef, ciphertext []b
 
 // Describe tells the versions of a key.
 func (b *backend) Describe(ctx context.Context, uri string) (plugins.Description, error) {
-	name, err := b.name(uri)
+	name, err := b.name(ctx, uri)
 	if err != nil {
 		return plugins.Description{}, classified(err)
 	}
@@ -110,7 +109,7 @@ func (b *backend) Close() error {
 }
 
 func (b *backend) version(ctx context.Context, key plugins.KeyRef) (*hsm.Version, error) {
-	name, err := b.name(key.URI)
+	name, err := b.name(ctx, key.URI)
 	if err != nil {
 		return nil, err
 	}
@@ -122,7 +121,7 @@ func (b *backend) version(ctx context.Context, key plugins.KeyRef) (*hsm.Version
 }
 
 // name returns the name of the key that a URI means.
-func (b *backend) name(uri string) (string, error) {
+func (b *backend) name(ctx context.Context, uri string) (string, error) {
 	b.mu.Lock()
 	name, ok := b.names[uri]
 	b.mu.Unlock()
@@ -136,8 +135,15 @@ func (b *backend) name(uri string) (string, error) {
 	if u.Object == "" {
 		return "", &hsm.Error{Kind: hsm.KeyNotFound, Detail: fmt.Sprintf("the URI %.200q names no key: it must have object=NAME", uri)}
 	}
-	if u.Token != "" && b.selector.Token != "" && u.Token != b.selector.Token {
-		return "", &hsm.Error{Kind: hsm.KeyNotFound, Detail: fmt.Sprintf("the URI %.200q names another token than this backend's", uri)}
+	if u.ID != nil || u.Type != "" {
+		return "", &hsm.Error{Kind: hsm.KeyNotFound, Detail: fmt.Sprintf("the URI %.200q must name the key by object=NAME alone: its versions have IDs of their own", uri)}
+	}
+	t, err := b.token.Info(ctx)
+	if err != nil {
+		return "", err
+	}
+	if !u.MatchesToken(t.Label, t.Manufacturer, t.Model, t.Serial, t.Slot) {
+		return "", &hsm.Error{Kind: hsm.KeyNotFound, Detail: fmt.Sprintf("the URI %.200q names another token than this backend's, %q with serial number %s", uri, t.Label, t.Serial)}
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -184,5 +190,13 @@ func classified(err error) error {
 		class = plugins.Invalid
 	case hsm.Broken:
 	}
-	return &plugins.Error{Class: class, Err: err}
+	return &plugins.Error{Class: class, Err: explained(err)}
+}
+
+// explained names the cure of what confinement forbids.
+func explained(err error) error {
+	if strings.Contains(err.Error(), "ermission denied") { // dlopen gives text alone
+		return fmt.Errorf("%w (a confined plugin reaches what access in its backend's configuration names: name the directory there)", err)
+	}
+	return err
 }

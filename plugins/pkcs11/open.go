@@ -37,7 +37,7 @@ func (s settings) open(token hsm.URI, events func(hsm.Event)) (*hsm.Token, *hsm.
 	if err != nil {
 		return nil, nil, err
 	}
-	counter, err := hsm.OpenCounter(dir, s.FleetSize)
+	counter, err := hsm.OpenCounter(dir, s.FleetSize, logWorn(os.Stderr))
 	if err != nil {
 		return nil, nil, err
 	}
@@ -70,11 +70,23 @@ func logEvents(w io.Writer) func(hsm.Event) {
 			})
 			return
 		}
-		fields := map[string]any{"retry": e.Retry.Round(time.Millisecond).String()}
+		fields := map[string]any{}
+		if e.Retry > 0 {
+			fields["retry"] = e.Retry.Round(time.Millisecond).String()
+		}
 		if e.Err != nil {
-			fields["error"] = e.Err.Error()
+			fields["error"] = explained(e.Err).Error()
 		}
 		logLine(w, "warn", "token is not attached", fields)
+	}
+}
+
+// logWorn writes that a version should be rotated soon.
+func logWorn(w io.Writer) func(v *hsm.Version, used, limit uint64) {
+	return func(v *hsm.Version, used, limit uint64) {
+		logLine(w, "warn", "half of the wraps that this version of a key may make on this host are made: rotate the key", map[string]any{
+			"key": v.Key, "version": v.Number, "wraps": used, "limit": limit,
+		})
 	}
 }
 
