@@ -14,6 +14,7 @@ import (
 // is closed, a token logs out.
 type attachment struct {
 	token  *Token
+	since  int64
 	slot   uint
 	info   cryptoki.Token
 	anchor cryptoki.Session
@@ -33,7 +34,7 @@ type attachment struct {
 
 func newAttachment(t *Token, slot uint, info cryptoki.Token, anchor cryptoki.Session, sessions int) *attachment {
 	a := &attachment{
-		token: t, slot: slot, info: info, anchor: anchor, places: make(chan struct{}, sessions),
+		token: t, since: t.now(), slot: slot, info: info, anchor: anchor, places: make(chan struct{}, sessions),
 		broken: make(chan struct{}), live: map[*worker]struct{}{}, empty: make(chan struct{}),
 	}
 	for range sessions {

@@ -40,7 +40,8 @@ func (r *rig) attempts() int {
 // outage and nothing else, however many call it makes no storm of connections, and
 // when it is over they are served, by the same process.
 func TestRemoteOutages(t *testing.T) {
-	r, remote, v := newRemoteRig(t, func(_ *rig, c *hsm.Config) { c.Patience = 50 * time.Millisecond })
+	const patience = 500 * time.Millisecond
+	r, remote, v := newRemoteRig(t, func(_ *rig, c *hsm.Config) { c.Patience = patience })
 	m := material(32)
 	wrapped := r.wrap(v, m)
 	for _, c := range []struct {
@@ -48,24 +49,30 @@ func TestRemoteOutages(t *testing.T) {
 		begin, over func()
 	}{
 		{"cut and refused", func() { remote.Refuse(true); remote.Cut() }, func() { remote.Refuse(false) }},
-		{"no answer is whole", func() { remote.CutAnswers(0, 1000) }, func() { remote.CutAnswers(0, 0) }},
+		{"no answer is whole", func() {
+			remote.CutAnswers(0, 1000)
+			_ = r.fails(v, wrapped, hsm.Unavailable) // alone: of several at once p11-kit lets some hang then
+		}, func() { remote.CutAnswers(0, 0) }},
 		{"the server is gone, and the module shows no slot", remote.Stop, remote.Start},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			r.opens(v, wrapped, m)
 			attached, before := r.attached(), r.attempts()
 			_ = remote.Connections()
+			gone := time.Now()
 			c.begin()
 			var callers sync.WaitGroup
-			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
-			defer cancel()
+			end := gone.Add(800 * time.Millisecond)
 			for range 8 {
 				callers.Go(func() {
-					for ctx.Err() == nil {
-						if _, err := r.Unwrap(t.Context(), v, nil, wrapped, bound); hsm.KindOf(err) != hsm.Unavailable {
-							t.Errorf("Unwrap: %v, want Unavailable", err)
+					_ = r.fails(v, wrapped, hsm.Unavailable)
+					for known := time.Now(); time.Now().Before(end); time.Sleep(time.Millisecond) {
+						_ = r.fails(v, wrapped, hsm.Unavailable)
+						if d := time.Since(known); d > patience/2 {
+							t.Errorf("Unwrap: waits %v for what is known to be away", d)
 							return
 						}
+						known = time.Now()
 						if _, err := r.Key(t.Context(), "orders"); err != nil && hsm.KindOf(err) != hsm.Unavailable {
 							t.Errorf("Key: %v, want Unavailable", err)
 							return
@@ -76,18 +83,19 @@ func TestRemoteOutages(t *testing.T) {
 			callers.Wait()
 			// At 100 ms, and then twice as long each time.
 			if n := r.attempts() - before; n < 2 || n > 6 {
-				t.Errorf("%d attempts in a second", n)
+				t.Errorf("%d attempts", n)
 			}
 			if n := remote.Connections(); n > 6 {
-				t.Errorf("%d connections in a second", n)
+				t.Errorf("%d connections", n)
 			}
 			c.over()
-			began := time.Now()
+			back := time.Now()
 			eventually(t, "it is back", func() error {
 				_, err := r.Unwrap(t.Context(), v, nil, wrapped, bound)
 				return err
 			})
-			if d := time.Since(began); d > 2*time.Second {
+			// The pauses double, so they are not much longer than the outage.
+			if d := time.Since(back); d > 2*back.Sub(gone)+time.Second {
 				t.Errorf("the first answer %v after it is back", d)
 			}
 			r.opens(v, wrapped, m)
@@ -148,7 +156,7 @@ func (r *rig) checks() {
 func cutWhileItConnects(t *testing.T, r *rig, remote *hsmtest.Remote, v *hsm.Version) {
 	m := material(32)
 	wrapped := r.wrap(v, m)
-	for answer := 0; answer < 100; answer += 3 {
+	for answer := 0; answer < 100; answer += 5 {
 		_ = remote.Connections()
 		remote.Cut()
 		remote.CutAnswers(answer, 1)

@@ -34,8 +34,9 @@ type Config struct {
 	Sessions int
 	// HangAfter is how long one call of the module may take; 0 means 10 s.
 	HangAfter time.Duration
-	// Patience is how long an operation waits for a connection that is being made
-	// anew; 0 means 1.5 s.
+	// Patience is how long operations wait for a connection that is being made anew,
+	// from when it was lost; 0 means 1.5 s. In an outage that has lasted longer they
+	// fail at once.
 	Patience time.Duration
 	// Events is told what happens to the connection. It may be nil.
 	Events func(Event)
@@ -100,6 +101,7 @@ type Token struct {
 	current *attachment   // mu guards current and what follows; nil while there is none
 	changed chan struct{} // closed when current or lastErr change
 	lastErr error         // why there is none
+	lostAt  int64         // since when there is none that does anything
 	deadErr error
 }
 
@@ -160,7 +162,8 @@ func (t *Token) Close() error {
 }
 
 // Dead is closed when a call does not come back from the module. Nothing but the
-// end of the process helps then.
+// end of the process helps then. Operations that are in the module wait on until
+// their contexts end; others fail at once.
 func (t *Token) Dead() <-chan struct{} { return t.dead }
 
 // Err returns why the token is dead; nil where it is not.
@@ -221,6 +224,10 @@ func (t *Token) attached(ctx context.Context) (*attachment, error) {
 	for {
 		t.mu.Lock()
 		a, changed, why, dead := t.current, t.changed, t.lastErr, t.deadErr
+		left := t.cfg.Patience
+		if a == nil {
+			left -= time.Duration(t.now() - t.lostAt)
+		}
 		t.mu.Unlock()
 		if a != nil && !a.over() {
 			return a, nil
@@ -232,7 +239,7 @@ func (t *Token) attached(ctx context.Context) (*attachment, error) {
 			return nil, why // waiting does not help
 		}
 		if patience == nil {
-			timer := time.NewTimer(t.cfg.Patience)
+			timer := time.NewTimer(left)
 			defer timer.Stop()
 			patience = timer.C
 		}
@@ -304,6 +311,9 @@ func (t *Token) publish(a *attachment, err error) {
 	defer t.mu.Unlock()
 	if t.deadErr != nil {
 		return
+	}
+	if before := t.current; before != nil && (before.worked.Load() || time.Duration(t.now()-before.since) > t.cfg.Patience) {
+		t.lostAt = t.now()
 	}
 	t.current = a
 	if t.lastErr = err; a == nil && err == nil {
