@@ -94,7 +94,7 @@ func serviceConfig(cfg *Config, backends map[string]*backend) kms.Config {
 	for _, k := range cfg.Keys {
 		c.Keys = append(c.Keys, kms.Key{
 			Name: k.Name, FormerNames: k.FormerNames, Labels: k.Labels,
-			Backend: k.Backend, WrappingKey: k.WrappingKey, BindContext: k.BindContext,
+			Backend: k.Backend, WrappingKey: k.WrappingKey, BindContext: k.BindContext, MaxVersionAge: k.MaxVersionAge,
 			Partition: kms.Partition(k.Cache.Partition),
 			Limits: cache.Limits{
 				MaxAge: k.Cache.MaxAge, MaxLifetime: k.Cache.MaxLifetime, MaxIdle: k.Cache.MaxIdle,

@@ -171,8 +171,11 @@ type KeyConfig struct {
 	// WrappingKey is the URI inside Backend. It belongs to no other key.
 	WrappingKey string `yaml:"wrapping_key"`
 	// BindContext makes the wrapping key bind the encryption context.
-	BindContext bool           `yaml:"bind_context"`
-	Cache       KeyCacheConfig `yaml:"cache"`
+	BindContext bool `yaml:"bind_context"`
+	// MaxVersionAge is how old a version of the wrapping key may be that encrypts
+	// something new; 0 is no limit.
+	MaxVersionAge time.Duration  `yaml:"max_version_age"`
+	Cache         KeyCacheConfig `yaml:"cache"`
 }
 
 // KeyCacheConfig bounds the data keys of one key. No field is zero.

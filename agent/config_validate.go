@@ -174,6 +174,9 @@ func (l *loader) validateKeys() {
 			l.report(at+".backend", "the backend %s", unknownWord(key.Backend, backends))
 		}
 		l.validateWrappingKey(wrapping, at, key)
+		if key.MaxVersionAge < 0 {
+			l.report(at+".max_version_age", "must not be less than zero; leave it out where versions have no end")
+		}
 		l.validateKeyCache(at+".cache", key.Cache)
 	}
 }

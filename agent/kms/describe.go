@@ -120,6 +120,9 @@ func (s *Service) GenerateRandom(ctx context.Context, call Call, length int) ([]
 	})
 }
 
+// warnVersionAge is the share of a version's age from which on it is a problem.
+const warnVersionAge = 0.9
+
 // KeyHealth is what an operator sees of a key.
 type KeyHealth struct {
 	Name, Backend, WrappingKey, CurrentVersion string
@@ -147,6 +150,7 @@ func (s *Service) health(k *key) KeyHealth {
 		return h
 	}
 	h.CurrentVersion = known.Current
+	h.Problem = k.tooOld(known, warnVersionAge)
 	for _, direction := range []cache.Direction{cache.Encrypt, cache.Decrypt} {
 		a := k.wrapping.authority(known.Current, direction)
 		if err := s.cache.Recheck(a); err != nil {

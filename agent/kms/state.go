@@ -37,8 +37,12 @@ type Key struct {
 	// BindContext makes the wrapping key authenticate the encryption context
 	// of messages too, at the price of one data key for each context.
 	BindContext bool
-	Limits      cache.Limits
-	Partition   Partition
+	// MaxVersionAge is how old the version of the wrapping key may be under which
+	// something new is encrypted or wrapped: the originator-usage period of SP
+	// 800-57 part 1, which backends do not enforce. 0 is no limit.
+	MaxVersionAge time.Duration
+	Limits        cache.Limits
+	Partition     Partition
 }
 
 // Config is what an administrator decides, and what a reload replaces.

@@ -7,6 +7,7 @@ import (
 	"crypto/sha256"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"slices"
 	"time"
 
@@ -45,7 +46,27 @@ func (t *transaction) current(ctx context.Context, k *key) (string, error) {
 		return "", failure(ctx, k.Name, err)
 	}
 	t.record.KeyVersion = d.Current
+	if why := k.tooOld(d, 1); why != "" {
+		return "", &Error{Reason: ReasonKeyUnusable, Key: k.Name, Message: why}
+	}
 	return d.Current, nil
+}
+
+// tooOld says why the current version encrypts nothing new, at a share of the age
+// that it may have; "" where it does.
+func (k *key) tooOld(d *described, share float64) string {
+	if k.MaxVersionAge == 0 {
+		return ""
+	}
+	v := findVersion(d.Description, d.Current)
+	if v == nil || v.Created.IsZero() {
+		return "the backend does not tell when version " + d.Current + " of the wrapping key was made, and max_version_age wants to know"
+	}
+	age := time.Since(v.Created) // the wall clock's: it counts across restarts
+	if float64(age) < share*float64(k.MaxVersionAge) {
+		return ""
+	}
+	return fmt.Sprintf("version %s of the wrapping key is %s old, and encrypts until it is %s old: rotate the wrapping key", d.Current, age.Round(time.Minute), k.MaxVersionAge)
 }
 
 // upstream marks calls to the backend with who they are for.
