@@ -53,7 +53,13 @@ func (r *rig) tool(args ...string) {
 // newRig makes a token; change may change how it is used.
 func newRig(t testing.TB, change ...func(*rig, *hsm.Config)) *rig {
 	t.Helper()
-	r := &rig{t: t, soft: hsmtest.NewSoftHSM(t)}
+	return (&rig{t: t, soft: hsmtest.NewSoftHSM(t)}).open(change...)
+}
+
+// open attaches the rig to its token.
+func (r *rig) open(change ...func(*rig, *hsm.Config)) *rig {
+	t := r.t
+	t.Helper()
 	cfg := hsm.Config{
 		Module: softHSM, Token: hsm.URI{Token: hsmtest.Label},
 		Login:  &hsm.Ledger{Path: r.path("logins"), PIN: hsm.PINSource{File: r.soft.PINFile()}},

@@ -25,6 +25,7 @@ type Remote struct {
 
 	t      testing.TB
 	soft   *SoftHSM
+	log    string // what the server says, a file
 	server *exec.Cmd
 	line   *line
 }
@@ -33,15 +34,19 @@ type Remote struct {
 // it when it is loaded.
 const RemoteVariable = "P11_KIT_SERVER_ADDRESS"
 
-// NewRemote serves the token s, until the test ends. The environment of the test has
-// RemoteVariable.
+// NewRemote serves the token s, until the test ends; one token may have several. The
+// environment of the test has RemoteVariable.
 func NewRemote(t testing.TB, s *SoftHSM) *Remote {
 	t.Helper()
 	modules, _ := filepath.Glob("/usr/lib/*/pkcs11/p11-kit-client.so") // the pattern is good
 	if len(modules) == 0 {
 		t.Fatal("p11-kit-modules is not installed (make deps)")
 	}
-	r := &Remote{Module: modules[0], t: t, soft: s, line: newLine(s.Path("wire.sock"), s.Path("p11-kit.sock"))}
+	dir, err := os.MkdirTemp(s.Dir(), "wire")
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := &Remote{Module: modules[0], t: t, soft: s, log: filepath.Join(dir, "log"), line: newLine(filepath.Join(dir, "near"), filepath.Join(dir, "far"))}
 	r.Address = "unix:path=" + r.line.near
 	t.Cleanup(r.Stop)
 	r.Start()
@@ -56,7 +61,7 @@ func (r *Remote) Env() []string { return append(r.soft.Env(), RemoteVariable+"="
 func (r *Remote) Start() {
 	r.t.Helper()
 	if err := r.serve(); err != nil {
-		said, _ := os.ReadFile(r.soft.Path("p11-kit.log")) // there may be none
+		said, _ := os.ReadFile(r.log) // there may be none
 		r.t.Fatalf("p11-kit server: %v\n%s", err, said)
 	}
 	if err := r.line.open(); err != nil {
@@ -84,7 +89,7 @@ func (r *Remote) serve() error {
 		return err
 	}
 	defer func() { _ = errors.Join(out.Close(), in.Close()) }()
-	log, err := os.Create(r.soft.Path("p11-kit.log"))
+	log, err := os.Create(r.log)
 	if err != nil {
 		return err
 	}
