@@ -144,7 +144,7 @@ func orDefault(d, fallback time.Duration) time.Duration {
 }
 
 // Close ends all sessions and finalises the module. It does not wait for a module
-// that hangs longer than HangAfter.
+// that hangs longer than HangAfter, and returns why the token is dead.
 func (t *Token) Close() error {
 	t.end()
 	done := make(chan struct{})
@@ -153,7 +153,7 @@ func (t *Token) Close() error {
 	defer timer.Stop()
 	select {
 	case <-done:
-		return nil
+		return t.Err()
 	case <-t.dead:
 		return t.Err()
 	case <-timer.C:
