@@ -189,8 +189,8 @@ func (t *Token) canary(ctx context.Context, a *attachment, v *Version) error {
 	case loginAgain:
 		return errors.Join(err, t.relogin(a))
 	case newSession, fewer:
-	case refuse:
-		v.unbind(a) // another key has its place
+	case refuse, giveUp:
+		v.unbind(a) // another key has its place, or it may not be used any more
 	default:
 		a.breaks(errorf(Unavailable, err, "the token does not open what it has wrapped itself"))
 	}
@@ -216,16 +216,37 @@ func (t *Token) openCanary(ctx context.Context, a *attachment, v *Version, keys 
 }
 
 // examine finds out whether the token is well, and sees to a new attachment where
-// it is not.
+// it is not. That a key is not well says nothing of the token.
 func (t *Token) examine(ctx context.Context, a *attachment) error {
-	if v := t.used.Load(); v != nil && v.mayUnwrap() == nil {
-		if _, err := t.bind(ctx, a, v); err != nil {
-			_, _ = t.judge(ctx, a, v, err, false, new(int))
-			return err
-		}
-		return t.canary(ctx, a, v)
+	v := t.used.Load()
+	if v == nil || v.mayUnwrap() != nil {
+		return t.answers(ctx, a)
 	}
-	// No key is in use: the token at least answers.
+	var last error
+	for range attempts {
+		_, err := t.bind(ctx, a, v)
+		if err != nil {
+			_, err = t.judge(ctx, a, v, err, false, new(int))
+		} else if err = t.canary(ctx, a, v); err == nil {
+			return nil
+		}
+		known := (*Error)(nil)
+		switch {
+		case isCallers(err), ctx.Err() != nil, KindOf(err) == Unauthenticated:
+			return err
+		case a.cause() != nil:
+			return errorf(Unavailable, err, "the token is not well")
+		case errors.As(err, &known) && (known.Kind == KeyNotFound || known.Kind == KeyUnusable):
+			t.used.CompareAndSwap(v, nil)
+			return t.answers(ctx, a)
+		}
+		last = err
+	}
+	return errorf(Unavailable, last, "the token does not open what it has wrapped itself")
+}
+
+// answers finds out whether the token answers at all.
+func (t *Token) answers(ctx context.Context, a *attachment) error {
 	err := t.do(ctx, a, func(w *worker) error {
 		var b [1]byte
 		return w.session.Random(b[:])

@@ -187,18 +187,87 @@ func (t *Token) writeObject(ctx context.Context, k *Key) error {
 	})
 }
 
-// SetState disables or enables a version: in the record, and on tokens that allow
-// it at the key itself.
+// SetState disables or enables a version: in the record, and at the key itself on
+// tokens that allow it, so that other programs of the token do not use it either.
 func (t *Token) SetState(ctx context.Context, name string, number uint32, state State) (*Key, error) {
 	if state != Enabled && state != Disabled {
 		return nil, errorf(Invalid, nil, "a version is enabled or disabled; Destroy destroys it")
 	}
-	return t.change(ctx, name, number, func(v *Version) (State, error) {
-		if v.State == Destroyed {
+	var before *Version
+	check := func(v *Version) (State, error) {
+		if before = v; v.State == Destroyed {
 			return 0, errorf(Invalid, nil, "version %d of key %s is destroyed", number, name)
 		}
 		return state, nil
+	}
+	if state == Disabled { // the record is what counts; the key follows where it can
+		k, err := t.change(ctx, name, number, check)
+		if err == nil {
+			err = t.allow(ctx, before, false)
+		}
+		return k, err
+	}
+	k, err := t.readKey(ctx, name)
+	if err != nil {
+		return nil, err
+	}
+	if v, err := k.Version(number); err != nil {
+		return nil, err
+	} else if v.State == Disabled {
+		if err := t.allow(ctx, v, true); err != nil {
+			return nil, err
+		}
+	}
+	return t.change(ctx, name, number, check)
+}
+
+// allow lets the keys of a version be used on the token, or keeps them from it: then
+// no program of the token uses them. A token that does not change keys leaves it to
+// the record, where that does no harm.
+func (t *Token) allow(ctx context.Context, v *Version, yes bool) error {
+	return t.manage(ctx, func(w *worker) error {
+		keys, err := v.find(w.session)
+		if errors.Is(err, errNoKey) && !yes {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		var errs []error
+		for _, change := range []struct {
+			key cryptoki.Object
+			use []uint
+		}{
+			{keys.key, []uint{pkcs11.CKA_DECRYPT}}, {keys.public, []uint{pkcs11.CKA_ENCRYPT}}, {keys.mac, []uint{pkcs11.CKA_SIGN, pkcs11.CKA_VERIFY}},
+		} {
+			if change.key == 0 {
+				continue
+			}
+			if change.key == keys.key && keys.public == 0 {
+				change.use = append(change.use, pkcs11.CKA_ENCRYPT)
+			}
+			for _, use := range change.use {
+				errs = append(errs, setUse(w.session, change.key, use, yes))
+			}
+		}
+		return errors.Join(errs...)
 	})
+}
+
+// setUse changes what a key may be used for, where it is not so already.
+func setUse(s cryptoki.Session, key cryptoki.Object, use uint, yes bool) error {
+	now, err := s.Attribute(key, use)
+	if err != nil {
+		return err
+	}
+	if len(now) == 1 && (now[0] != 0) == yes {
+		return nil
+	}
+	err = s.SetAttributes(key, []cryptoki.Attribute{cryptoki.Bool(use, yes)})
+	if !yes && stepFor(err) == giveUp {
+		return nil // the token does not change keys
+	}
+	return err
 }
 
 // Destroy destroys the key of a version, which must be disabled. What is wrapped

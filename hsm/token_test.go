@@ -127,6 +127,35 @@ func TestVersions(t *testing.T) {
 	}
 }
 
+// A version that is disabled is so on the token, for every program that uses it, and
+// the token stays well.
+func TestDisabledOnTheToken(t *testing.T) {
+	for _, suite := range []hsm.Suite{hsm.GCM, hsm.CBCHMAC, hsm.OAEPSHA1} {
+		t.Run(suite.String(), func(t *testing.T) {
+			r := newRig(t)
+			before := r.key("orders", suite)
+			m := material(32)
+			wrapped := r.wrap(before, m)
+			if _, err := r.SetState(bounded(t), "orders", 1, hsm.Disabled); err != nil {
+				t.Fatal(err)
+			}
+			_ = r.fails(before, wrapped, hsm.KeyUnusable) // with what was read before
+			if err := r.Check(bounded(t)); err != nil {
+				t.Errorf("Check: %v", err)
+			}
+			k, err := r.SetState(bounded(t), "orders", 1, hsm.Enabled)
+			if err != nil {
+				t.Fatal(err)
+			}
+			r.opens(k.Versions[0], wrapped, m)
+			r.opens(k.Versions[0], r.wrap(k.Versions[0], m), m)
+			if n := r.attached(); n != 1 {
+				t.Errorf("attached %d times, want once", n)
+			}
+		})
+	}
+}
+
 func second(_ *hsm.Key, err error) error { return err }
 
 func TestConcurrency(t *testing.T) {

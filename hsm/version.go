@@ -180,18 +180,10 @@ func (t *Token) sure(ctx context.Context) error {
 	if err := t.there(ctx, a); err != nil {
 		return err
 	}
-	err = t.examine(ctx, a)
-	if stepFor(err) == findAgain { // the canary's key is gone, too
-		err = t.examine(ctx, a)
-	}
-	switch {
-	case err == nil, KindOf(err) == KeyNotFound, KindOf(err) == KeyUnusable:
-		return nil
-	case isCallers(err):
-		return err
-	default:
+	if err := t.examine(ctx, a); err != nil && !isCallers(err) {
 		return errorf(Unavailable, err, "the token is not well")
 	}
+	return context.Cause(ctx)
 }
 
 // find returns the keys of the version.
