@@ -14,7 +14,7 @@ import (
 // is closed, a token logs out.
 type attachment struct {
 	token  *Token
-	since  int64
+	since  int64 // by the token's now
 	slot   uint
 	info   cryptoki.Token
 	anchor cryptoki.Session
@@ -138,6 +138,12 @@ func (a *attachment) breaks(why error) {
 	if len(a.live) == 0 {
 		close(a.empty)
 	}
+}
+
+// proved tells whether the attachment was good for something: it served, or lasted.
+// One that breaks as soon as it is used is as if there were none.
+func (a *attachment) proved() bool {
+	return a.worked.Load() || time.Duration(a.token.now()-a.since) > reconnectMax
 }
 
 // over tells whether the attachment is broken.

@@ -101,7 +101,7 @@ type Token struct {
 	current *attachment   // mu guards current and what follows; nil while there is none
 	changed chan struct{} // closed when current or lastErr change
 	lastErr error         // why there is none
-	lostAt  int64         // since when there is none that does anything
+	lostAt  int64         // since when there is none that proved itself
 	deadErr error
 }
 
@@ -254,7 +254,7 @@ func (t *Token) attached(ctx context.Context) (*attachment, error) {
 }
 
 // keep attaches the token and does so again whenever the attachment breaks. The
-// pause grows while attachments do no work.
+// pause grows while attachments prove nothing.
 func (t *Token) keep(ctx context.Context) {
 	pause := time.Duration(0)
 	for ctx.Err() == nil {
@@ -268,7 +268,7 @@ func (t *Token) keep(ctx context.Context) {
 			if !t.detach(a) {
 				return
 			}
-			if a.worked.Load() {
+			if a.proved() {
 				pause = 0
 			}
 		}
@@ -312,7 +312,7 @@ func (t *Token) publish(a *attachment, err error) {
 	if t.deadErr != nil {
 		return
 	}
-	if before := t.current; before != nil && (before.worked.Load() || time.Duration(t.now()-before.since) > t.cfg.Patience) {
+	if t.current != nil && t.current.proved() {
 		t.lostAt = t.now()
 	}
 	t.current = a
