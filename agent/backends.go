@@ -87,9 +87,20 @@ func (c *Config) PluginState(backend string) string {
 	return filepath.Join(c.StateDir, "plugins", backend)
 }
 
+// pluginDebug is GODEBUG for plugins: the agent's own, and no preemption by signals.
+// A signal saves the registers of what it interrupts to a stack that is not erased,
+// and a cipher has key material there.
+func pluginDebug(own string) string {
+	const noSignals = "asyncpreemptoff=1"
+	if own == "" {
+		return noSignals
+	}
+	return own + "," + noSignals
+}
+
 // PluginEnv is the whole environment of a backend's plugin. systemd's credentials
 // are passed on: they are how a plugin is given its own secrets. So is GODEBUG: a
-// FIPS 140-3 mode is for the agent as a whole.
+// FIPS 140-3 mode is for the agent as a whole (see pluginDebug).
 func (c *Config) PluginEnv(cfg BackendConfig) ([]string, error) {
 	env := make([]string, 0, len(cfg.Env)+len(cfg.EnvFromFiles)+1)
 	if cfg.Path != "" {
@@ -99,11 +110,10 @@ func (c *Config) PluginEnv(cfg BackendConfig) ([]string, error) {
 		}
 		env = append(env, plugins.StateVariable+"="+dir)
 	}
-	for _, name := range []string{"CREDENTIALS_DIRECTORY", "GODEBUG"} {
-		if value, ok := os.LookupEnv(name); ok {
-			env = append(env, name+"="+value)
-		}
+	if value, ok := os.LookupEnv("CREDENTIALS_DIRECTORY"); ok {
+		env = append(env, "CREDENTIALS_DIRECTORY="+value)
 	}
+	env = append(env, "GODEBUG="+pluginDebug(os.Getenv("GODEBUG")))
 	for _, name := range slices.Sorted(maps.Keys(cfg.Env)) {
 		env = append(env, name+"="+cfg.Env[name])
 	}
