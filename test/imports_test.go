@@ -26,6 +26,7 @@ func allowed() map[string][]string {
 		// Leaves: they know nothing of each other.
 		"cache":           {},
 		"cache/seal":      {},
+		"cache/seal/*":    {"cache/seal"}, // each sealer
 		"envelope":        {},
 		"hsm":             {"hsm/internal/cryptoki"},
 		"hsm/internal/*":  {},
