@@ -20,8 +20,8 @@ type Suite uint8
 const (
 	// GCM is CKM_AES_GCM: authenticated by itself.
 	GCM Suite = iota + 1
-	// KWP is CKM_AES_KEY_WRAP_KWP (RFC 5649) over the material and a commitment to
-	// what is bound.
+	// KWP is CKM_AES_KEY_WRAP_KWP (RFC 5649) over random bytes, the material and a
+	// commitment to what is bound: by itself it wraps the same to the same.
 	KWP
 	// CBCHMAC is CKM_AES_CBC, then CKM_SHA256_HMAC under a second key.
 	CBCHMAC
@@ -135,8 +135,7 @@ func (s Suite) seal(w *worker, style IVStyle, k handles, n int) (int, error) {
 	case GCM:
 		return sealGCM(w, style, k, n)
 	case KWP:
-		p := cryptoki.None(ckmKWP)
-		return w.session.Encrypt(k.key, &p, w.in[:w.pack(n, true)], w.out)
+		return sealKWP(w, k, n)
 	case CBCHMAC:
 		return sealCBC(w, k, n)
 	case OAEP, OAEPSHA1:
@@ -158,8 +157,7 @@ func (s Suite) open(w *worker, k handles, n int) (int, error) {
 		}
 		return got, err
 	case KWP:
-		p := cryptoki.None(ckmKWP)
-		return w.unpack(w.session.Decrypt(k.key, &p, w.in[:n], w.out))
+		return openKWP(w, k, n)
 	case CBCHMAC:
 		return openCBC(w, k, n)
 	case OAEP, OAEPSHA1:
@@ -197,7 +195,7 @@ func (s Suite) fits(n int) bool {
 	case GCM:
 		return n > gcmTag
 	case KWP:
-		return n >= block+commitment+8 && n%8 == 0
+		return n >= block+block+commitment+8 && n%8 == 0
 	case CBCHMAC:
 		return n >= block+macSize && n%block == 0
 	default:
@@ -311,6 +309,30 @@ func (w *worker) unframe(n int) (int, error) {
 	copy(w.out, w.out[2:2+size])
 	clear(w.out[size:n])
 	return size, nil
+}
+
+func sealKWP(w *worker, k handles, n int) (int, error) {
+	n = w.pack(n, true)
+	copy(w.in[block:], w.in[:n])
+	if _, err := rand.Read(w.in[:block]); err != nil {
+		return 0, err
+	}
+	p := cryptoki.None(ckmKWP)
+	return w.session.Encrypt(k.key, &p, w.in[:block+n], w.out)
+}
+
+func openKWP(w *worker, k handles, n int) (int, error) {
+	p := cryptoki.None(ckmKWP)
+	n, err := w.session.Decrypt(k.key, &p, w.in[:n], w.out)
+	if err != nil {
+		return 0, err
+	}
+	if n < block {
+		return 0, errOpen
+	}
+	copy(w.out, w.out[block:n])
+	clear(w.out[n-block : n])
+	return w.unpack(n-block, nil)
 }
 
 func sealCBC(w *worker, k handles, n int) (int, error) {
