@@ -47,7 +47,7 @@ func TestMain(m *testing.M) {
 func runChild(t *testing.T, kind, name, dir string, uid uint32) string {
 	t.Helper()
 	cmd := exec.CommandContext(t.Context(), "/proc/self/exe", name, dir)
-	cmd.Env, cmd.Dir = []string{childVariable + "=" + kind}, "/"
+	cmd.Env, cmd.Dir = []string{childVariable + "=" + kind, "GORACE=atexit_sleep_ms=0"}, "/"
 	if uid != 0 {
 		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uid, Gid: uid}}
 	}
