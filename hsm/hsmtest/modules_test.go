@@ -5,6 +5,11 @@ package hsmtest_test
 import (
 	"bytes"
 	"context"
+	"crypto/rand"
+	"crypto/rsa"
+	"crypto/sha256"
+	"crypto/x509"
+	"os"
 	"os/exec"
 	"strings"
 	"testing"
@@ -33,6 +38,50 @@ func TestNSS(t *testing.T) {
 		wantTrials(t, token, hsm.GCM, map[hsm.Suite]bool{hsm.GCM: true, hsm.KWP: true, hsm.CBCHMAC: true, hsm.OAEP: true, hsm.OAEPSHA1: true})
 		wantKeys(t, token, hsm.GCM, hsm.KWP, hsm.CBCHMAC, hsm.OAEP)
 	})
+}
+
+func TestTPM2(t *testing.T) {
+	twice(t, func(t *testing.T) {
+		k := hsmtest.TPM2(t)
+		wantElsewhere(t, k)
+		token := attach(t, k)
+		// It makes no keys for a session, and no RSA key that decrypts and cannot sign.
+		wantTrials(t, token, 0, map[hsm.Suite]bool{})
+		wantDecrypts(t, k)
+	})
+}
+
+// wantDecrypts has another application make a pair of RSA, and decrypt with it.
+func wantDecrypts(t *testing.T, k *hsmtest.Token) {
+	t.Helper()
+	tool := func(args ...string) {
+		t.Helper()
+		args = append([]string{"--module", k.Module, "--token-label", k.Label, "--login", "--pin", k.PIN, "--id", "01"}, args...)
+		if out, err := exec.CommandContext(t.Context(), "pkcs11-tool", args...).CombinedOutput(); err != nil {
+			t.Fatalf("pkcs11-tool %v: %v\n%s", args, err, out)
+		}
+	}
+	tool("--keypairgen", "--key-type", "rsa:2048")
+	tool("--read-object", "--type", "pubkey", "--output-file", k.Path("public"))
+	der, err := os.ReadFile(k.Path("public"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	public, err := x509.ParsePKIXPublicKey(der)
+	if err != nil {
+		t.Fatal(err)
+	}
+	encrypted, err := rsa.EncryptOAEP(sha256.New(), rand.Reader, public.(*rsa.PublicKey), []byte("some plaintext"), nil)
+	if err == nil {
+		err = os.WriteFile(k.Path("encrypted"), encrypted, 0o600)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	tool("--decrypt", "--mechanism", "RSA-PKCS-OAEP", "--hash-algorithm", "SHA256", "--input-file", k.Path("encrypted"), "--output-file", k.Path("decrypted"))
+	if got, err := os.ReadFile(k.Path("decrypted")); err != nil || string(got) != "some plaintext" {
+		t.Errorf("decrypted: %q, %v", got, err)
+	}
 }
 
 // twice makes a token, and another one later in the same process.

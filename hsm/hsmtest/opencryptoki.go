@@ -39,7 +39,7 @@ func OpenCryptoki(t testing.TB) *Token {
 		t.Fatal("opencryptoki's pkcsslotd can be started by root only")
 	}
 	lock(t, openCryptokiConfig)
-	if listens(t, openCryptokiSocket) {
+	if listens(t, "unix", openCryptokiSocket) {
 		t.Fatal("a pkcsslotd is running, and there can be one at a time: stop it (systemctl stop pkcsslotd)")
 	}
 	data, locks := filepath.Join(openCryptokiData, openCryptokiName), filepath.Join(openCryptokiLocks, openCryptokiName)
@@ -74,9 +74,9 @@ func (k *Token) initOpenCryptoki(t testing.TB) {
 	k.tool(t, "--slot", "0", "--login", "--pin", handed, "--change-pin", "--new-pin", k.PIN)
 }
 
-// listens tells whether somebody listens at a Unix socket.
-func listens(t testing.TB, path string) bool {
-	c, err := new(net.Dialer).DialContext(t.Context(), "unix", path)
+// listens tells whether somebody listens at an address.
+func listens(t testing.TB, network, address string) bool {
+	c, err := new(net.Dialer).DialContext(t.Context(), network, address)
 	if err == nil {
 		_ = c.Close()
 	}
