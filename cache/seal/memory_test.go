@@ -2,7 +2,9 @@ package seal_test
 
 import (
 	"errors"
+	"fmt"
 	"path/filepath"
+	"strings"
 	"testing"
 	"unsafe"
 
@@ -63,5 +65,19 @@ func TestKeyRefusesOtherSecrets(t *testing.T) {
 	}
 	if _, err := newHost(t, 1).Open(nil, make([]byte, 43), nil); !errors.Is(err, seal.ErrDamaged) {
 		t.Errorf("Open of 43 bytes: got %v, want ErrDamaged", err)
+	}
+}
+
+func TestMemoryIsLockedAndNotDumped(t *testing.T) {
+	m, err := seal.NewMemory(5000)
+	must(t, err)
+	defer m.Free()
+	_, rest, found := strings.Cut("\n"+string(read(t, "/proc/self/smaps")), "\n"+strings.TrimPrefix(fmt.Sprintf("%p", m.Bytes()), "0x")+"-")
+	_, rest, flagged := strings.Cut(rest, "VmFlags:")
+	flags, _, _ := strings.Cut(rest, "\n")
+	for _, want := range []string{" lo ", " dd "} { // locked, do not dump
+		if !found || !flagged || !strings.Contains(flags+" ", want) {
+			t.Errorf("the mapping's flags are %q, want %q among them", flags, want)
+		}
 	}
 }

@@ -102,6 +102,11 @@ func TestRollbackIsRefused(t *testing.T) {
 	store.Close()
 	write(t, path, old)
 	wantLoad(t, "older copy", path, h, nil, seal.ErrRolledBack)
+	older := open(t, path, h)
+	if _, err := older.Load(); err == nil || !strings.Contains(err.Error(), "written as state 2, but host has counted to 3: an older copy") {
+		t.Errorf("older copy: got %v, want it to say so", err)
+	}
+	older.Close()
 	write(t, path, current)
 	wantLoad(t, "newest", path, h, records("new"), nil)
 	h.counter -= 2
@@ -359,4 +364,20 @@ func sealerAt(s seal.Sealer, n uint64) error {
 			return err
 		}
 	}
+}
+
+// An Advance that fails although the counter has moved costs nothing.
+func TestCounterMovedByAFailedAdvance(t *testing.T) {
+	path, h := filepath.Join(t.TempDir(), "store"), newHost(t, 1)
+	store := open(t, path, h)
+	must(t, store.Save(records("first")))
+	h.broken = seal.ErrUnavailable
+	if err := store.Save(records("second")); err == nil {
+		t.Fatal("Save without counter succeeded")
+	}
+	h.broken = nil
+	h.counter++
+	must(t, store.Save(records("third")))
+	store.Close()
+	wantLoad(t, "afterwards", path, h, records("third"), nil)
 }
