@@ -55,7 +55,9 @@ type Config struct {
 // the TPM has ever counted to, so that this is no way back.
 //
 // The secret crosses the wire to the TPM encrypted against listeners, by sessions
-// salted to the primary key. The TPM library keeps it on the Go heap for the moment of a call.
+// salted to the primary key. The TPM library leaves copies on the Go heap, which
+// only builds with GOEXPERIMENT=runtimesecret erase. A call to the TPM ends by
+// the deadlines of the kernel's driver.
 type Sealer struct {
 	config Config
 	tpm    transport.TPMCloser // nil: closed
@@ -154,15 +156,17 @@ func (s *Sealer) unavailable(err error) error {
 }
 
 // create makes a new secret.
-func (s *Sealer) create() error {
-	secret := make([]byte, seal.SecretSize)
-	defer clear(secret)
-	_, _ = rand.Read(secret)
-	object, err := s.sealSecret(secret)
-	if err != nil {
-		return err
-	}
-	return s.use(secret, object)
+func (s *Sealer) create() (err error) {
+	erasing(func() {
+		secret := make([]byte, seal.SecretSize)
+		defer clear(secret)
+		_, _ = rand.Read(secret)
+		var object []byte
+		if object, err = s.sealSecret(secret); err == nil {
+			err = s.use(secret, object)
+		}
+	})
+	return err
 }
 
 func (s *Sealer) use(secret, object []byte) error {
@@ -176,18 +180,20 @@ func (s *Sealer) use(secret, object []byte) error {
 }
 
 // unseal makes the secret in object the one in use.
-func (s *Sealer) unseal(object []byte) error {
-	secret, err := s.unsealSecret(object)
-	defer clear(secret)
+func (s *Sealer) unseal(object []byte) (err error) {
+	erasing(func() {
+		var secret []byte
+		if secret, err = s.unsealSecret(object); err == nil {
+			err = s.use(secret, object)
+		}
+		clear(secret)
+	})
 	switch {
 	case errors.Is(err, errObject):
 		return fmt.Errorf("%w: %w", seal.ErrDamaged, err)
 	case errors.Is(err, errNotOurs):
 		return fmt.Errorf("%w: %s cannot load it: it was made by another TPM, or this one was cleared since", seal.ErrForeign, s)
-	case err == nil:
-		err = s.use(secret, object)
-	}
-	if err != nil {
+	case err != nil:
 		return s.unavailable(err)
 	}
 	return nil
