@@ -10,9 +10,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// harden takes from the process what a holder of keys has no use for. The
+// Harden takes from the process what a holder of keys has no use for: core dumps,
+// being read by other processes of its user, new privileges, and files that others
+// read. It may execute the program again, so it comes first in main. Serve does it by
+// itself. The
 // kernel resets PR_SET_DUMPABLE at execve, so each process does it by itself.
-func harden() error {
+func Harden() error {
 	if err := noNewPrivileges(); err != nil {
 		return err
 	}

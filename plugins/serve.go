@@ -82,7 +82,7 @@ func Serve(b Backend) error {
 	if os.Getenv(h.MagicCookieKey) != h.MagicCookieValue {
 		return ErrByHand
 	}
-	if err := harden(); err != nil {
+	if err := Harden(); err != nil {
 		return fmt.Errorf("harden the plugin's process: %w", err)
 	}
 	stderr := os.Stderr // go-plugin replaces the variable

@@ -8,13 +8,24 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"strings"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/kms-agent/kms-agent/hsm"
+	"github.com/kms-agent/kms-agent/plugins"
 )
 
 // adminTimeout bounds one request: HSMs take seconds to make RSA keys.
 const adminTimeout = 2 * time.Minute
+
+const (
+	// adminPatience is how long a request waits for a token that is not there.
+	adminPatience = 5 * time.Second
+	// loadLimit is how long loading the library may take where hang_after says nothing.
+	loadLimit = 10 * time.Second
+)
 
 // request is what `kms-agent hsm` writes to standard input of `administer`.
 type request struct {
@@ -25,11 +36,14 @@ type request struct {
 	Suite    string          `json:"suite,omitempty"`
 	// Retry lets a PIN be tried that the token has refused before.
 	Retry bool `json:"retry_pin,omitempty"`
+	// Confirmed lets the current version be disabled.
+	Confirmed bool `json:"confirmed,omitempty"`
 }
 
 // answer is one JSON object on standard output.
 type answer struct {
 	Error string     `json:"error,omitempty"`
+	Class string     `json:"class,omitempty"` // the error's hsm.Kind
 	Probe *probe     `json:"probe,omitempty"`
 	Keys  []keyState `json:"keys,omitempty"`
 }
@@ -73,13 +87,39 @@ type versionState struct {
 	Created time.Time `json:"created"`
 }
 
+// administerOnce is the main function of `administer`. It returns the exit code.
+func administerOnce(args []string) int {
+	err := plugins.Harden()
+	if err == nil {
+		var out *os.File
+		if out, err = privateOutput(); err == nil {
+			return administer(args, os.Stdin, out, os.Stderr)
+		}
+	}
+	_, _ = fmt.Fprintln(os.Stderr, err)
+	return 1
+}
+
+// privateOutput returns the standard output and gives the vendor's library, which may
+// print, the standard error instead.
+func privateOutput() (*os.File, error) {
+	fd, err := unix.FcntlInt(uintptr(unix.Stdout), unix.F_DUPFD_CLOEXEC, unix.Stderr+1)
+	if err != nil {
+		return nil, fmt.Errorf("keep the standard output for the answer: %w", err)
+	}
+	if err := unix.Dup3(unix.Stderr, unix.Stdout, 0); err != nil {
+		return nil, fmt.Errorf("keep the standard output for the answer: %w", err)
+	}
+	return os.NewFile(uintptr(fd), "answer"), nil
+}
+
 // administer serves one request of `kms-agent hsm`. It returns the exit code.
 func administer(args []string, in io.Reader, out, diagnostics io.Writer) int {
 	if len(args) != 1 || args[0] != "administer" {
 		_, _ = fmt.Fprintln(diagnostics, "this program is a plugin of kms-agent: use 'kms-agent hsm' to administer keys on a token")
 		return 2
 	}
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
 	defer stop()
 	ctx, cancel := context.WithTimeout(ctx, adminTimeout)
 	defer cancel()
@@ -89,7 +129,10 @@ func administer(args []string, in io.Reader, out, diagnostics io.Writer) int {
 		a, err = r.serve(ctx, diagnostics)
 	}
 	if err != nil {
-		a.Error = err.Error()
+		a.Error, a.Class = told(err), hsm.KindOf(err).String()
+		if errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
+			a.Class = hsm.Unavailable.String()
+		}
 	}
 	if err := json.NewEncoder(out).Encode(a); err != nil || a.Error != "" {
 		return 1
@@ -100,20 +143,40 @@ func administer(args []string, in io.Reader, out, diagnostics io.Writer) int {
 func (r request) serve(ctx context.Context, diagnostics io.Writer) (answer, error) {
 	s, uri, err := parseSettings(r.Settings)
 	if err != nil {
-		return answer{}, err
+		return answer{}, &hsm.Error{Kind: hsm.Invalid, Err: err}
 	}
 	s.retryPIN = r.Retry
-	t, err := s.openToken(uri, logEvents(diagnostics), time.Minute)
+	waiting, giveUp := context.WithCancelCause(ctx)
+	defer giveUp(nil)
+	t, err := s.load(uri, func(e hsm.Event) {
+		switch {
+		case e.Attached || e.Err == nil:
+		case hopeless(e.Err):
+			giveUp(e.Err)
+		case hsm.KindOf(e.Err) != hsm.Unauthenticated:
+			_, _ = fmt.Fprintln(diagnostics, "waiting for the token:", told(e.Err))
+		}
+	})
 	if err != nil {
 		return answer{}, err
 	}
 	defer func() { _ = t.Close() }()
-	hung, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
+	if _, err := t.Info(waiting); err != nil {
+		return answer{}, err
+	}
+	// What began is brought to its end: a change that is cut off leaves half of it on
+	// the token. Each call of the module is bounded by hang_after.
+	bounded, cancel := context.WithTimeout(context.WithoutCancel(ctx), adminTimeout)
+	defer cancel()
+	if r.Command == "probe" || r.Command == "list" {
+		bounded = ctx
+	}
+	hung, end := context.WithCancelCause(bounded)
+	defer end(nil)
 	go func() {
 		select {
 		case <-t.Dead():
-			cancel(t.Err())
+			end(t.Err())
 		case <-hung.Done():
 		}
 	}()
@@ -124,12 +187,66 @@ func (r request) serve(ctx context.Context, diagnostics io.Writer) (answer, erro
 	return a, err
 }
 
+// load opens the token. A library that does not come back from being loaded is left
+// to the end of the process.
+func (s settings) load(uri hsm.URI, events func(hsm.Event)) (*hsm.Token, error) {
+	type opened struct {
+		token *hsm.Token
+		err   error
+	}
+	done := make(chan opened, 1)
+	go func() {
+		t, err := s.openToken(uri, events, adminPatience)
+		done <- opened{t, err}
+	}()
+	limit := time.Duration(s.HangAfter)
+	if limit == 0 {
+		limit = loadLimit
+	}
+	timer := time.NewTimer(limit)
+	defer timer.Stop()
+	select {
+	case o := <-done:
+		if o.err != nil {
+			return nil, &hsm.Error{Kind: hsm.Invalid, Err: o.err}
+		}
+		return o.token, nil
+	case <-timer.C:
+		return nil, &hsm.Error{Kind: hsm.Unavailable, Detail: fmt.Sprintf("the library %s has not come back from being loaded for %v", s.Module, limit)}
+	}
+}
+
+// hopeless tells whether waiting for the token cannot help: it is another that is
+// there, or several.
+func hopeless(err error) bool {
+	return hsm.KindOf(err) == hsm.Invalid || strings.Contains(err.Error(), "no token matches")
+}
+
+// told is an error without the names of the kinds: the operator gets them as exit code.
+func told(err error) string {
+	if e := (*hsm.Error)(nil); errors.As(err, &e) && error(e) == err { //nolint:errorlint // this very link of the chain
+		switch {
+		case e.Err == nil && e.Detail == "":
+			return e.Kind.String()
+		case e.Err == nil:
+			return e.Detail
+		case e.Detail == "":
+			return told(e.Err)
+		}
+		return e.Detail + ": " + told(e.Err)
+	}
+	if cause := errors.Unwrap(err); cause != nil {
+		return strings.Replace(err.Error(), cause.Error(), told(cause), 1)
+	}
+	return err.Error()
+}
+
 func (r request) perform(ctx context.Context, t *hsm.Token) (answer, error) {
 	suite := hsm.Suite(0)
 	if r.Suite != "" {
 		var err error
 		if suite, err = hsm.ParseSuite(r.Suite); err != nil {
-			return answer{}, err
+			return answer{}, &hsm.Error{Kind: hsm.Invalid, Err: err}
 		}
 	}
 	var k *hsm.Key
@@ -148,7 +265,9 @@ func (r request) perform(ctx context.Context, t *hsm.Token) (answer, error) {
 	case "enable":
 		k, err = t.SetState(ctx, r.Key, r.Version, hsm.Enabled)
 	case "disable":
-		k, err = t.SetState(ctx, r.Key, r.Version, hsm.Disabled)
+		if err = r.sparesCurrent(ctx, t); err == nil {
+			k, err = t.SetState(ctx, r.Key, r.Version, hsm.Disabled)
+		}
 	case "destroy":
 		k, err = t.Destroy(ctx, r.Key, r.Version)
 	default:
@@ -158,6 +277,17 @@ func (r request) perform(ctx context.Context, t *hsm.Token) (answer, error) {
 		return answer{}, err
 	}
 	return answer{Keys: states(k)}, nil
+}
+
+// sparesCurrent refuses to disable the version that encryption needs, unless that is
+// confirmed.
+func (r request) sparesCurrent(ctx context.Context, t *hsm.Token) error {
+	k, err := t.Key(ctx, r.Key)
+	if err != nil || k.Current != r.Version || r.Confirmed {
+		return err
+	}
+	return &hsm.Error{Kind: hsm.Invalid, Detail: fmt.Sprintf("version %d of %q is the current one: nothing could be encrypted without it. "+
+		"Make another first with kms-agent hsm rotate %s, or repeat this with --confirm %s@%d", r.Version, r.Key, r.Key, r.Key, r.Version)}
 }
 
 func probed(p hsm.Probe) *probe {
@@ -172,7 +302,7 @@ func probed(p hsm.Probe) *probe {
 	for _, s := range p.Trials {
 		t := trial{Suite: s.Suite.String(), Works: s.Err == nil, IV: s.IV, PairUS: s.Pair.Microseconds()}
 		if s.Err != nil {
-			t.Reason = s.Err.Error()
+			t.Reason = told(s.Err)
 		}
 		out.Suites = append(out.Suites, t)
 	}

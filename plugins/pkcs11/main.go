@@ -11,7 +11,7 @@ import (
 
 func main() {
 	if len(os.Args) > 1 {
-		os.Exit(administer(os.Args[1:], os.Stdin, os.Stdout, os.Stderr))
+		os.Exit(administerOnce(os.Args[1:]))
 	}
 	if err := plugins.Serve(newBackend()); err != nil {
 		fmt.Fprintln(os.Stderr, err)

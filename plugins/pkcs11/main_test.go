@@ -18,7 +18,7 @@ import (
 func TestMain(m *testing.M) {
 	plugintest.ServeIfChild(map[string]func() plugins.Backend{"pkcs11": func() plugins.Backend { return newBackend() }})
 	if os.Getenv(administerVariable) != "" {
-		os.Exit(administer([]string{"administer"}, os.Stdin, os.Stdout, os.Stderr))
+		os.Exit(administerOnce([]string{"administer"}))
 	}
 	os.Exit(m.Run())
 }

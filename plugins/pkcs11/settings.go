@@ -32,16 +32,25 @@ type settings struct {
 // duration is a time.Duration as text, such as "10s".
 type duration time.Duration
 
+// notDuration is what a duration is that cannot be read: the other faults are told
+// with it.
+const notDuration duration = -1
+
 // UnmarshalJSON reads "10s".
 func (d *duration) UnmarshalJSON(b []byte) error {
+	*d = notDuration
 	var text string
-	if err := json.Unmarshal(b, &text); err != nil {
-		return err
+	if json.Unmarshal(b, &text) != nil {
+		return nil
 	}
-	parsed, err := time.ParseDuration(text)
-	*d = duration(parsed)
-	return err
+	if parsed, err := time.ParseDuration(text); err == nil && parsed >= 0 {
+		*d = duration(parsed)
+	}
+	return nil
 }
+
+// maxFleet is how many hosts may share the keys of a token.
+const maxFleet = 1_000_000
 
 // parseSettings reads settings strictly and reports every fault at once.
 func parseSettings(raw json.RawMessage) (settings, hsm.URI, error) {
@@ -75,8 +84,13 @@ func parseSettings(raw json.RawMessage) (settings, hsm.URI, error) {
 	if s.Sessions < 0 || s.Sessions > 1024 {
 		fault("sessions: 1 to 1024, or 0 for the default")
 	}
-	if d := time.Duration(s.HangAfter); d != 0 && (d < 100*time.Millisecond || d > 10*time.Minute) {
+	if s.HangAfter == notDuration {
+		fault(`hang_after: a duration in quotes, such as "10s"`)
+	} else if d := time.Duration(s.HangAfter); d != 0 && (d < 100*time.Millisecond || d > 10*time.Minute) {
 		fault("hang_after: 100ms to 10m")
+	}
+	if s.FleetSize > maxFleet {
+		fault("fleet_size: 0 or 1 to %d", maxFleet)
 	}
 	if s.Catalogue != "" || s.CatalogueKey != "" {
 		if !filepath.IsAbs(s.Catalogue) || !filepath.IsAbs(s.CatalogueKey) || s.Catalogue == s.CatalogueKey {

@@ -1,0 +1,154 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/kms-agent/kms-agent/hsm"
+	"github.com/kms-agent/kms-agent/hsm/hsmtest"
+)
+
+// talkative is a library before SoftHSM that prints, or that never comes back.
+const talkative = `
+#include <dlfcn.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <unistd.h>
+unsigned long C_GetFunctionList(void **list) {
+	if (getenv("VENDOR_HANGS")) for (;;) pause();
+	puts("Vendor client 1.0, (c) Vendor");
+	fflush(stdout);
+	void *real = dlopen("%s", RTLD_NOW);
+	if (!real) return 5;
+	return ((unsigned long (*)(void **))dlsym(real, "C_GetFunctionList"))(list);
+}
+`
+
+func newTalkative(t *testing.T) *rig {
+	t.Helper()
+	r := newRig(t)
+	dir := t.TempDir()
+	source, module := filepath.Join(dir, "vendor.c"), filepath.Join(dir, "vendor.so")
+	if err := os.WriteFile(source, fmt.Appendf(nil, talkative, hsmtest.SoftHSMModule), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := exec.Command("cc", "-shared", "-fPIC", "-o", module, source, "-ldl").CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	r.settings["module"] = module
+	return r
+}
+
+func TestLibraryThatPrints(t *testing.T) {
+	r := newTalkative(t)
+	r.must(request{Command: "init-key", Key: "orders"})
+	if keys := r.must(request{Command: "list"}).Keys; len(keys) != 1 {
+		t.Errorf("%d keys, want 1", len(keys))
+	}
+}
+
+func TestLibraryThatDoesNotLoad(t *testing.T) {
+	r := newTalkative(t)
+	t.Setenv("VENDOR_HANGS", "1")
+	r.settings["hang_after"] = "300ms"
+	a := r.administer(request{Command: "list"})
+	if a.Class != "unavailable" || !strings.Contains(a.Error, "being loaded") {
+		t.Errorf("%+v", a)
+	}
+}
+
+// A token that is not the one wanted is told at once, without the kinds' names.
+func TestTokenThatIsNotThere(t *testing.T) {
+	r := newRig(t)
+	r.settings["token"] = "pkcs11:token=other"
+	began := time.Now()
+	a := r.administer(request{Command: "list"})
+	if a.Class != "unavailable" || !strings.HasPrefix(a.Error, "no token matches") {
+		t.Errorf("%+v", a)
+	}
+	if took := time.Since(began); took > adminPatience {
+		t.Errorf("it took %v", took)
+	}
+}
+
+func TestClasses(t *testing.T) {
+	r := newRig(t)
+	for want, q := range map[string]request{
+		"key not found": {Command: "rotate", Key: "missing"},
+		"invalid":       {Command: "init-key", Key: "orders", Suite: "rot13"},
+	} {
+		if a := r.administer(q); a.Class != want || strings.HasPrefix(a.Error, want) {
+			t.Errorf("%s: %+v, want class %q", q.Command, a, want)
+		}
+	}
+	r.Write("pin", "not the PIN\n")
+	if a := r.administer(request{Command: "list"}); a.Class != "unauthenticated" {
+		t.Errorf("wrong PIN: %+v", a)
+	}
+}
+
+func TestDisableOfTheCurrentVersion(t *testing.T) {
+	r := newRig(t)
+	r.must(request{Command: "init-key", Key: "orders"})
+	a := r.administer(request{Command: "disable", Key: "orders", Version: 1})
+	if a.Class != "invalid" || !strings.Contains(a.Error, "--confirm orders@1") || !strings.Contains(a.Error, "rotate orders") {
+		t.Errorf("%+v", a)
+	}
+	if state := r.must(request{Command: "list"}).Keys[0].Versions[0].State; state != hsm.Enabled.String() {
+		t.Errorf("the version is %s", state)
+	}
+	r.must(request{Command: "disable", Key: "orders", Version: 1, Confirmed: true})
+}
+
+func TestAdministerIsHardened(t *testing.T) {
+	cmd := exec.Command(os.Args[0])
+	cmd.Env = append(os.Environ(), administerVariable+"=1")
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, func() error {
+		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", cmd.Process.Pid))
+		if err == nil && !bytes.Contains(b, []byte("NoNewPrivs:\t1")) {
+			err = errors.New("new privileges are possible")
+		}
+		return err
+	})
+	_ = in.Close()
+	_ = cmd.Wait() // it was asked nothing
+}
+
+func TestSettingsFaultsAreToldTogether(t *testing.T) {
+	for raw, want := range map[string][]string{
+		`{"hang_after": 5}`:                           {`settings.hang_after: a duration in quotes, such as "10s"`, "settings.module"},
+		`{"hang_after": "soon"}`:                      {`settings.hang_after: a duration in quotes, such as "10s"`},
+		`{"hang_after": "1ms"}`:                       {"settings.hang_after: 100ms to 10m"},
+		`{"fleet_size": 1000001, "hang_after": "5s"}`: {"settings.fleet_size: 0 or 1 to 1000000"},
+	} {
+		_, _, err := parseSettings(json.RawMessage(raw))
+		for _, part := range want {
+			if err == nil || !strings.Contains(err.Error(), part) {
+				t.Errorf("%s: %v\nwant %s", raw, err, part)
+			}
+		}
+	}
+}
+
+func TestToldHasNoKinds(t *testing.T) {
+	inner := &hsm.Error{Kind: hsm.Invalid, Detail: "2 tokens match"}
+	err := fmt.Errorf("look: %w", &hsm.Error{Kind: hsm.Unavailable, Detail: "the token is not attached", Err: inner})
+	if got, want := told(err), "look: the token is not attached: 2 tokens match"; got != want {
+		t.Errorf("%q, want %q", got, want)
+	}
+}
