@@ -1,32 +1,18 @@
 package main
 
 import (
-	"bytes"
-	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
-	"io/fs"
-	"os"
-	"os/exec"
-	"path/filepath"
 	"strconv"
-	"syscall"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
-
-	"github.com/kms-agent/kms-agent/agent"
 )
 
 // hsmPlugin is the program of the PKCS#11 backend.
 const hsmPlugin = "kms-agent-pkcs11"
-
-// maxHSMAnswer bounds what is read of the plugin's answer.
-const maxHSMAnswer = 64 << 20
 
 // hsmFlags say which token is meant.
 type hsmFlags struct {
@@ -44,10 +30,13 @@ type hsmRequest struct {
 	Version  uint32          `json:"version,omitempty"`
 	Suite    string          `json:"suite,omitempty"`
 	RetryPIN bool            `json:"retry_pin,omitempty"`
+	// Confirmed lets the current version be disabled.
+	Confirmed bool `json:"confirmed,omitempty"`
 }
 
 type hsmAnswer struct {
 	Error string    `json:"error"`
+	Class string    `json:"class"`
 	Probe *hsmProbe `json:"probe"`
 	Keys  []hsmKey  `json:"keys"`
 }
@@ -105,10 +94,11 @@ docs/hsm.md leads from a vendor's library and a PIN to production.`)
 		return nil
 	})
 	create.Long = "Makes a key that never leaves the token, with its first version. The suite is the first\nthat works on this token unless --suite names one; kms-agent hsm probe shows them."
-	create.Flags().StringVar(&suite, "suite", "", "how it wraps: aes-gcm, aes-kwp, aes-cbc-hmac, rsa-oaep-sha256 or rsa-oaep-sha1")
+	suites := []string{"aes-gcm", "aes-kwp", "aes-cbc-hmac", "rsa-oaep-sha256", "rsa-oaep-sha1"}
+	create.Flags().StringVar(&suite, "suite", "", "how it wraps: "+strings.Join(suites[:4], ", ")+" or "+suites[4])
+	_ = create.RegisterFlagCompletionFunc("suite", cobra.FixedCompletions(suites, cobra.ShellCompDirectiveNoFileComp)) // fails for a second one only
 	rotate := a.onToken("rotate NAME", "Add a version to a key, for what is wrapped from now on", "rotate", exactly("NAME"), nil)
-	c.AddCommand(create, rotate,
-		a.onToken("disable NAME VERSION", "Keep a version from wrapping and unwrapping", "disable", exactly("NAME", "VERSION"), nil),
+	c.AddCommand(create, rotate, newHSMDisable(a),
 		a.onToken("enable NAME VERSION", "Let a disabled version work again", "enable", exactly("NAME", "VERSION"), nil),
 		newHSMDestroy(a))
 	return c
@@ -125,9 +115,12 @@ Each PIN is tried once until the token accepts it, so that no token is locked;
 --retry-pin lets one be tried again that was refused.`,
 		Example: "  kms-agent hsm probe\n  kms-agent hsm probe --module /usr/lib/softhsm/libsofthsm2.so --token pkcs11:token=kms --pin-file pin --state-dir state",
 		RunE: func(c *cobra.Command, _ []string) error {
-			answer, err := a.askToken(c.Context(), &f, hsmRequest{Command: "probe"})
+			answer, err := a.askToken(c, &f, hsmRequest{Command: "probe"})
 			if err != nil {
 				return err
+			}
+			if answer.Probe == nil {
+				return &codedError{code: exitFailure, err: errors.New("the plugin answered something else than a probe: agent and plugin are of different releases")}
 			}
 			return a.print(answer.Probe, func(t *table) { probeTable(t, answer.Probe) })
 		},
@@ -174,7 +167,7 @@ func newHSMList(a *app) *cobra.Command {
 	c := &cobra.Command{
 		Use: "list", Short: "List the keys on a token and their versions", Args: exactly(),
 		RunE: func(c *cobra.Command, _ []string) error {
-			answer, err := a.askToken(c.Context(), &f, hsmRequest{Command: "list"})
+			answer, err := a.askToken(c, &f, hsmRequest{Command: "list"})
 			if err != nil {
 				return err
 			}
@@ -202,6 +195,26 @@ func (a *app) printHSMKeys(keys []hsmKey) error {
 			}
 		}
 	})
+}
+
+func newHSMDisable(a *app) *cobra.Command {
+	var confirm string
+	c := a.onToken("disable NAME VERSION", "Keep a version from wrapping and unwrapping", "disable", exactly("NAME", "VERSION"),
+		func(r *hsmRequest, args []string) error {
+			phrase := args[0] + "@" + args[1]
+			if confirm != "" && confirm != phrase {
+				return usagef("--confirm %s does not mean what is disabled; that would be %s", confirm, phrase)
+			}
+			r.Confirmed = confirm != ""
+			return nil
+		})
+	c.Long = `Keeps a version from wrapping and unwrapping. Agents go on using data keys that they
+have in memory, for cache.max_age at most; kms-agent evict NAME ends that at once.
+
+Encryption needs the current version: make another first with kms-agent hsm rotate, or
+say with --confirm NAME@VERSION that nothing is to be encrypted any more.`
+	c.Flags().StringVar(&confirm, "confirm", "", "NAME@VERSION, to disable the current version too")
+	return c
 }
 
 func newHSMDestroy(a *app) *cobra.Command {
@@ -242,7 +255,7 @@ func (a *app) onToken(use, short, command string, args cobra.PositionalArgs, pre
 					return err
 				}
 			}
-			answer, err := a.askToken(c.Context(), &f, r)
+			answer, err := a.askToken(c, &f, r)
 			if err != nil {
 				return err
 			}
@@ -264,173 +277,4 @@ func (a *app) hsmFlags(c *cobra.Command, f *hsmFlags) {
 	flags.StringVar(&f.pin, "pin-file", "", "... the file that holds the PIN")
 	flags.StringVar(&f.stateDir, "state-dir", "", "... the directory that remembers which PINs were tried")
 	flags.StringVar(&f.plugin, "plugin", "", "... the plugin's program ("+hsmPlugin+" beside kms-agent)")
-}
-
-// askToken has the backend's plugin do what is asked.
-func (a *app) askToken(ctx context.Context, f *hsmFlags, r hsmRequest) (hsmAnswer, error) {
-	cmd, settings, err := f.command(ctx)
-	if err != nil {
-		return hsmAnswer{}, err
-	}
-	defer func() {
-		for _, file := range cmd.ExtraFiles {
-			_ = file.Close()
-		}
-	}()
-	r.Settings, r.RetryPIN = settings, f.retryPIN
-	in, err := json.Marshal(r)
-	if err != nil {
-		return hsmAnswer{}, err
-	}
-	var out, diagnostics bytes.Buffer
-	cmd.Stdin, cmd.Stdout, cmd.Stderr = bytes.NewReader(in), &limitedWriter{w: &out, left: maxHSMAnswer}, &limitedWriter{w: &diagnostics, left: 1 << 20}
-	failed := cmd.Run()
-	var answer hsmAnswer
-	if err := json.Unmarshal(out.Bytes(), &answer); err != nil {
-		return answer, fmt.Errorf("the plugin %s gave no answer: %w\n%s", cmd.Args[0], errors.Join(failed, ctx.Err()), diagnostics.Bytes())
-	}
-	if answer.Error != "" {
-		return answer, &codedError{code: exitInvalid, err: errors.New(answer.Error)}
-	}
-	return answer, failed
-}
-
-// limitedWriter forgets what is too much.
-type limitedWriter struct {
-	w    io.Writer
-	left int
-}
-
-func (l *limitedWriter) Write(p []byte) (int, error) {
-	n := min(len(p), l.left)
-	l.left -= n
-	if _, err := l.w.Write(p[:n]); err != nil {
-		return 0, err
-	}
-	return len(p), nil
-}
-
-// command is the plugin's program, and the settings that it is given.
-func (f *hsmFlags) command(ctx context.Context) (*exec.Cmd, json.RawMessage, error) {
-	if f.module != "" {
-		return f.commandByFlags(ctx)
-	}
-	cfg, err := agent.LoadConfig(f.config)
-	if err != nil {
-		return nil, nil, err
-	}
-	b, err := f.find(cfg)
-	if err != nil {
-		return nil, nil, err
-	}
-	if err := ownState(cfg.StateDir); err != nil {
-		return nil, nil, err
-	}
-	env, err := cfg.PluginEnv(*b)
-	if err != nil {
-		return nil, nil, err
-	}
-	cmd, err := verified(ctx, b.Path, b.SHA256)
-	if err != nil {
-		return nil, nil, err
-	}
-	cmd.Env = env
-	return cmd, json.RawMessage(b.Settings), nil
-}
-
-// ownState makes sure that what is written to the agent's state stays the agent's.
-func ownState(dir string) error {
-	info, err := os.Stat(dir)
-	if errors.Is(err, fs.ErrNotExist) {
-		return &codedError{code: exitInvalid, err: fmt.Errorf("%s does not exist", dir),
-			hint: "make it for the agent's user, as with install -d -m 0700 -o kms-agent " + dir}
-	}
-	if err != nil {
-		return err
-	}
-	if owner, ok := info.Sys().(*syscall.Stat_t); ok && int(owner.Uid) != os.Geteuid() {
-		return &codedError{code: exitUsage, err: fmt.Errorf("%s belongs to uid %d: what is written there must stay the agent's", dir, owner.Uid),
-			hint: fmt.Sprintf("run it as that user: sudo -u '#%d' kms-agent hsm ...", owner.Uid)}
-	}
-	return nil
-}
-
-func (f *hsmFlags) find(cfg *agent.Config) (*agent.BackendConfig, error) {
-	var found *agent.BackendConfig
-	for i := range cfg.Backends {
-		b := &cfg.Backends[i]
-		var settings struct {
-			Module string `json:"module"`
-		}
-		mine := b.Path != "" && json.Unmarshal(b.Settings, &settings) == nil && settings.Module != ""
-		if f.backend != "" && b.Name != f.backend || f.backend == "" && !mine {
-			continue
-		}
-		if !mine {
-			return nil, usagef("backend %q is no PKCS#11 backend: it has no path, or its settings no module", b.Name)
-		}
-		if found != nil {
-			return nil, usagef("there are several PKCS#11 backends: name one with --backend, such as %s", b.Name)
-		}
-		found = b
-	}
-	if found == nil {
-		return nil, usagef("%s has no such PKCS#11 backend; docs/hsm.md shows one, and --module, --token and --pin-file do without", f.config)
-	}
-	return found, nil
-}
-
-func (f *hsmFlags) commandByFlags(ctx context.Context) (*exec.Cmd, json.RawMessage, error) {
-	settings := map[string]string{"token": f.token, "module_config": f.moduleConfig}
-	for name, path := range map[string]string{"module": f.module, "pin_file": f.pin, "state_dir": f.stateDir} {
-		if path == "" {
-			return nil, nil, usagef("--module, --token, --pin-file and --state-dir belong together")
-		}
-		absolute, err := filepath.Abs(path)
-		if err != nil {
-			return nil, nil, err
-		}
-		settings[name] = absolute
-	}
-	if f.token == "" {
-		return nil, nil, usagef("--module, --token, --pin-file and --state-dir belong together")
-	}
-	raw, err := json.Marshal(settings)
-	if err != nil {
-		return nil, nil, err
-	}
-	path := f.plugin
-	if path == "" {
-		self, err := os.Executable()
-		if err != nil {
-			return nil, nil, err
-		}
-		path = filepath.Join(filepath.Dir(self), hsmPlugin)
-	}
-	if path, err = filepath.Abs(path); err != nil {
-		return nil, nil, err
-	}
-	cmd := exec.CommandContext(ctx, path, "administer") //nolint:gosec // the operator names it, or it is beside this program
-	cmd.Env = os.Environ()                              // the vendor's library may be configured by it
-	return cmd, raw, nil
-}
-
-// verified runs what was compared with its digest, and nothing else.
-func verified(ctx context.Context, path, digest string) (*exec.Cmd, error) {
-	file, err := os.Open(path)
-	if err != nil {
-		return nil, fmt.Errorf("the plugin: %w", err)
-	}
-	h := sha256.New()
-	if _, err := io.Copy(h, file); err != nil {
-		return nil, errors.Join(fmt.Errorf("the plugin: %w", err), file.Close())
-	}
-	if got := hex.EncodeToString(h.Sum(nil)); got != digest {
-		return nil, errors.Join(&codedError{code: exitInvalid, err: fmt.Errorf("the plugin %s has SHA-256 %s, the configuration wants %s", path, got, digest),
-			hint: "if it was updated on purpose, put its new digest into the configuration"}, file.Close())
-	}
-	cmd := exec.CommandContext(ctx, fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), file.Fd()), "administer") //nolint:gosec // it was verified
-	cmd.Args[0] = path
-	cmd.ExtraFiles = []*os.File{file} // stays open until it runs
-	return cmd, nil
 }

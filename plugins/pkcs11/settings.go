@@ -37,14 +37,15 @@ type duration time.Duration
 const notDuration duration = -1
 
 // UnmarshalJSON reads "10s".
+//
+//nolint:unparam // the interface of package json has the error
 func (d *duration) UnmarshalJSON(b []byte) error {
 	*d = notDuration
 	var text string
-	if json.Unmarshal(b, &text) != nil {
-		return nil
-	}
-	if parsed, err := time.ParseDuration(text); err == nil && parsed >= 0 {
-		*d = duration(parsed)
+	if err := json.Unmarshal(b, &text); err == nil {
+		if parsed, err := time.ParseDuration(text); err == nil && parsed >= 0 {
+			*d = duration(parsed)
+		}
 	}
 	return nil
 }
