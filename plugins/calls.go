@@ -36,11 +36,13 @@ type caller struct {
 	current *callStream // mu guards current
 }
 
+// calls is the agent's end of a stream.
+type calls = grpc.BidiStreamingClient[pluginv1.CallsRequest, pluginv1.CallsResponse]
+
 // callStream is one stream with the calls that are under way on it.
 type callStream struct {
-	stream grpc.BidiStreamingClient[pluginv1.CallsRequest, pluginv1.CallsResponse]
-	queue  chan *pluginv1.Call
-	ended  chan struct{} // closed when the stream is over and err says why
+	queue chan *pluginv1.Call
+	ended chan struct{} // closed when the stream is over and err says why
 
 	mu      sync.Mutex
 	next    uint64 // mu guards next, waiting and err
@@ -50,10 +52,7 @@ type callStream struct {
 
 // do makes one call and returns its answer or the status it ended with.
 func (c *caller) do(ctx context.Context, call *pluginv1.Call) (*pluginv1.Answer, error) {
-	s, err := c.stream()
-	if err != nil {
-		return nil, err
-	}
+	s := c.stream()
 	answer, err := s.begin(call)
 	if err != nil {
 		return nil, err
@@ -97,33 +96,37 @@ func statusOf(a *pluginv1.Answer) error {
 	return status.ErrorProto(&s)
 }
 
-// stream returns the stream, opening it where there is none.
-func (c *caller) stream() (*callStream, error) {
+// stream returns the stream, where it has ended another one. It does not wait for it to
+// be open: a process that hangs must not keep its callers.
+func (c *caller) stream() *callStream {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if s := c.current; s != nil {
 		select {
 		case <-s.ended:
 		default:
-			return s, nil
+			return s
 		}
 	}
-	ctx, cancel := context.WithCancel(context.Background()) // it outlives the call
-	stream, err := c.service.Calls(ctx)
+	c.current = &callStream{
+		queue: make(chan *pluginv1.Call, 2*batchSize), ended: make(chan struct{}), waiting: map[uint64]chan *pluginv1.Answer{},
+	}
+	go c.current.run(c.service)
+	return c.current
+}
+
+// run opens the stream and serves it until it ends, which the end of the connection
+// sees to.
+func (s *callStream) run(service pluginv1.BackendClient) {
+	ctx, cancel := context.WithCancel(context.Background()) // it outlives every call
+	defer cancel()
+	stream, err := service.Calls(ctx)
 	if err != nil {
-		cancel()
-		return nil, err
+		s.end(err)
+		return
 	}
-	s := &callStream{
-		stream: stream, queue: make(chan *pluginv1.Call, 2*batchSize), ended: make(chan struct{}), waiting: map[uint64]chan *pluginv1.Answer{},
-	}
-	c.current = s
-	go s.send()
-	go func() {
-		defer cancel()
-		s.receive()
-	}()
-	return s, nil
+	go s.send(stream)
+	s.receive(stream)
 }
 
 func (s *callStream) begin(call *pluginv1.Call) (<-chan *pluginv1.Answer, error) {
@@ -152,7 +155,7 @@ func (s *callStream) cause() error {
 }
 
 // send sends what is in the queue, together where it came together.
-func (s *callStream) send() {
+func (s *callStream) send(stream calls) {
 	for {
 		var batch []*pluginv1.Call
 		select {
@@ -162,7 +165,7 @@ func (s *callStream) send() {
 			return
 		}
 		batch = more(batch, s.queue)
-		if err := s.stream.Send(&pluginv1.CallsRequest{Calls: batch}); err != nil {
+		if err := stream.Send(&pluginv1.CallsRequest{Calls: batch}); err != nil {
 			return // receive learns why
 		}
 	}
@@ -182,9 +185,9 @@ func more[T any](batch []T, queue <-chan T) []T {
 }
 
 // receive gives the answers to those who wait, until the stream ends.
-func (s *callStream) receive() {
+func (s *callStream) receive(stream calls) {
 	for {
-		answers, err := s.stream.Recv()
+		answers, err := stream.Recv()
 		if err != nil {
 			s.end(err)
 			return

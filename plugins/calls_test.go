@@ -342,3 +342,46 @@ func TestStatusOfAnAnswer(t *testing.T) {
 		t.Errorf("an error that is none: %v", err)
 	}
 }
+
+// A process that takes a connection and says nothing does not keep its callers.
+func TestCallsDoNotWaitForAStream(t *testing.T) {
+	listener := bufconn.Listen(1 << 20)
+	defer func() { _ = listener.Close() }()
+	conn, err := grpc.NewClient("passthrough:plugin", grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return listener.DialContext(ctx) }))
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := NewRemote(conn)
+	host, plugin := fixedKey(t, "host"), fixedKey(t, "plugin")
+	session, err := newSession(host, plugin.PublicKey().Bytes(), true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.session.Store(session)
+	r.calls.Store(&caller{service: r.service})
+	began := time.Now()
+	var wg sync.WaitGroup
+	for range 3 {
+		wg.Go(func() {
+			ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+			defer cancel()
+			if _, err := r.Wrap(ctx, KeyRef{URI: "k", Version: "1"}, []byte("m"), Binding{}); ClassOf(err) != Unavailable {
+				t.Errorf("%v, want Unavailable", err)
+			}
+		})
+	}
+	wg.Wait()
+	if took := time.Since(began); took > 10*time.Second {
+		t.Errorf("the callers waited for %v", took)
+	}
+	if err := conn.Close(); err != nil {
+		t.Error(err)
+	}
+	calls := r.calls.Load()
+	select {
+	case <-calls.stream().ended:
+	case <-time.After(10 * time.Second):
+		t.Error("the stream does not end with its connection")
+	}
+}
