@@ -3,6 +3,7 @@ package plugins
 import (
 	"context"
 	"sync"
+	"sync/atomic"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -16,15 +17,28 @@ import (
 type answering struct {
 	server *server
 	out    chan *pluginv1.Answer
+	work   chan task // to goroutines that wait for some
+	idle   atomic.Int32
 	under  sync.WaitGroup
 
 	mu      sync.Mutex
 	cancels map[uint64]context.CancelFunc // mu guards cancels
 }
 
+// maxIdle is how many goroutines wait for calls: they have grown their stacks, which a
+// new one does in the midst of its call.
+const maxIdle = 64
+
+// task is one call and the time that it has.
+type task struct {
+	ctx    context.Context //nolint:containedctx // it is the argument of a goroutine
+	cancel context.CancelFunc
+	call   *pluginv1.Call
+}
+
 // Calls implements the RPC.
 func (s *server) Calls(stream grpc.BidiStreamingServer[pluginv1.CallsRequest, pluginv1.CallsResponse]) error {
-	a := &answering{server: s, out: make(chan *pluginv1.Answer, 2*batchSize), cancels: map[uint64]context.CancelFunc{}}
+	a := &answering{server: s, out: make(chan *pluginv1.Answer, 2*batchSize), work: make(chan task), cancels: map[uint64]context.CancelFunc{}}
 	ctx, cancel := context.WithCancel(stream.Context())
 	var sender sync.WaitGroup
 	sender.Go(func() {
@@ -66,18 +80,44 @@ func (a *answering) take(ctx context.Context, call *pluginv1.Call) error {
 		own, cancel = context.WithTimeout(ctx, call.GetTimeout().AsDuration())
 	}
 	a.cancels[call.GetId()] = cancel
-	a.under.Go(func() {
-		answer := a.server.answer(own, call)
-		cancel()
-		a.mu.Lock()
-		delete(a.cancels, call.GetId())
-		a.mu.Unlock()
-		select {
-		case a.out <- answer:
-		case <-ctx.Done(): // nobody waits for it
-		}
-	})
+	t := task{own, cancel, call}
+	select {
+	case a.work <- t:
+	default:
+		a.under.Go(func() { a.serve(ctx, t) })
+	}
 	return nil
+}
+
+// serve makes a call and then those that come while few others wait for them, until
+// ctx ends.
+func (a *answering) serve(ctx context.Context, t task) {
+	for {
+		a.complete(ctx, t)
+		if a.idle.Add(1) > maxIdle {
+			a.idle.Add(-1)
+			return
+		}
+		select {
+		case t = <-a.work:
+			a.idle.Add(-1)
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// complete makes a call and has it answered, while there is somebody to answer.
+func (a *answering) complete(ctx context.Context, t task) {
+	answer := a.server.answer(t.ctx, t.call)
+	t.cancel()
+	a.mu.Lock()
+	delete(a.cancels, t.call.GetId())
+	a.mu.Unlock()
+	select {
+	case a.out <- answer:
+	case <-ctx.Done():
+	}
 }
 
 // send sends the answers, together where they came together, until ctx ends.

@@ -64,6 +64,9 @@ func NewDoor(name string, s *kms.Service, l Limits, identify func(context.Contex
 	}
 }
 
+// streamWorkers is how many goroutines wait for calls at least. Each keeps some KiB.
+const streamWorkers = 32
+
 // Server returns a gRPC server behind this door.
 func (d *Door) Server(creds credentials.TransportCredentials, more ...grpc.ServerOption) *grpc.Server {
 	server := grpc.NewServer(append(more,
@@ -75,8 +78,9 @@ func (d *Door) Server(creds credentials.TransportCredentials, more ...grpc.Serve
 		grpc.MaxHeaderListSize(32<<10),
 		grpc.MaxConcurrentStreams(uint32(d.Limits.MaxConcurrentPerCaller)),
 		grpc.ConnectionTimeout(10*time.Second),
-		// Goroutines that have grown their stacks already, for ordinary calls.
-		grpc.NumStreamWorkers(uint32(2*runtime.GOMAXPROCS(0))),
+		// Goroutines that have grown their stacks already, for ordinary calls and for
+		// those that wait for a backend.
+		grpc.NumStreamWorkers(uint32(max(streamWorkers, 2*runtime.GOMAXPROCS(0)))),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 10 * time.Second, PermitWithoutStream: true}),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 2 * time.Minute, Timeout: 20 * time.Second, MaxConnectionAge: maxConnectionAge}),
 		grpc.InTapHandle(d.tap),
