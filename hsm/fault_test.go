@@ -250,6 +250,36 @@ func TestBlockedModule(t *testing.T) {
 	}
 }
 
+// Callers that stay with the module stay, and leave where they wait for a session.
+func TestStay(t *testing.T) {
+	r, fault := newFaultyRig(t, func(_ *rig, c *hsm.Config) { c.Sessions, c.Stay = 1, true })
+	v := r.key("orders", 0)
+	m := material(32)
+	wrapped := r.wrap(v, m)
+	fault.Set("C_Encrypt sleep_ms=2500 count=1")
+	fault.Calls() // those of the past
+	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+	defer cancel()
+	stayed := make(chan error, 1)
+	go func() {
+		_, err := r.Wrap(ctx, v, nil, m, bound)
+		stayed <- err
+	}()
+	eventually(t, "the module is called", func() error {
+		if fault.Calls()["C_Encrypt"] == 0 {
+			return errors.New("it is not")
+		}
+		return nil
+	})
+	if _, err := r.Unwrap(ctx, v, nil, wrapped, bound); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("Unwrap: %v, want a wait in vain for a session", err)
+	}
+	if err := <-stayed; err != nil {
+		t.Errorf("Wrap: %v, want what the module answers at last", err)
+	}
+	r.opens(v, wrapped, m)
+}
+
 // A token that has fewer sessions than it says serves with those that it has.
 func TestFewerSessions(t *testing.T) {
 	r, fault := newFaultyRig(t)

@@ -38,6 +38,12 @@ type Config struct {
 	// from when it was lost; 0 means 1.5 s. In an outage that has lasted longer they
 	// fail at once.
 	Patience time.Duration
+	// Stay keeps callers that are in the module until it answers, also when their time
+	// is over: a call that nobody can leave needs no other goroutine, and is that much
+	// faster. It is for programs whose own callers do not wait for them any longer than
+	// they want to, as a plugin's host does. Callers that wait for a session or for the
+	// token leave when their time is over all the same.
+	Stay bool
 	// Events is told what happens to the connection. It may be nil.
 	Events func(Event)
 }
@@ -163,7 +169,7 @@ func (t *Token) Close() error {
 
 // Dead is closed when a call does not come back from the module. Nothing but the
 // end of the process helps then. Operations that are in the module wait on until
-// their contexts end; others fail at once.
+// their contexts end, or for ever where they stay; others fail at once.
 func (t *Token) Dead() <-chan struct{} { return t.dead }
 
 // Err returns why the token is dead; nil where it is not.

@@ -78,7 +78,7 @@ func newWorker(a *attachment) (*worker, error) {
 // to its attachment by itself; otherwise the caller gives it back.
 func (w *worker) run(ctx context.Context, j job) (n int, left bool, err error) {
 	w.job = j
-	if ctx.Done() == nil { // nobody leaves: the change of goroutines is spared
+	if w.a.token.cfg.Stay || ctx.Done() == nil { // nobody leaves: the change of goroutines is spared
 		w.began.Store(w.a.token.now())
 		n, err := w.perform()
 		w.began.Store(0)

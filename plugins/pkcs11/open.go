@@ -58,6 +58,7 @@ func (s settings) openToken(token hsm.URI, events func(hsm.Event), patience time
 	return hsm.Open(hsm.Config{
 		Module: s.Module, Reserved: s.ModuleConfig, Token: token, Login: s.login(dir), Catalogue: catalogue, Sessions: s.Sessions,
 		HangAfter: time.Duration(s.HangAfter), Patience: patience, Events: events,
+		Stay: true, // the agent gives calls up by itself, and hang_after ends a process whose calls stay for good
 	})
 }
 
