@@ -65,6 +65,9 @@ func (a *Agent) hostConfig(cfg BackendConfig, env []string) host.Config {
 		BackoffMin: backoffMin, BackoffMax: backoffMax, FIPS140: fips140.Enabled(),
 		OnCall: a.upstreamCall(cfg.Name), StatsHandler: a.tracing.pluginHandler(), Logger: a.logger.Named("plugin"),
 	}
+	hc.Breaker = host.Breaker{
+		Failures: cfg.Breaker.Failures, Rate: float64(cfg.Breaker.FailureRate), Slow: cfg.Breaker.Slow, MaxWait: cfg.Breaker.MaxWait,
+	}
 	hc.Confine, hc.Access = host.Confinement(cfg.Confine), cfg.Access.access()
 	if dir, ok := os.LookupEnv("CREDENTIALS_DIRECTORY"); ok {
 		hc.Access.Read = append(hc.Access.Read, dir)

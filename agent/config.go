@@ -153,12 +153,27 @@ type BackendConfig struct {
 	CallTimeout   time.Duration `yaml:"call_timeout"`
 	StartTimeout  time.Duration `yaml:"start_timeout"`
 	MaxConcurrent int           `yaml:"max_concurrent"`
+	// Breaker says when the backend gets no calls for a while.
+	Breaker BreakerConfig `yaml:"breaker"`
 	// Confine is best-effort (the default), required or off.
 	Confine Confinement `yaml:"confine"`
 	// Access names what a confined plugin reaches.
 	Access AccessConfig `yaml:"access"`
 	// Settings are the plugin's own, a JSON object.
 	Settings Settings `yaml:"settings"`
+}
+
+// BreakerConfig says when a backend gets no calls for a while.
+type BreakerConfig struct {
+	// Failures in a row, and the share of failures among the calls of ten seconds
+	// (40 at least), that open it.
+	Failures    int   `yaml:"failures"`
+	FailureRate Ratio `yaml:"failure_rate"`
+	// Slow is how long a call may take before it counts as a failure; 0 is a quarter
+	// of CallTimeout.
+	Slow time.Duration `yaml:"slow"`
+	// MaxWait bounds the time between two looks whether the backend is back.
+	MaxWait time.Duration `yaml:"max_wait"`
 }
 
 // KeyConfig describes one logical key.

@@ -9,6 +9,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"time"
 )
 
 // pluginLocal is the plugin inside the agent's own binary.
@@ -29,10 +30,32 @@ func (l *loader) validateBackends() {
 		l.positive(at+".call_timeout", b.CallTimeout)
 		l.positive(at+".start_timeout", b.StartTimeout)
 		between(l, at+".max_concurrent", b.MaxConcurrent, 1, maxBackendCalls)
+		l.validateBreaker(at+".breaker", b)
 		l.validateEnvironment(at, b)
 		l.validateAccess(at+".access", b.Access)
 		l.validateProgram(at, b)
 		l.refuseInlineSecrets(at+".settings", b.Settings)
+	}
+}
+
+// Bounds of a breaker.
+const (
+	maxBreakerFailures = 1000
+	minBreakerWait     = time.Second
+	maxBreakerWait     = 10 * time.Minute
+)
+
+func (l *loader) validateBreaker(at string, b *BackendConfig) {
+	c := b.Breaker
+	between(l, at+".failures", c.Failures, 1, maxBreakerFailures)
+	if c.FailureRate == 0 {
+		l.report(at+".failure_rate", "must be more than 0, such as 0.6; 1 is only where every call fails")
+	}
+	if c.Slow < 0 || c.Slow > 0 && c.Slow > b.CallTimeout {
+		l.report(at+".slow", "must be between 0s, which is a quarter of call_timeout, and call_timeout (%s)", b.CallTimeout)
+	}
+	if c.MaxWait < minBreakerWait || c.MaxWait > maxBreakerWait {
+		l.report(at+".max_wait", "must be between %s and %s", minBreakerWait, maxBreakerWait)
 	}
 }
 

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kms-agent/kms-agent/agent/policy"
+	"github.com/kms-agent/kms-agent/plugins/host"
 )
 
 // maxConfigSize bounds one file, in bytes.
@@ -295,6 +296,9 @@ func (c *Config) setDefaults() {
 
 func (b *BackendConfig) setDefaults() {
 	b.CallTimeout, b.StartTimeout, b.MaxConcurrent = 2*time.Second, 10*time.Second, 32
+	b.Breaker = BreakerConfig{
+		Failures: host.DefaultBreakerFailures, FailureRate: host.DefaultBreakerRate, MaxWait: host.DefaultBreakerMaxWait,
+	}
 }
 
 func (k *KeyConfig) setDefaults() {

@@ -125,7 +125,7 @@ keys: [{ name: orders, backend: local, wrapping_key: "local:orders" }]
 
 func TestConfigOverlaysDefaultsOfAnElement(t *testing.T) {
 	cfg, _ := load(t, smallest+`
-backends: [{ name: local, plugin: local, call_timeout: 9s, settings: { keystore: ks, seal: { credential: seal } } }]
+backends: [{ name: local, plugin: local, call_timeout: 9s, breaker: { failure_rate: 0.8 }, settings: { keystore: ks, seal: { credential: seal } } }]
 keys:
   - { name: a, backend: local, wrapping_key: "local:a", cache: { max_age: 1m, max_bytes: 2GB } }
   - { name: b, backend: local, wrapping_key: "local:b" }
@@ -133,6 +133,9 @@ limits: { max_message: 1MiB }
 `)
 	if got := cfg.Backends[0]; got.CallTimeout != 9*time.Second || got.StartTimeout != 10*time.Second {
 		t.Errorf("timeouts = %v, %v, want 9s as written and 10s by default", got.CallTimeout, got.StartTimeout)
+	}
+	if got, want := cfg.Backends[0].Breaker, (agent.BreakerConfig{Failures: 5, FailureRate: 0.8, MaxWait: 30 * time.Second}); got != want {
+		t.Errorf("breaker = %+v, want %+v", got, want)
 	}
 	a, b := cfg.Keys[0].Cache, cfg.Keys[1].Cache
 	if a.MaxAge != time.Minute || a.MaxBytes != 2e9 || a.MaxIdle != 6*time.Hour || b.MaxAge != 5*time.Minute {

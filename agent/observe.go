@@ -120,6 +120,10 @@ func (a *Agent) operationEnded(ctx context.Context, r *audit.Record) {
 // upstreamCall counts calls to one backend.
 func (a *Agent) upstreamCall(backend string) func(host.Call) {
 	return func(c host.Call) {
+		if !c.Made {
+			a.metrics.SparedCall(backend, c.Method, classLabel(c.Err))
+			return
+		}
 		a.metrics.UpstreamCall(backend, c.Method, classLabel(c.Err), c.Caller, c.Took)
 	}
 }
@@ -131,6 +135,10 @@ func classLabel(err error) string {
 	switch {
 	case err == nil:
 		return ""
+	case errors.Is(err, plugins.ErrBreakerOpen):
+		return "breaker-open"
+	case errors.Is(err, plugins.ErrThrottled):
+		return "throttled"
 	case errors.As(err, &classified):
 		return strings.ToLower(plugins.ClassOf(err).String())
 	case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):

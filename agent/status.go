@@ -117,6 +117,8 @@ func (b *backend) status() *adminv1.BackendStatus {
 	return &adminv1.BackendStatus{
 		Name: b.cfg.Name, Plugin: plugin, State: string(s.State), Pid: int32(s.PID), Since: timestamppb.New(s.Since),
 		Restarts: s.Restarts, Calls: s.Calls, Failures: s.Failures, LastError: s.LastError,
+		Breaker: string(s.Breaker.Circuit), BreakerOpened: s.Breaker.Opened, FailureRate: s.Breaker.FailureRate,
+		Refused: s.Breaker.Refused, Retries: s.Retries, NextTry: timestamp(s.Breaker.Next),
 		PluginVersion: s.Plugin.Version, Fips140: s.Plugin.FIPS140, Sha256: s.SHA256, Confined: s.Confined,
 	}
 }

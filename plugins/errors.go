@@ -81,6 +81,15 @@ func (e *Error) Unwrap() error { return e.Err }
 // nothing of the backend, nor of what other callers would hear.
 var ErrCrowded = errors.New("too many calls wait for the backend, or it is slow: send fewer at once, or raise its max_concurrent")
 
+// ErrBreakerOpen is wrapped by the errors of calls that were not made, since too many
+// before them had failed: RetryAfter says when the backend is tried next. It
+// stands for what those have heard: an outage.
+var ErrBreakerOpen = errors.New("the backend gets no calls for a while: too many have failed")
+
+// ErrThrottled is wrapped by the errors of calls that were not made, since the
+// backend has asked for patience. RetryAfter says until when.
+var ErrThrottled = errors.New("the backend gets no calls for a while: it has asked for patience")
+
 // Errorf returns an Error of the class. What %w wraps is its cause.
 func Errorf(class Class, format string, a ...any) *Error {
 	err := fmt.Errorf(format, a...)

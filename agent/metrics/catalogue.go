@@ -53,6 +53,11 @@ const (
 	backendState     = "kms_agent_backend_state"
 	backendRestarts  = "kms_agent_backend_restarts_total"
 	backendInfo      = "kms_agent_backend_info"
+	backendBreaker   = "kms_agent_backend_breaker_state"
+	backendOpened    = "kms_agent_backend_breaker_opened_total"
+	backendFailing   = "kms_agent_backend_failure_ratio"
+	backendRefused   = "kms_agent_backend_refused_calls_total"
+	backendRetries   = "kms_agent_backend_retries_total"
 	keyConfirmed     = "kms_agent_key_confirmation_age_seconds"
 	keyProblem       = "kms_agent_key_problem"
 	cacheEntries     = "kms_agent_cache_data_keys"
@@ -90,7 +95,7 @@ func eventMetrics() []Metric {
 		{callerRequests, Counter, []string{"caller", "operation"}, "Operations by SPIFFE ID of the caller, successful or not. Callers after the first metrics.max_callers count as other."},
 		{callerBytes, Counter, []string{"caller", "direction"}, "Bytes of payload of a caller's successful operations."},
 		{callerUpstream, Counter, []string{"caller", "backend"}, "Calls to a backend that were made for a caller: what a metered key service charges for. The caller agent is the agent itself: confirmations ahead of their age."},
-		{upstreamCalls, Counter, []string{"backend", "call", "class"}, "Calls to a backend with their error class; ok after success. A call that was repeated counts once."},
+		{upstreamCalls, Counter, []string{"backend", "call", "class"}, "Calls to a backend with their error class; ok after success. breaker-open and throttled are calls that were not made. A call that was repeated counts once."},
 		{upstreamSeconds, Histogram, []string{"backend", "call"}, "Time that calls to a backend took, with waiting for their turn and the repeat; successful ones only."},
 		{refusedConnection, Counter, []string{"door", "cause"}, "Connections that were closed before a caller was known: cause is handshake, or limit where its user had too many open."},
 	}
@@ -111,6 +116,11 @@ func statusMetrics() []Metric {
 		{backendState, Gauge, []string{"backend", "state"}, "1 for the state of a backend, 0 for the others: starting, up, degraded, down."},
 		{backendRestarts, Counter, []string{"backend"}, "Plugin processes that were started after the first."},
 		{backendInfo, Gauge, []string{"backend", "plugin_version", "fips140"}, "1, with what the plugin's process says of itself."},
+		{backendBreaker, Gauge, []string{"backend", "state"}, "1 for the state of a backend's breaker, 0 for the others: closed (calls are made), open (they fail at once), half-open (one at a time)."},
+		{backendOpened, Counter, []string{"backend"}, "How often the breaker has opened."},
+		{backendFailing, Gauge, []string{"backend"}, "Share of failed and slow calls in the last ten seconds, 0 to 1."},
+		{backendRefused, Counter, []string{"backend"}, "Calls that were not made: the breaker was open, or the backend had asked for patience."},
+		{backendRetries, Counter, []string{"backend"}, "Calls that were made a second time."},
 		{keyConfirmed, Gauge, []string{"key", "direction"}, "Age of the last upstream confirmation of a key, by direction: encrypt, decrypt. Absent where there is none yet."},
 		{keyProblem, Gauge, []string{"key"}, "1 while something is wrong with a key; kms-agent status says what."},
 		{cacheEntries, Gauge, []string{"direction"}, "Data keys in protected memory, by direction: encrypt, decrypt."},

@@ -152,6 +152,12 @@ func (m *Metrics) UpstreamCall(backend, call, class, caller string, took time.Du
 	m.counters[callerUpstream].WithLabelValues(m.caller(caller, agentItself), backend).Inc()
 }
 
+// SparedCall counts a call that was not made to a backend, so that nobody is
+// charged for it; class says why.
+func (m *Metrics) SparedCall(backend, call, class string) {
+	m.counters[upstreamCalls].WithLabelValues(backend, call, class).Inc()
+}
+
 // RefusedConnection counts a connection that was closed before its caller was
 // known: cause is "handshake".
 func (m *Metrics) RefusedConnection(door, cause string) {

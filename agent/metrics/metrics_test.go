@@ -66,7 +66,10 @@ func fullStatus() *adminv1.StatusResponse {
 		State: "degraded", Version: "v1", Fips140: "off", Started: timestamppb.New(time.Unix(1000, 0)),
 		Configuration: &adminv1.Configuration{Generation: 3, Loaded: timestamppb.New(time.Unix(2000, 0)), Rejected: "x"},
 		Identity:      &adminv1.Identity{State: "stale", Expires: timestamppb.New(time.Unix(3000, 0)), Updated: timestamppb.New(time.Unix(2500, 0))},
-		Backends:      []*adminv1.BackendStatus{{Name: "hsm", State: "up", Restarts: 2, PluginVersion: "v2", Fips140: "v1.0.0"}},
+		Backends: []*adminv1.BackendStatus{{
+			Name: "hsm", State: "up", Restarts: 2, PluginVersion: "v2", Fips140: "v1.0.0",
+			Breaker: "half-open", BreakerOpened: 3, FailureRate: 0.25, Refused: 40, Retries: 5,
+		}},
 		Keys: []*adminv1.KeyStatus{
 			{Name: "orders", EncryptConfirmed: durationpb.New(4 * time.Second), DecryptConfirmed: durationpb.New(5 * time.Second), Problem: "x"},
 			{Name: "fresh"},
@@ -95,6 +98,7 @@ func busy() *metrics.Metrics {
 	m.Operation(&denied)
 	m.UpstreamCall("hsm", "wrap", "", "spiffe://example.org/a", time.Millisecond)
 	m.UpstreamCall("hsm", "unwrap", "unavailable", "", time.Second)
+	m.SparedCall("hsm", "unwrap", "breaker-open")
 	m.RefusedConnection("native", "handshake")
 	return m
 }
@@ -120,6 +124,13 @@ func TestOperationsAndCalls(t *testing.T) {
 		{"kms_agent_state", []string{"state=degraded"}, 1},
 		{"kms_agent_state", []string{"state=serving"}, 0},
 		{"kms_agent_backend_state", []string{"backend=hsm", "state=up"}, 1},
+		{"kms_agent_backend_breaker_state", []string{"backend=hsm", "state=half-open"}, 1},
+		{"kms_agent_backend_breaker_state", []string{"backend=hsm", "state=open"}, 0},
+		{"kms_agent_backend_breaker_opened_total", []string{"backend=hsm"}, 3},
+		{"kms_agent_backend_failure_ratio", []string{"backend=hsm"}, 0.25},
+		{"kms_agent_backend_refused_calls_total", []string{"backend=hsm"}, 40},
+		{"kms_agent_backend_retries_total", []string{"backend=hsm"}, 5},
+		{"kms_agent_upstream_calls_total", []string{"class=breaker-open", "call=unwrap"}, 1},
 		{"kms_agent_identity_svid_expiry_time_seconds", nil, 3000},
 		{"kms_agent_key_confirmation_age_seconds", []string{"key=orders", "direction=decrypt"}, 5},
 		{"kms_agent_cache_data_keys", []string{"direction=decrypt"}, 2},

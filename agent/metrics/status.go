@@ -58,6 +58,11 @@ func (c *statusCollector) Collect(out chan<- prometheus.Metric) {
 	for _, b := range r.GetBackends() {
 		e.oneOf(backendState, b.GetState(), []string{"starting", "up", "degraded", "down"}, b.GetName())
 		e.emit(backendRestarts, float64(b.GetRestarts()), b.GetName())
+		e.oneOf(backendBreaker, b.GetBreaker(), []string{"closed", "open", "half-open"}, b.GetName())
+		e.emit(backendOpened, float64(b.GetBreakerOpened()), b.GetName())
+		e.emit(backendFailing, b.GetFailureRate(), b.GetName())
+		e.emit(backendRefused, float64(b.GetRefused()), b.GetName())
+		e.emit(backendRetries, float64(b.GetRetries()), b.GetName())
 		e.emit(backendInfo, 1, b.GetName(), b.GetPluginVersion(), b.GetFips140())
 	}
 	for _, k := range r.GetKeys() {

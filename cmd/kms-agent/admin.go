@@ -200,6 +200,9 @@ func statusTable(t *table, r *adminv1.StatusResponse) {
 	}
 	for _, b := range r.GetBackends() {
 		t.row("backend "+b.GetName(), backendLine(b))
+		if line := breakerLine(b); line != "" {
+			t.row("", line)
+		}
 		if b.GetLastError() != "" {
 			t.row("", "last error: "+b.GetLastError())
 		}
@@ -259,8 +262,22 @@ func sinkLine(s *adminv1.AuditSink) string {
 }
 
 func backendLine(b *adminv1.BackendStatus) string {
-	return fmt.Sprintf("%s (%s %s, process %d since %s), %d calls, %d failures, %d restarts", b.GetState(), b.GetPlugin(),
-		b.GetPluginVersion(), b.GetPid(), when(b.GetSince().AsTime()), b.GetCalls(), b.GetFailures(), b.GetRestarts())
+	return fmt.Sprintf("%s (%s %s, process %d since %s), %d calls, %d failures, %d retries, %d restarts", b.GetState(), b.GetPlugin(),
+		b.GetPluginVersion(), b.GetPid(), when(b.GetSince().AsTime()), b.GetCalls(), b.GetFailures(), b.GetRetries(), b.GetRestarts())
+}
+
+// breakerLine says how many calls are kept from a backend; nothing where none
+// ever were.
+func breakerLine(b *adminv1.BackendStatus) string {
+	if b.GetRefused() == 0 && b.GetBreakerOpened() == 0 && b.GetNextTry() == nil {
+		return ""
+	}
+	line := fmt.Sprintf("breaker %s, opened %d times, %d calls refused, %.0f%% of the last calls failed or were slow",
+		b.GetBreaker(), b.GetBreakerOpened(), b.GetRefused(), 100*b.GetFailureRate())
+	if b.GetNextTry() != nil {
+		line += ", next try " + when(b.GetNextTry().AsTime())
+	}
+	return line
 }
 
 func keyLine(k *adminv1.KeyStatus) string {

@@ -13,6 +13,9 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	adminv1 "github.com/kms-agent/kms-agent/api/admin/v1"
 )
 
 // terminal opens a pseudo-terminal: what a command writes to the second file
@@ -66,6 +69,17 @@ func TestColoursOnlyOnTerminals(t *testing.T) {
 	environment["NO_COLOR"] = "1"
 	if a.colours(inner) {
 		t.Error("colours although NO_COLOR is set")
+	}
+}
+
+func TestBreakerLine(t *testing.T) {
+	if got := breakerLine(&adminv1.BackendStatus{Breaker: "closed", Calls: 5}); got != "" {
+		t.Errorf("a breaker that never opened: %q, want nothing", got)
+	}
+	b := &adminv1.BackendStatus{Breaker: "open", BreakerOpened: 2, Refused: 40, FailureRate: 0.75, NextTry: timestamppb.New(time.Unix(0, 0))}
+	want := "breaker open, opened 2 times, 40 calls refused, 75% of the last calls failed or were slow, next try " + when(time.Unix(0, 0))
+	if got := breakerLine(b); got != want {
+		t.Errorf("got %q, want %q", got, want)
 	}
 }
 

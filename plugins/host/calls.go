@@ -61,7 +61,7 @@ func call[T any](ctx context.Context, s *Supervisor, name string, m method[T]) (
 	began := time.Now()
 	answer, err := try(ctx, s, m)
 	if s.cfg.OnCall != nil {
-		s.cfg.OnCall(Call{Method: name, Err: err, Caller: plugins.CallerFrom(ctx), Took: time.Since(began)})
+		s.cfg.OnCall(Call{Method: name, Err: err, Caller: plugins.CallerFrom(ctx), Made: !spared(err), Took: time.Since(began)})
 	}
 	return answer, err
 }
@@ -70,11 +70,15 @@ func call[T any](ctx context.Context, s *Supervisor, name string, m method[T]) (
 // idempotent, repeats it once where the backend was not reached.
 func try[T any](ctx context.Context, s *Supervisor, m method[T]) (T, error) {
 	s.calls.Add(1)
+	s.retries.earn()
 	bounded, cancel := context.WithTimeout(ctx, s.cfg.CallTimeout)
 	defer cancel()
 	answer, err := attempt(bounded, s, m)
-	if wait, again := retryWait(bounded, err); again && sleep(bounded, wait) {
-		answer, err = attempt(bounded, s, m)
+	if wait, again := retryWait(bounded, err); again && s.affords(err) && sleep(bounded, wait) {
+		first := err
+		if answer, err = attempt(bounded, s, m); spared(err) && !spared(first) {
+			err = later(first, err)
+		}
 	}
 	if err == nil {
 		return answer, nil
@@ -82,11 +86,32 @@ func try[T any](ctx context.Context, s *Supervisor, m method[T]) (T, error) {
 	if ctx.Err() == nil && bounded.Err() != nil {
 		err = s.overdue(err)
 	}
-	if ctx.Err() == nil && isFailure(err) {
+	if ctx.Err() == nil && isFailure(err) && !spared(err) {
 		s.failures.Add(1)
 	}
 	var none T
 	return none, err
+}
+
+// spared tells errors of calls that the breaker did not let through.
+func spared(err error) bool {
+	return errors.Is(err, plugins.ErrBreakerOpen) || errors.Is(err, plugins.ErrThrottled)
+}
+
+// affords tells whether a call may be repeated. What never reached the backend is no
+// more load on it the second time.
+func (s *Supervisor) affords(err error) bool { return spared(err) || s.retries.spend() }
+
+// later is the error of a call whose repeat was refused: what the backend said,
+// with when it may be asked again.
+func later(said, refused error) error {
+	var first, second *plugins.Error
+	if !errors.As(said, &first) || !errors.As(refused, &second) {
+		return refused
+	}
+	e := *first
+	e.RetryAfter = second.RetryAfter
+	return &e
 }
 
 // overdue is the error of a call whose time is up. Its cause must not look like
@@ -104,23 +129,49 @@ func attempt[T any](ctx context.Context, s *Supervisor, m method[T]) (T, error) 
 	if err := s.available(); err != nil {
 		return none, err
 	}
-	if err := s.queue.acquire(ctx, plugins.CallerFrom(ctx)); err != nil {
+	t, err := s.breaker.admit()
+	if err != nil {
+		return none, err
+	}
+	if err = s.queue.acquire(ctx, plugins.CallerFrom(ctx), t.generation); err != nil {
+		s.turned(s.breaker.settle(t, undecided, time.Time{}, err))
 		return none, err
 	}
 	defer s.queue.release()
 	p, err := s.serving() // it may have been replaced while we waited
 	if err != nil {
+		s.turned(s.breaker.settle(t, undecided, time.Time{}, err))
 		return none, err
 	}
 	defer p.serving.Done()
 	began := time.Now()
 	answer, err := m(ctx, p.remote)
-	patient := time.Since(began) >= s.cfg.CallTimeout/2
+	took := time.Since(began)
+	patient := took >= s.cfg.CallTimeout/2
 	if !patient {
 		err = forTheCaller(ctx, began, err)
 	}
-	p.note(err, patient && errors.Is(err, context.DeadlineExceeded))
+	overrun := patient && errors.Is(err, context.DeadlineExceeded)
+	p.note(err, overrun)
+	s.turned(s.breaker.settle(t, s.verdictOn(p, err, took, overrun), began, err))
 	return answer, err
+}
+
+// verdictOn says what the end of a call tells of the backend.
+func (s *Supervisor) verdictOn(p *process, err error, took time.Duration, overrun bool) verdict {
+	left := errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded)
+	switch {
+	case err != nil && p.gone():
+		return undecided // it is the process that failed, and is replaced
+	case overrun, !left && isFailure(err):
+		return failed
+	case took >= s.cfg.Breaker.Slow:
+		return slow
+	case left:
+		return undecided
+	default:
+		return answered
+	}
 }
 
 // forTheCaller returns err, or that ctx ended where the backend gave up because
@@ -140,7 +191,8 @@ func forTheCaller(ctx context.Context, began time.Time, err error) error {
 // most of the time that is left.
 func retryWait(ctx context.Context, err error) (time.Duration, bool) {
 	var e *plugins.Error
-	if !errors.As(err, &e) || e.Class != plugins.Unavailable || ctx.Err() != nil || e.RetryAfter > retryMax {
+	if !errors.As(err, &e) || e.Class != plugins.Unavailable || ctx.Err() != nil || e.RetryAfter > retryMax ||
+		errors.Is(err, plugins.ErrBreakerOpen) {
 		return 0, false
 	}
 	wait := max(e.RetryAfter, retryMin) + rand.N(retryMin) //nolint:gosec // jitter

@@ -39,6 +39,9 @@ type Call struct {
 	Err error
 	// Caller is who the call was made for (plugins.WithCaller).
 	Caller string
+	// Made is false where the backend was spared the call (plugins.ErrBreakerOpen,
+	// plugins.ErrThrottled).
+	Made bool
 	// Took is the whole time: the wait for the call's turn and its repeat too.
 	Took time.Duration
 }
@@ -71,6 +74,8 @@ type Config struct {
 	PingInterval time.Duration
 	// MaxConcurrent is how many calls the plugin gets at a time; others queue.
 	MaxConcurrent int
+	// Breaker says when the plugin gets no calls for a while.
+	Breaker Breaker
 	// Confine says whether the plugin is kept to Access.
 	Confine Confinement
 	Access  Access
@@ -97,6 +102,7 @@ func (cfg Config) withDefaults() (Config, error) {
 	orDefault(&cfg.MaxConcurrent, DefaultMaxConcurrent)
 	orDefault(&cfg.BackoffMin, DefaultBackoffMin)
 	orDefault(&cfg.BackoffMax, DefaultBackoffMax)
+	cfg.Breaker = cfg.Breaker.withDefaults(cfg.CallTimeout)
 	if cfg.Logger == nil {
 		cfg.Logger = zap.NewNop()
 	}
@@ -135,6 +141,7 @@ func (cfg Config) checkRest() error {
 	if cfg.StartTimeout < 0 || cfg.CallTimeout < 0 || cfg.PingInterval < 0 || cfg.MaxConcurrent < 0 {
 		errs = append(errs, errors.New("timeouts, intervals and the number of calls at a time must be positive"))
 	}
+	errs = append(errs, cfg.Breaker.check())
 	switch cfg.Confine {
 	case ConfineWhereKnown, ConfineAlways, ConfineNever:
 	default:

@@ -118,6 +118,7 @@ func TestHungCallsReplaceTheProcess(t *testing.T) {
 func TestSlowUpstreamsDoNotReplaceTheProcess(t *testing.T) {
 	cfg := config(t, puppetSettings{})
 	cfg.CallTimeout = 300 * time.Millisecond
+	cfg.Breaker.Failures = 100 // the process shall get all of them
 	s := plugintest.Start(t, cfg)
 	pid := s.Status().PID
 	for range 6 {

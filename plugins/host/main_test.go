@@ -87,6 +87,8 @@ func TestMain(m *testing.M) {
 type puppet struct {
 	plugintest.Memory
 
+	weather string // a file, from Open
+
 	mu       sync.Mutex
 	down     bool // mu guards down: Check and "state" are Unavailable
 	attempts int
@@ -97,6 +99,8 @@ type puppetSettings struct {
 
 	Open  string `json:"open"`
 	Check string `json:"check"`
+	// Weather is the file that says how upstream is, for Check.
+	Weather string `json:"weather"`
 }
 
 func (p *puppet) Open(ctx context.Context, config json.RawMessage) (plugins.Info, error) {
@@ -104,14 +108,17 @@ func (p *puppet) Open(ctx context.Context, config json.RawMessage) (plugins.Info
 	if err := json.Unmarshal(config, &s); err != nil {
 		return plugins.Info{}, err
 	}
-	p.down = s.Check == "unavailable"
+	p.down, p.weather = s.Check == "unavailable", s.Weather
 	if _, err := p.obey(ctx, s.Open); err != nil {
 		return plugins.Info{}, err
 	}
 	return p.Memory.Open(ctx, config)
 }
 
-func (p *puppet) Check(context.Context) (plugins.Health, error) {
+func (p *puppet) Check(ctx context.Context) (plugins.Health, error) {
+	if p.weather != "" && !strings.HasPrefix(readWeather(p.weather), "lying") {
+		return plugins.Health{}, weather(ctx, p.weather)
+	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.down {
@@ -139,6 +146,10 @@ func (p *puppet) obey(ctx context.Context, order string) (string, error) {
 		}
 	}
 	switch verb {
+	case "upstream":
+		p.mu.Unlock()
+		defer p.mu.Lock()
+		return "ok", weather(ctx, argument)
 	case "up":
 		p.down = false
 	case "hang":

@@ -174,6 +174,16 @@ func (p *process) open(ctx context.Context, cfg Config) error {
 	return nil
 }
 
+// gone tells whether the process has ended.
+func (p *process) gone() bool {
+	select {
+	case <-p.runner.ended:
+		return true
+	default:
+		return false
+	}
+}
+
 // idle returns a channel that is closed once the process serves no call. It must
 // not be the current one any more.
 func (p *process) idle() <-chan struct{} {

@@ -26,6 +26,8 @@ type queue struct {
 	mu      sync.Mutex
 	free    int // mu guards free and what follows
 	waiting int
+	flushed uint64               // the generation that the last flush has made
+	refusal error                // of the last flush
 	lines   map[string][]*waiter // by caller, first come first; never empty
 	turn    []string             // the callers of lines; whose turn is next first
 }
@@ -38,9 +40,9 @@ func newQueue(slots int) *queue {
 }
 
 // acquire returns nil when the call may run; release follows. When ctx ends
-// first the call has left the queue.
-func (q *queue) acquire(ctx context.Context, caller string) error {
-	w, err := q.join(caller)
+// first the call has left the queue. generation is that of the call's ticket.
+func (q *queue) acquire(ctx context.Context, caller string, generation uint64) error {
+	w, err := q.join(caller, generation)
 	if w == nil {
 		return err
 	}
@@ -54,9 +56,12 @@ func (q *queue) acquire(ctx context.Context, caller string) error {
 }
 
 // join returns nil and nil where the call may run at once.
-func (q *queue) join(caller string) (*waiter, error) {
+func (q *queue) join(caller string, generation uint64) (*waiter, error) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
+	if generation < q.flushed { // it was let through just before
+		return nil, q.refusal
+	}
 	if q.free > 0 {
 		q.free--
 		return nil, nil
@@ -90,6 +95,26 @@ func (q *queue) makeRoom(caller string) bool {
 	q.remove(longest, len(line)-1)
 	newest.told <- errNoRoom()
 	return true
+}
+
+// flush refuses all that wait, and those of older generations that still come. It
+// returns how many waited.
+func (q *queue) flush(generation uint64, refusal error) int {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if generation < q.flushed {
+		return 0
+	}
+	waiting := q.waiting
+	q.flushed, q.refusal = generation, refusal
+	for _, line := range q.lines {
+		for _, w := range line {
+			w.told <- refusal
+		}
+	}
+	clear(q.lines)
+	q.turn, q.waiting = nil, 0
+	return waiting
 }
 
 func errNoRoom() error {

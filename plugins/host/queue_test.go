@@ -21,7 +21,7 @@ func waitIn(t *testing.T, q *queue, caller string, ran chan<- string) (end func(
 	t.Helper()
 	over := make(chan struct{})
 	go func() {
-		if err := q.acquire(context.Background(), caller); err != nil {
+		if err := q.acquire(context.Background(), caller, 0); err != nil {
 			ran <- "refused " + caller
 			return
 		}
@@ -92,7 +92,7 @@ func TestQueueRefusalsSayWhenToRetry(t *testing.T) {
 	q.lines["x"] = []*waiter{{}}
 	q.free = 0
 	var e *plugins.Error
-	if err := q.acquire(t.Context(), "x"); !errors.As(err, &e) || e.Class != plugins.Unavailable || e.RetryAfter <= 0 || !errors.Is(err, plugins.ErrCrowded) {
+	if err := q.acquire(t.Context(), "x", 0); !errors.As(err, &e) || e.Class != plugins.Unavailable || e.RetryAfter <= 0 || !errors.Is(err, plugins.ErrCrowded) {
 		t.Errorf("got %v, want Unavailable with a time to retry", err)
 	}
 }
@@ -100,12 +100,12 @@ func TestQueueRefusalsSayWhenToRetry(t *testing.T) {
 func TestQueueWaitersLeave(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		q := newQueue(1)
-		if err := q.acquire(t.Context(), "first"); err != nil {
+		if err := q.acquire(t.Context(), "first", 0); err != nil {
 			t.Fatal(err)
 		}
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
-		err := q.acquire(ctx, "second")
+		err := q.acquire(ctx, "second", 0)
 		if plugins.ClassOf(err) != plugins.Unavailable || !errors.Is(err, context.DeadlineExceeded) || !errors.Is(err, plugins.ErrCrowded) {
 			t.Errorf("got %v, want Unavailable because of the deadline", err)
 		}
@@ -133,7 +133,7 @@ func TestQueueLosesNothing(t *testing.T) {
 				wg.Go(func() {
 					ctx, cancel := context.WithTimeout(t.Context(), time.Duration(c[1])*time.Millisecond)
 					defer cancel()
-					if q.acquire(ctx, fmt.Sprint(c[0])) != nil {
+					if q.acquire(ctx, fmt.Sprint(c[0]), 0) != nil {
 						return
 					}
 					defer q.release()

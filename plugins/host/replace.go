@@ -57,6 +57,7 @@ func (s *Supervisor) replaced(ctx context.Context, p *process, asked *request) *
 		return p
 	}
 	s.change(func(status *Status) { status.Restarts++ })
+	s.breaker.release()
 	s.started(next)
 	asked.answer(nil)
 	s.drain(p)

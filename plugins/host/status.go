@@ -33,6 +33,11 @@ type Status struct {
 	// Calls counts the calls, Failures those that ended Unavailable,
 	// Unauthenticated or Internal before their caller gave up.
 	Calls, Failures uint64
+	// Retries counts the calls that were made a second time.
+	Retries uint64
+	// Breaker is what keeps calls from a backend that cannot serve them. Those it
+	// refused are in Calls, and not in Failures.
+	Breaker BreakerStatus
 	// LastError is why the state is Degraded or Down, or was last.
 	LastError string
 	// Plugin is what the last opened process said of itself.

@@ -2,6 +2,7 @@
 package host
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -28,6 +29,9 @@ const (
 type Supervisor struct {
 	cfg             Config
 	queue           *queue
+	breaker         *breaker
+	retries         *budget
+	turns           chan struct{} // one place: the breaker has turned
 	running         atomic.Bool
 	program         program // Run's own
 	calls, failures atomic.Uint64
@@ -50,6 +54,7 @@ func New(cfg Config) (*Supervisor, error) {
 	cfg.Logger = cfg.Logger.With(zap.String("backend", cfg.Name))
 	return &Supervisor{
 		cfg: cfg, program: program{cfg: cfg}, queue: newQueue(cfg.MaxConcurrent), firstUp: make(chan struct{}),
+		breaker: newBreaker(cfg.Breaker, cfg.Name), retries: newBudget(), turns: make(chan struct{}, 1),
 		asked: make(chan *request), ended: make(chan struct{}),
 		status: Status{Name: cfg.Name, State: Starting, Since: time.Now(), SHA256: cfg.SHA256},
 	}, nil
@@ -138,7 +143,8 @@ func (s *Supervisor) install(p *process) {
 		status.PID, status.Plugin, status.Confined = p.runner.processID(), p.info, p.confined
 	})
 	_, fault, _ := p.verdict()
-	s.judged(fault)
+	s.breaker.renewed(fault)
+	s.judged(cmp.Or(fault, s.breaker.fault()))
 }
 
 // judged sets the state of a running process.
@@ -170,15 +176,19 @@ func (s *Supervisor) watch(ctx context.Context, p *process) (*request, error) {
 		case <-ctx.Done():
 			return nil, nil
 		case <-p.runner.ended:
+			s.turned(s.breaker.lost())
 			return nil, fmt.Errorf("the process ended: %w", p.runner.end())
 		case asked := <-s.asked:
 			return asked, nil
 		case <-p.changed:
+		case <-s.turns:
+		case <-s.breaker.probeDue():
+			s.probe(ctx, p)
 		case <-tick.C:
 			if err := s.ping(ctx, p); err != nil {
 				return nil, err
 			}
-			if calls, _, _ := p.verdict(); idle.wantsCheck(calls, degraded) {
+			if calls, _, _ := p.verdict(); idle.wantsCheck(calls, degraded) && s.breaker.fault() == nil {
 				s.checkIdle(ctx, p)
 			}
 		}
@@ -186,9 +196,9 @@ func (s *Supervisor) watch(ctx context.Context, p *process) (*request, error) {
 		if broken != nil {
 			return nil, fmt.Errorf("the process is broken: %w", broken)
 		}
-		if degraded != (last != nil) {
-			degraded = last != nil
-			s.judged(last)
+		if fault := cmp.Or(last, s.breaker.fault()); degraded != (fault != nil) {
+			degraded = fault != nil
+			s.judged(fault)
 		}
 	}
 }
@@ -224,6 +234,42 @@ func (s *Supervisor) checkIdle(ctx context.Context, p *process) {
 	_, err := p.remote.Check(bounded)
 	if ctx.Err() == nil {
 		p.noteCheck(err, errors.Is(err, context.DeadlineExceeded))
+	}
+}
+
+// probe asks the backend how it is, where no calls are made that would tell.
+func (s *Supervisor) probe(ctx context.Context, p *process) {
+	bounded, cancel := context.WithTimeout(ctx, s.cfg.CallTimeout)
+	defer cancel()
+	began := time.Now()
+	_, err := p.remote.Check(bounded)
+	if ctx.Err() != nil || p.gone() {
+		return
+	}
+	p.noteCheck(err, errors.Is(err, context.DeadlineExceeded))
+	if took := time.Since(began); err == nil && took >= s.cfg.Breaker.Slow {
+		err = plugins.Errorf(plugins.Unavailable, "it took %s", took.Round(time.Millisecond))
+	}
+	s.breaker.checked(err)
+}
+
+// turned draws the consequences of a turn of the breaker; nil is none.
+func (s *Supervisor) turned(t *turn) {
+	if t == nil {
+		return
+	}
+	switch {
+	case t.to == Closed:
+		s.cfg.Logger.Info("breaker closed: the backend is called again", zap.Duration("lasted", t.wait), zap.Uint64("refused", t.refused))
+	case !t.again:
+		s.cfg.Logger.Error("breaker opened: calls fail at once until the backend is well", zap.String("cause", t.why), zap.Duration("next_check", t.wait))
+	}
+	if t.to == Open {
+		s.breaker.refusedMore(s.queue.flush(t.generation, t.refusal))
+	}
+	select {
+	case s.turns <- struct{}{}:
+	default:
 	}
 }
 
@@ -319,6 +365,7 @@ func (s *Supervisor) Status() Status {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	status := s.status
-	status.Calls, status.Failures = s.calls.Load(), s.failures.Load()
+	status.Calls, status.Failures, status.Retries = s.calls.Load(), s.failures.Load(), s.retries.spent.Load()
+	status.Breaker = s.breaker.status()
 	return status
 }

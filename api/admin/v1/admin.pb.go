@@ -955,7 +955,21 @@ type BackendStatus struct {
 	Fips140       string                 `protobuf:"bytes,11,opt,name=fips140,proto3" json:"fips140,omitempty"`
 	Sha256        string                 `protobuf:"bytes,12,opt,name=sha256,proto3" json:"sha256,omitempty"`
 	// The process reaches only what its configuration names.
-	Confined      bool `protobuf:"varint,13,opt,name=confined,proto3" json:"confined,omitempty"`
+	Confined bool `protobuf:"varint,13,opt,name=confined,proto3" json:"confined,omitempty"`
+	// "closed": calls are made; "open": they fail at once; "half-open": they are
+	// let through one at a time.
+	Breaker string `protobuf:"bytes,14,opt,name=breaker,proto3" json:"breaker,omitempty"`
+	// How often it has opened.
+	BreakerOpened uint64 `protobuf:"varint,15,opt,name=breaker_opened,json=breakerOpened,proto3" json:"breaker_opened,omitempty"`
+	// The share of failed and slow calls in the last ten seconds, 0 to 1.
+	FailureRate float64 `protobuf:"fixed64,16,opt,name=failure_rate,json=failureRate,proto3" json:"failure_rate,omitempty"`
+	// Calls that were not made, since the breaker was open or the backend had asked
+	// for patience. They are in calls, and not in failures.
+	Refused uint64 `protobuf:"varint,17,opt,name=refused,proto3" json:"refused,omitempty"`
+	// Calls that were made a second time.
+	Retries uint64 `protobuf:"varint,18,opt,name=retries,proto3" json:"retries,omitempty"`
+	// Before this no call is made; absent where calls are made.
+	NextTry       *timestamppb.Timestamp `protobuf:"bytes,19,opt,name=next_try,json=nextTry,proto3" json:"next_try,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1079,6 +1093,48 @@ func (x *BackendStatus) GetConfined() bool {
 		return x.Confined
 	}
 	return false
+}
+
+func (x *BackendStatus) GetBreaker() string {
+	if x != nil {
+		return x.Breaker
+	}
+	return ""
+}
+
+func (x *BackendStatus) GetBreakerOpened() uint64 {
+	if x != nil {
+		return x.BreakerOpened
+	}
+	return 0
+}
+
+func (x *BackendStatus) GetFailureRate() float64 {
+	if x != nil {
+		return x.FailureRate
+	}
+	return 0
+}
+
+func (x *BackendStatus) GetRefused() uint64 {
+	if x != nil {
+		return x.Refused
+	}
+	return 0
+}
+
+func (x *BackendStatus) GetRetries() uint64 {
+	if x != nil {
+		return x.Retries
+	}
+	return 0
+}
+
+func (x *BackendStatus) GetNextTry() *timestamppb.Timestamp {
+	if x != nil {
+		return x.NextTry
+	}
+	return nil
 }
 
 type KeyStatus struct {
@@ -1565,7 +1621,7 @@ const file_admin_v1_admin_proto_rawDesc = "" +
 	"last_error\x18\x06 \x01(\tR\tlastError\x12\x1f\n" +
 	"\vjwt_bundles\x18\a \x01(\tR\n" +
 	"jwtBundles\x12*\n" +
-	"\x11jwt_bundles_error\x18\b \x01(\tR\x0fjwtBundlesError\"\xf7\x02\n" +
+	"\x11jwt_bundles_error\x18\b \x01(\tR\x0fjwtBundlesError\"\xc6\x04\n" +
 	"\rBackendStatus\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
 	"\x06plugin\x18\x02 \x01(\tR\x06plugin\x12\x14\n" +
@@ -1581,7 +1637,13 @@ const file_admin_v1_admin_proto_rawDesc = "" +
 	" \x01(\tR\rpluginVersion\x12\x18\n" +
 	"\afips140\x18\v \x01(\tR\afips140\x12\x16\n" +
 	"\x06sha256\x18\f \x01(\tR\x06sha256\x12\x1a\n" +
-	"\bconfined\x18\r \x01(\bR\bconfined\"\xaf\x02\n" +
+	"\bconfined\x18\r \x01(\bR\bconfined\x12\x18\n" +
+	"\abreaker\x18\x0e \x01(\tR\abreaker\x12%\n" +
+	"\x0ebreaker_opened\x18\x0f \x01(\x04R\rbreakerOpened\x12!\n" +
+	"\ffailure_rate\x18\x10 \x01(\x01R\vfailureRate\x12\x18\n" +
+	"\arefused\x18\x11 \x01(\x04R\arefused\x12\x18\n" +
+	"\aretries\x18\x12 \x01(\x04R\aretries\x125\n" +
+	"\bnext_try\x18\x13 \x01(\v2\x1a.google.protobuf.TimestampR\anextTry\"\xaf\x02\n" +
 	"\tKeyStatus\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
 	"\abackend\x18\x02 \x01(\tR\abackend\x12!\n" +
@@ -1687,27 +1749,28 @@ var file_admin_v1_admin_proto_depIdxs = []int32{
 	22, // 12: kmsagent.admin.v1.Identity.expires:type_name -> google.protobuf.Timestamp
 	22, // 13: kmsagent.admin.v1.Identity.updated:type_name -> google.protobuf.Timestamp
 	22, // 14: kmsagent.admin.v1.BackendStatus.since:type_name -> google.protobuf.Timestamp
-	21, // 15: kmsagent.admin.v1.KeyStatus.encrypt_confirmed:type_name -> google.protobuf.Duration
-	21, // 16: kmsagent.admin.v1.KeyStatus.decrypt_confirmed:type_name -> google.protobuf.Duration
-	19, // 17: kmsagent.admin.v1.AuditStatus.sinks:type_name -> kmsagent.admin.v1.AuditSink
-	19, // 18: kmsagent.admin.v1.AuditStatus.checkpoints:type_name -> kmsagent.admin.v1.AuditSink
-	10, // 19: kmsagent.admin.v1.Admin.Status:input_type -> kmsagent.admin.v1.StatusRequest
-	0,  // 20: kmsagent.admin.v1.Admin.Evict:input_type -> kmsagent.admin.v1.EvictRequest
-	2,  // 21: kmsagent.admin.v1.Admin.Reload:input_type -> kmsagent.admin.v1.ReloadRequest
-	4,  // 22: kmsagent.admin.v1.Admin.RestartPlugin:input_type -> kmsagent.admin.v1.RestartPluginRequest
-	6,  // 23: kmsagent.admin.v1.Admin.SetLogLevel:input_type -> kmsagent.admin.v1.SetLogLevelRequest
-	8,  // 24: kmsagent.admin.v1.Admin.Profile:input_type -> kmsagent.admin.v1.ProfileRequest
-	11, // 25: kmsagent.admin.v1.Admin.Status:output_type -> kmsagent.admin.v1.StatusResponse
-	1,  // 26: kmsagent.admin.v1.Admin.Evict:output_type -> kmsagent.admin.v1.EvictResponse
-	3,  // 27: kmsagent.admin.v1.Admin.Reload:output_type -> kmsagent.admin.v1.ReloadResponse
-	5,  // 28: kmsagent.admin.v1.Admin.RestartPlugin:output_type -> kmsagent.admin.v1.RestartPluginResponse
-	7,  // 29: kmsagent.admin.v1.Admin.SetLogLevel:output_type -> kmsagent.admin.v1.SetLogLevelResponse
-	9,  // 30: kmsagent.admin.v1.Admin.Profile:output_type -> kmsagent.admin.v1.ProfileResponse
-	25, // [25:31] is the sub-list for method output_type
-	19, // [19:25] is the sub-list for method input_type
-	19, // [19:19] is the sub-list for extension type_name
-	19, // [19:19] is the sub-list for extension extendee
-	0,  // [0:19] is the sub-list for field type_name
+	22, // 15: kmsagent.admin.v1.BackendStatus.next_try:type_name -> google.protobuf.Timestamp
+	21, // 16: kmsagent.admin.v1.KeyStatus.encrypt_confirmed:type_name -> google.protobuf.Duration
+	21, // 17: kmsagent.admin.v1.KeyStatus.decrypt_confirmed:type_name -> google.protobuf.Duration
+	19, // 18: kmsagent.admin.v1.AuditStatus.sinks:type_name -> kmsagent.admin.v1.AuditSink
+	19, // 19: kmsagent.admin.v1.AuditStatus.checkpoints:type_name -> kmsagent.admin.v1.AuditSink
+	10, // 20: kmsagent.admin.v1.Admin.Status:input_type -> kmsagent.admin.v1.StatusRequest
+	0,  // 21: kmsagent.admin.v1.Admin.Evict:input_type -> kmsagent.admin.v1.EvictRequest
+	2,  // 22: kmsagent.admin.v1.Admin.Reload:input_type -> kmsagent.admin.v1.ReloadRequest
+	4,  // 23: kmsagent.admin.v1.Admin.RestartPlugin:input_type -> kmsagent.admin.v1.RestartPluginRequest
+	6,  // 24: kmsagent.admin.v1.Admin.SetLogLevel:input_type -> kmsagent.admin.v1.SetLogLevelRequest
+	8,  // 25: kmsagent.admin.v1.Admin.Profile:input_type -> kmsagent.admin.v1.ProfileRequest
+	11, // 26: kmsagent.admin.v1.Admin.Status:output_type -> kmsagent.admin.v1.StatusResponse
+	1,  // 27: kmsagent.admin.v1.Admin.Evict:output_type -> kmsagent.admin.v1.EvictResponse
+	3,  // 28: kmsagent.admin.v1.Admin.Reload:output_type -> kmsagent.admin.v1.ReloadResponse
+	5,  // 29: kmsagent.admin.v1.Admin.RestartPlugin:output_type -> kmsagent.admin.v1.RestartPluginResponse
+	7,  // 30: kmsagent.admin.v1.Admin.SetLogLevel:output_type -> kmsagent.admin.v1.SetLogLevelResponse
+	9,  // 31: kmsagent.admin.v1.Admin.Profile:output_type -> kmsagent.admin.v1.ProfileResponse
+	26, // [26:32] is the sub-list for method output_type
+	20, // [20:26] is the sub-list for method input_type
+	20, // [20:20] is the sub-list for extension type_name
+	20, // [20:20] is the sub-list for extension extendee
+	0,  // [0:20] is the sub-list for field type_name
 }
 
 func init() { file_admin_v1_admin_proto_init() }
