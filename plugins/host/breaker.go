@@ -373,19 +373,6 @@ func (b *breaker) fault() error {
 	return fmt.Errorf("%w: %s", plugins.ErrBreakerOpen, b.why)
 }
 
-// BreakerStatus is what is known of a breaker.
-type BreakerStatus struct {
-	Circuit Circuit
-	// Since is when it closed, or when it opened first since then.
-	Since time.Time
-	// FailureRate is the share of failed and slow calls in the last ten seconds, 0 to 1.
-	FailureRate float64
-	// Refused counts the calls that were not made, Opened how often it opened.
-	Refused, Opened uint64
-	// Next is before when no call will be made; zero where calls are made.
-	Next time.Time
-}
-
 func (b *breaker) status() BreakerStatus {
 	b.mu.Lock()
 	defer b.mu.Unlock()

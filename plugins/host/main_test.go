@@ -57,6 +57,7 @@ func modes() map[string]func() {
 		"ignores-term":   func() { signal.Ignore(unix.SIGTERM, unix.SIGINT); never() },
 		"host":           runHost,
 		"by-hand":        serveByHand,
+		"huge-answers":   serveHugeAnswers,
 	}
 }
 
@@ -88,6 +89,7 @@ type puppet struct {
 	plugintest.Memory
 
 	weather string // a file, from Open
+	stuck   bool   // in Close, from Open
 
 	mu       sync.Mutex
 	down     bool // mu guards down: Check and "state" are Unavailable
@@ -99,6 +101,7 @@ type puppetSettings struct {
 
 	Open  string `json:"open"`
 	Check string `json:"check"`
+	Close string `json:"close"`
 	// Weather is the file that says how upstream is, for Check.
 	Weather string `json:"weather"`
 }
@@ -108,7 +111,7 @@ func (p *puppet) Open(ctx context.Context, config json.RawMessage) (plugins.Info
 	if err := json.Unmarshal(config, &s); err != nil {
 		return plugins.Info{}, err
 	}
-	p.down, p.weather = s.Check == "unavailable", s.Weather
+	p.down, p.weather, p.stuck = s.Check == "unavailable", s.Weather, s.Close == "hang"
 	if _, err := p.obey(ctx, s.Open); err != nil {
 		return plugins.Info{}, err
 	}
@@ -134,6 +137,14 @@ func (p *puppet) Describe(ctx context.Context, uri string) (plugins.Description,
 	}
 	text, err := p.obey(ctx, order)
 	return plugins.Description{Current: text, Versions: []plugins.KeyVersion{{Version: text, State: plugins.Enabled}}}, err
+}
+
+// Close hangs where it is told to.
+func (p *puppet) Close() error {
+	if p.stuck {
+		select {}
+	}
+	return p.Memory.Close()
 }
 
 func (p *puppet) obey(ctx context.Context, order string) (string, error) {

@@ -46,6 +46,8 @@ type process struct {
 	runner *runner
 	relays []*relay // that go-plugin writes to
 	dir    *socketDir
+	// nextMove is when it may be replaced for want of a socket; Run's own.
+	nextMove time.Time
 	// confined: the plugin reaches only what its configuration names.
 	confined bool
 }

@@ -3,6 +3,7 @@ package host
 import (
 	"context"
 	"fmt"
+	"time"
 
 	"go.uber.org/zap"
 )
@@ -65,6 +66,17 @@ func (s *Supervisor) replaced(ctx context.Context, p *process, asked *request) *
 		s.cfg.Logger.Warn("old plugin process did not end well", zap.Error(err))
 	}
 	return next
+}
+
+// unreachable asks for another process where the socket of p is gone, as those who
+// clear up old files leave it. The connection holds, but could not be made again.
+func (s *Supervisor) unreachable(p *process) *request {
+	if p.runner.reachable() || time.Now().Before(p.nextMove) {
+		return nil
+	}
+	p.nextMove = time.Now().Add(s.cfg.BackoffMax)
+	s.cfg.Logger.Warn("socket of the plugin is gone: its process is replaced")
+	return &request{done: make(chan error, 1)}
 }
 
 // started gives the calls to a process that has just been launched.

@@ -6,6 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"strconv"
@@ -41,9 +43,10 @@ type runner struct {
 	ended     chan struct{} // closed when the process was reaped
 
 	mu     sync.Mutex
-	pid    int   // mu guards pid and what follows; 0 before the start
-	reaped bool  // the process is gone, and so may be its process ID
-	err    error // how it ended
+	socket string // mu guards socket; what the plugin listens on
+	pid    int    // mu guards pid and what follows; 0 before the start
+	reaped bool   // the process is gone, and so may be its process ID
+	err    error  // how it ended
 }
 
 func newRunner(cmd *exec.Cmd, socketDir string, rules *ruleset, logger *zap.Logger) *runner {
@@ -199,7 +202,21 @@ func (r *runner) PluginToHost(network, address string) (string, string, error) {
 	if network != "unix" || filepath.Dir(address) != r.socketDir {
 		return "", "", fmt.Errorf("the plugin listens on %q %q, not in the directory that PLUGIN_UNIX_SOCKET_DIR names", network, address)
 	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.socket = address
 	return network, address, nil
+}
+
+// reachable tells whether the socket that the plugin named is still there.
+func (r *runner) reachable() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.socket == "" {
+		return true
+	}
+	_, err := os.Lstat(r.socket)
+	return !errors.Is(err, fs.ErrNotExist)
 }
 
 // HostToPlugin implements go-plugin's runner.

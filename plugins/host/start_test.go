@@ -84,9 +84,7 @@ func wantFailedStart(t *testing.T, cfg host.Config, want string) {
 		t.Errorf("Ready: got %v, want the last error", err)
 	}
 	_ = end()
-	if left, _ := filepath.Glob(filepath.Join(cfg.RuntimeDir, "*")); len(left) != 0 {
-		t.Errorf("left in the runtime directory: %v", left)
-	}
+	nothingLeft(t, cfg)
 }
 
 // program copies the test binary, so that it can be checked and changed.

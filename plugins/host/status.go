@@ -47,3 +47,16 @@ type Status struct {
 	// SHA256 is the configured digest of the program; empty with Self.
 	SHA256 string
 }
+
+// BreakerStatus is what is known of a breaker.
+type BreakerStatus struct {
+	Circuit Circuit
+	// Since is when it closed, or when it opened first since then.
+	Since time.Time
+	// FailureRate is the share of failed and slow calls in the last ten seconds, 0 to 1.
+	FailureRate float64
+	// Refused counts the calls that were not made, Opened how often it opened.
+	Refused, Opened uint64
+	// Next is before when no call will be made; zero where calls are made.
+	Next time.Time
+}

@@ -185,6 +185,9 @@ func (s *Supervisor) watch(ctx context.Context, p *process) (*request, error) {
 		case <-s.breaker.probeDue():
 			s.probe(ctx, p)
 		case <-tick.C:
+			if asked := s.unreachable(p); asked != nil {
+				return asked, nil
+			}
 			if err := s.ping(ctx, p); err != nil {
 				return nil, err
 			}
