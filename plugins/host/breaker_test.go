@@ -278,6 +278,22 @@ func TestBreakerAndBudgetCostNoMemory(t *testing.T) {
 	}
 }
 
+// A call whose repeat was refused ends with what the backend said, and says when the
+// backend is tried again.
+func TestRefusedRepeats(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBreaker(Breaker{}.withDefaults(2*time.Second), "test")
+		open(t, b)
+		_, refused := b.admit()
+		err := later(away(), refused)
+		var e *plugins.Error
+		if errors.Is(err, plugins.ErrBreakerOpen) || !strings.Contains(err.Error(), "upstream is away") ||
+			!errors.As(err, &e) || e.RetryAfter < time.Until(b.status().Next) {
+			t.Errorf("got %v, want what the backend said, and when it is tried", err)
+		}
+	})
+}
+
 func TestBudget(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newBudget()

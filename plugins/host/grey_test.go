@@ -255,6 +255,15 @@ func TestDeadUpstream(t *testing.T) {
 		if status.Circuit != Closed || status.Refused == 0 || len(closed) != 1 || closed[0].ContextMap()["refused"] != status.Refused {
 			t.Errorf("status %+v, log %+v; want how many calls were refused", status, closed)
 		}
+		lost := 0
+		for _, one := range all {
+			if plugins.ClassOf(one.err) == plugins.Unavailable && !errors.Is(one.err, plugins.ErrBreakerOpen) {
+				lost++
+			}
+		}
+		if lost < DefaultBreakerFailures/2 { // the others are repeats, which count as what the first try heard
+			t.Errorf("%d calls heard from upstream that it is away", lost)
+		}
 		for _, one := range all {
 			var e *plugins.Error
 			if errors.Is(one.err, plugins.ErrBreakerOpen) && (!errors.As(one.err, &e) || e.RetryAfter <= 0 || e.RetryAfter > 2*DefaultBreakerMaxWait) {

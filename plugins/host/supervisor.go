@@ -131,7 +131,11 @@ func (s *Supervisor) runProcess(ctx context.Context, first bool, asked *request)
 	if err == nil {
 		s.drain(p)
 	}
-	return errors.Join(err, p.stop(err == nil))
+	stopped := p.stop(err == nil)
+	if _, _, broken := p.verdict(); err != nil && broken == nil {
+		s.turned(s.breaker.lost()) // what was under way failed of that alone
+	}
+	return errors.Join(err, stopped)
 }
 
 // install gives the calls to p.
@@ -176,7 +180,6 @@ func (s *Supervisor) watch(ctx context.Context, p *process) (*request, error) {
 		case <-ctx.Done():
 			return nil, nil
 		case <-p.runner.ended:
-			s.turned(s.breaker.lost())
 			return nil, fmt.Errorf("the process ended: %w", p.runner.end())
 		case asked := <-s.asked:
 			return asked, nil
