@@ -30,6 +30,7 @@ type backend struct {
 	cfg        BackendConfig
 	env        []string
 	supervisor *host.Supervisor
+	upstream   *upstream // calls supervisor, from when the configuration is in use
 	cancel     context.CancelFunc
 	done       chan struct{}
 }
@@ -41,7 +42,7 @@ func (a *Agent) startBackend(cfg BackendConfig, env []string) (*backend, error) 
 		return nil, fmt.Errorf("backend %q: %w", cfg.Name, err)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
-	b := &backend{cfg: cfg, env: env, supervisor: s, cancel: cancel, done: make(chan struct{})}
+	b := &backend{cfg: cfg, env: env, supervisor: s, upstream: newUpstream(s), cancel: cancel, done: make(chan struct{})}
 	go func() {
 		defer close(b.done)
 		if err := s.Run(ctx); ignoreEnd(err) != nil {
@@ -157,6 +158,7 @@ func (a *Agent) nextBackends(ctx context.Context, cfg *Config) (map[string]*back
 		if err != nil {
 			return fail(err)
 		}
+		b.takesUp(a.backends[c.Name])
 		started = append(started, b)
 		next[c.Name] = b
 	}

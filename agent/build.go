@@ -84,7 +84,7 @@ func serviceConfig(cfg *Config, backends map[string]*backend) kms.Config {
 		DataKeyUse: cfg.Limits.DataKeyUse, MaxStream: uint64(cfg.Limits.MaxStream),
 	}
 	for name, b := range backends {
-		c.Backends[name] = b.supervisor
+		c.Backends[name] = b.upstream
 	}
 	for _, r := range cfg.Admin.Allow {
 		c.Administrators = append(c.Administrators, kms.Administrator{
@@ -126,6 +126,9 @@ func (a *Agent) applyLocked(ctx context.Context, cfg *Config) error {
 			}
 		}
 		return err
+	}
+	for _, b := range next {
+		b.upstream.current.Store(b.supervisor)
 	}
 	a.mu.Lock()
 	a.cfg, a.backends, a.loaded = cfg, next, time.Now()

@@ -208,17 +208,12 @@ func (l *loader) settingPath(at string, settings map[string]any, name string) {
 // upstreamOf names the first backend that reaches the same keys as the named
 // one: the same program with the same settings, under another name.
 func (l *loader) upstreamOf(name string) string {
-	reach := func(b BackendConfig) BackendConfig {
-		return BackendConfig{
-			Plugin: b.Plugin, Path: b.Path, Args: b.Args, Env: b.Env, EnvFromFiles: b.EnvFromFiles, Settings: b.Settings,
-		}
-	}
 	i := slices.IndexFunc(l.cfg.Backends, func(b BackendConfig) bool { return b.Name == name })
 	if i < 0 {
 		return name
 	}
 	for _, b := range l.cfg.Backends[:i] {
-		if reflect.DeepEqual(reach(b), reach(l.cfg.Backends[i])) {
+		if reflect.DeepEqual(b.reach(), l.cfg.Backends[i].reach()) {
 			return b.Name
 		}
 	}

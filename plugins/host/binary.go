@@ -20,6 +20,9 @@ const (
 	sealAll    = unix.F_SEAL_WRITE | unix.F_SEAL_SHRINK | unix.F_SEAL_GROW | unix.F_SEAL_SEAL
 )
 
+// errProgram is in the error of a start whose program cannot be executed, or must not.
+var errProgram = errors.New("the program is not what is configured")
+
 // program is what one supervisor executes. Each new process is the same
 // program, whatever became of its file meanwhile.
 type program struct {

@@ -113,6 +113,8 @@ func TestBreakerAllowsForRunsByChance(t *testing.T) {
 
 func TestBreakerOpensOnARate(t *testing.T) {
 	testBreaker(t, func(t *testing.T, b *breaker) {
+		made(t, b, answered, 0)
+		time.Sleep(time.Hour)
 		for i := range minRated {
 			wantCircuit(t, b, Closed)
 			v := failed

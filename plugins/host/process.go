@@ -79,7 +79,7 @@ func (p *process) start(ctx context.Context, cfg Config, program *program) error
 	p.dir = dir
 	path, err := program.path()
 	if err != nil {
-		return err
+		return fmt.Errorf("%w: %w", errProgram, err)
 	}
 	rules, err := newRuleset(cfg, path, dir.path)
 	if err != nil {

@@ -151,6 +151,28 @@ func TestProgramsThatAreNotExecuted(t *testing.T) {
 	}
 }
 
+// Whoever waits for a program that will not be executed need not wait for long, and
+// a program that is put right is started all the same.
+func TestUnfitProgramsAreToldAtOnce(t *testing.T) {
+	cfg := config(t, puppetSettings{})
+	cfg.Self = false
+	path, sum := program(t)
+	cfg.Command, cfg.SHA256 = path+".link", sum
+	if err := os.WriteFile(cfg.Command, []byte("something else"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	s, _ := start(t, cfg)
+	patient, cancel := context.WithTimeout(t.Context(), time.Hour)
+	defer cancel()
+	if err := s.Ready(patient); err == nil || !strings.Contains(err.Error(), "the configuration says "+sum) {
+		t.Errorf("Ready: got %v, want that it is another program", err)
+	}
+	if err := os.Rename(path, cfg.Command); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the right program", func() bool { return s.Ready(patient) == nil })
+}
+
 func TestPluginsHaveOnlyTheirOwnEnvironment(t *testing.T) {
 	t.Setenv("KMS_AGENT_TEST_SECRET", "of the host")
 	cfg := config(t, puppetSettings{})

@@ -36,6 +36,7 @@ type Supervisor struct {
 	program         program // Run's own
 	calls, failures atomic.Uint64
 	firstUp         chan struct{}
+	unfit           chan struct{} // the program is not the one that is configured
 	asked           chan *request // for a new process
 	ended           chan struct{} // Run has returned
 
@@ -53,7 +54,7 @@ func New(cfg Config) (*Supervisor, error) {
 	}
 	cfg.Logger = cfg.Logger.With(zap.String("backend", cfg.Name))
 	return &Supervisor{
-		cfg: cfg, program: program{cfg: cfg}, queue: newQueue(cfg.MaxConcurrent), firstUp: make(chan struct{}),
+		cfg: cfg, program: program{cfg: cfg}, queue: newQueue(cfg.MaxConcurrent), firstUp: make(chan struct{}), unfit: make(chan struct{}),
 		breaker: newBreaker(cfg.Breaker, cfg.Name), retries: newBudget(), turns: make(chan struct{}, 1),
 		asked: make(chan *request), ended: make(chan struct{}),
 		status: Status{Name: cfg.Name, State: Starting, Since: time.Now(), SHA256: cfg.SHA256},
@@ -82,6 +83,9 @@ func (s *Supervisor) Run(ctx context.Context) error {
 		}
 		wait := pause.after(time.Since(began))
 		s.down(err, wait)
+		if errors.Is(err, errProgram) {
+			closeOnce(s.unfit)
+		}
 		s.cfg.Logger.Error("plugin is down", zap.Error(err), zap.Duration("next_start", wait))
 		asked = s.rest(ctx, wait)
 	}
@@ -161,10 +165,15 @@ func (s *Supervisor) judged(fault error) {
 	if fault != nil {
 		return
 	}
+	closeOnce(s.firstUp)
+}
+
+// closeOnce closes a channel that only Run's goroutine closes.
+func closeOnce(c chan struct{}) {
 	select {
-	case <-s.firstUp:
+	case <-c:
 	default:
-		close(s.firstUp)
+		close(c)
 	}
 }
 
@@ -351,15 +360,24 @@ func (s *Supervisor) availableLocked() error {
 }
 
 // Ready returns nil once the backend was up. It returns an error with the cause
-// of the last failed start when ctx ends first.
+// of the last failed start when ctx ends first, or at once where the program is not
+// the one that is configured.
 func (s *Supervisor) Ready(ctx context.Context) error {
 	select {
 	case <-s.firstUp:
-		return nil
+	case <-s.unfit:
 	case <-ctx.Done():
+	}
+	select {
+	case <-s.firstUp: // it may be both: the program was put right
+		return nil
+	default:
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if ctx.Err() == nil {
+		return fmt.Errorf("plugin %q is %s: %s", s.cfg.Name, s.status.State, s.status.LastError)
+	}
 	if s.status.LastError != "" {
 		return fmt.Errorf("plugin %q is %s: %s: %w", s.cfg.Name, s.status.State, s.status.LastError, ctx.Err())
 	}
