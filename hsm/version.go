@@ -64,7 +64,8 @@ type Version struct {
 	macID     ID     // of CBCHMAC
 	canary    []byte // wrapped when the version was made
 	canarySum [32]byte
-	takes     int // bytes of material that the token wraps itself
+	takes     int   // bytes of material that the token wraps itself
+	seen      int64 // by the token's now; 0 for one that is being made
 
 	handles atomic.Pointer[binding]
 	search  chan struct{} // has room for the one that looks for the keys
@@ -154,6 +155,11 @@ func (t *Token) locate(ctx context.Context, a *attachment, v *Version) (handles,
 	}
 	if err := t.there(ctx, a); err != nil { // no key, or no token?
 		return handles{}, err
+	}
+	if t.cfg.Catalogue != nil && a.since < v.seen {
+		// Another process may have made it, and some modules see only what was there
+		// when they were initialised.
+		return handles{}, t.renew(a)
 	}
 	return handles{}, errorf(KeyNotFound, nil, "the token has no key with the ID %x of version %d of key %s", v.ID, v.Number, v.Key)
 }
