@@ -122,6 +122,9 @@ func generatePair(s cryptoki.Session, v *Version, label string, onToken bool) (k
 	if err != nil {
 		return keys, err
 	}
+	if keys.modulus, err = modulus(s, keys.public); err != nil {
+		return keys, err
+	}
 	return keys, verify(s, keys.key, use)
 }
 
