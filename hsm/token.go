@@ -274,6 +274,9 @@ func (t *Token) keep(ctx context.Context) {
 			if !t.detach(a) {
 				return
 			}
+			if errors.Is(err, errRenewed) {
+				continue
+			}
 			if a.proved() {
 				pause = 0
 			}

@@ -63,7 +63,12 @@ type hsmTrial struct {
 	Works  bool   `json:"works"`
 	IV     string `json:"iv,omitempty"`
 	PairUS int64  `json:"pair_us,omitempty"`
-	Reason string `json:"reason,omitempty"`
+	// RSABits is the size of RSA keys, Signs says that the token makes none that
+	// decrypt and cannot sign, OnToken that it makes none for a session only.
+	RSABits int    `json:"rsa_bits,omitempty"`
+	Signs   bool   `json:"signs,omitempty"`
+	OnToken bool   `json:"on_token,omitempty"`
+	Reason  string `json:"reason,omitempty"`
 }
 
 type hsmKey struct {
@@ -109,7 +114,9 @@ func newHSMProbe(a *app) *cobra.Command {
 	c := &cobra.Command{
 		Use: "probe", Short: "Show what a token can do, by trying it", Args: exactly(),
 		Long: `Shows module and token, and tries each way of wrapping with keys that exist for the
-length of a session: what a token claims proves nothing. It changes nothing on the token.
+length of a session: what a token claims proves nothing. Where a token makes no such
+keys, each trial has one on the token, labelled kmsagent/trial, and destroys it. Nothing
+else changes on the token.
 
 Each PIN is tried once until the token accepts it, so that no token is locked;
 --retry-pin lets one be tried again that was refused.`,
@@ -142,16 +149,7 @@ func probeTable(t *table, p *hsmProbe) {
 	t.row("sessions", fmt.Sprintf("%d used, %s", p.Sessions, most))
 	t.row("mechanisms", strconv.Itoa(p.Mechanisms))
 	for _, s := range p.Suites {
-		line := "works"
-		switch {
-		case !s.Works:
-			line = "no: " + s.Reason
-		case s.IV != "":
-			line += ", initialization vectors by " + s.IV
-		}
-		if s.Works {
-			line += fmt.Sprintf(", wrap and unwrap in %v", time.Duration(s.PairUS)*time.Microsecond)
-		}
+		line := s.outcome()
 		if s.Suite == p.Use {
 			line += "; new keys use it"
 		}
@@ -160,6 +158,27 @@ func probeTable(t *table, p *hsmProbe) {
 	if p.Use == "" {
 		t.row("result", "none of the suites works: this token cannot wrap data keys")
 	}
+}
+
+// outcome says how a suite did, in a line.
+func (s hsmTrial) outcome() string {
+	if !s.Works {
+		return "no: " + s.Reason
+	}
+	line := "works"
+	if s.IV != "" {
+		line += ", initialization vectors by " + s.IV
+	}
+	if s.RSABits != 0 {
+		line += fmt.Sprintf(", RSA of %d bits", s.RSABits)
+	}
+	if s.Signs {
+		line += ", private keys may sign too"
+	}
+	if s.OnToken {
+		line += ", tried with a key on the token, since destroyed"
+	}
+	return line + fmt.Sprintf(", wrap and unwrap in %v", time.Duration(s.PairUS)*time.Microsecond)
 }
 
 func newHSMList(a *app) *cobra.Command {

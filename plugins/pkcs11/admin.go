@@ -70,7 +70,11 @@ type trial struct {
 	Works  bool   `json:"works"`
 	IV     string `json:"iv,omitempty"`
 	PairUS int64  `json:"pair_us,omitempty"`
-	Reason string `json:"reason,omitempty"`
+	// RSABits, Signs and OnToken are those of hsm.Trial.
+	RSABits int    `json:"rsa_bits,omitempty"`
+	Signs   bool   `json:"signs,omitempty"`
+	OnToken bool   `json:"on_token,omitempty"`
+	Reason  string `json:"reason,omitempty"`
 }
 
 type keyState struct {
@@ -300,7 +304,10 @@ func probed(p hsm.Probe) *probe {
 		out.Use = p.Use.String()
 	}
 	for _, s := range p.Trials {
-		t := trial{Suite: s.Suite.String(), Works: s.Err == nil, IV: s.IV, PairUS: s.Pair.Microseconds()}
+		t := trial{
+			Suite: s.Suite.String(), Works: s.Err == nil, IV: s.IV, PairUS: s.Pair.Microseconds(),
+			RSABits: s.RSABits, Signs: s.Signs, OnToken: s.OnToken,
+		}
 		if s.Err != nil {
 			t.Reason = told(s.Err)
 		}
