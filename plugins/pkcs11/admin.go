@@ -38,6 +38,8 @@ type request struct {
 	Retry bool `json:"retry_pin,omitempty"`
 	// Confirmed lets the current version be disabled.
 	Confirmed bool `json:"confirmed,omitempty"`
+	// WrappingKeys are the keys' URIs, for check.
+	WrappingKeys []string `json:"wrapping_keys,omitempty"`
 }
 
 // answer is one JSON object on standard output.
@@ -46,6 +48,8 @@ type answer struct {
 	Class string     `json:"class,omitempty"` // the error's hsm.Kind
 	Probe *probe     `json:"probe,omitempty"`
 	Keys  []keyState `json:"keys,omitempty"`
+	// Faults are what check found.
+	Faults []fault `json:"faults,omitempty"`
 }
 
 type probe struct {
@@ -125,7 +129,11 @@ func administer(args []string, in io.Reader, out, diagnostics io.Writer) int {
 	defer cancel()
 	var r request
 	a, err := answer{}, json.NewDecoder(io.LimitReader(in, 1<<20)).Decode(&r)
-	if err == nil {
+	switch {
+	case err != nil:
+	case r.Command == "check":
+		a.Faults = r.check()
+	default:
 		a, err = r.serve(ctx, diagnostics)
 	}
 	if err != nil {
@@ -148,13 +156,19 @@ func (r request) serve(ctx context.Context, diagnostics io.Writer) (answer, erro
 	s.retryPIN = r.Retry
 	waiting, giveUp := context.WithCancelCause(ctx)
 	defer giveUp(nil)
-	t, err := s.load(uri, func(e hsm.Event) {
+	pin, err := s.pin(ctx)
+	if err != nil {
+		return answer{}, &hsm.Error{Kind: hsm.Unauthenticated, Err: err}
+	}
+	said := ""
+	t, err := s.load(uri, pin, func(e hsm.Event) {
 		switch {
 		case e.Attached || e.Err == nil:
 		case hopeless(e.Err):
 			giveUp(e.Err)
-		case hsm.KindOf(e.Err) != hsm.Unauthenticated:
-			_, _ = fmt.Fprintln(diagnostics, "waiting for the token:", told(e.Err))
+		case hsm.KindOf(e.Err) != hsm.Unauthenticated && said != told(e.Err):
+			said = told(e.Err)
+			_, _ = fmt.Fprintln(diagnostics, "waiting for the token:", said)
 		}
 	})
 	if err != nil {
@@ -189,14 +203,14 @@ func (r request) serve(ctx context.Context, diagnostics io.Writer) (answer, erro
 
 // load opens the token. A library that does not come back from being loaded is left
 // to the end of the process.
-func (s settings) load(uri hsm.URI, events func(hsm.Event)) (*hsm.Token, error) {
+func (s settings) load(uri hsm.URI, pin hsm.PINSource, events func(hsm.Event)) (*hsm.Token, error) {
 	type opened struct {
 		token *hsm.Token
 		err   error
 	}
 	done := make(chan opened, 1)
 	go func() {
-		t, err := s.openToken(uri, events, adminPatience)
+		t, err := s.openToken(uri, pin, events, adminPatience)
 		done <- opened{t, err}
 	}()
 	limit := time.Duration(s.HangAfter)
@@ -222,7 +236,8 @@ func hopeless(err error) bool {
 	return hsm.KindOf(err) == hsm.Invalid || strings.Contains(err.Error(), "no token matches")
 }
 
-// told is an error without the names of the kinds: the operator gets them as exit code.
+// told is an error without the names of the kinds: the operator gets them as exit code,
+// the agent as class.
 func told(err error) string {
 	if e := (*hsm.Error)(nil); errors.As(err, &e) && error(e) == err { //nolint:errorlint // this very link of the chain
 		switch {
@@ -235,10 +250,22 @@ func told(err error) string {
 		}
 		return e.Detail + ": " + told(e.Err)
 	}
-	if cause := errors.Unwrap(err); cause != nil {
-		return strings.Replace(err.Error(), cause.Error(), told(cause), 1)
+	text := err.Error()
+	for _, cause := range causes(err) {
+		text = strings.Replace(text, cause.Error(), told(cause), 1)
 	}
-	return err.Error()
+	return text
+}
+
+// causes are what an error wraps.
+func causes(err error) []error {
+	if joined, ok := err.(interface{ Unwrap() []error }); ok { //nolint:errorlint // this very link of the chain
+		return joined.Unwrap()
+	}
+	if cause := errors.Unwrap(err); cause != nil {
+		return []error{cause}
+	}
+	return nil
 }
 
 func (r request) perform(ctx context.Context, t *hsm.Token) (answer, error) {

@@ -134,6 +134,12 @@ func TestSettingsFaultsAreToldTogether(t *testing.T) {
 		`{"hang_after": 5}`:                           {`settings.hang_after: a duration in quotes, such as "10s"`, "settings.module"},
 		`{"hang_after": "soon"}`:                      {`settings.hang_after: a duration in quotes, such as "10s"`},
 		`{"hang_after": "1ms"}`:                       {"settings.hang_after: 100ms to 10m"},
+		`{"token": "pkcs11:object=orders"}`:           {"settings.token: pkcs11:object=orders selects the token"},
+		`{"token": "pkcs11:"}`:                        {"settings.token: pkcs11: selects any token"},
+		`{"pin_file": "pin", "pin_variable": "P"}`:    {"settings.pin_file: exactly one", "settings.pin_file: must be an absolute path"},
+		`{"pinfile": "pin"}`:                          {"settings.pinfile: there is no such setting"},
+		`{"sessions": "many"}`:                        {"settings.sessions: must be a int, not a string"},
+		``:                                            {"settings: are missing"},
 		`{"fleet_size": 1000001, "hang_after": "5s"}`: {"settings.fleet_size: 0 or 1 to 1000000"},
 	} {
 		_, _, err := parseSettings(json.RawMessage(raw))
@@ -150,5 +156,12 @@ func TestToldHasNoKinds(t *testing.T) {
 	err := fmt.Errorf("look: %w", &hsm.Error{Kind: hsm.Unavailable, Detail: "the token is not attached", Err: inner})
 	if got, want := told(err), "look: the token is not attached: 2 tokens match"; got != want {
 		t.Errorf("%q, want %q", got, want)
+	}
+	tried := errors.Join(fmt.Errorf("aes-kwp: %w", &hsm.Error{Kind: hsm.Broken, Detail: "refused"}), fmt.Errorf("aes-gcm: %w", inner))
+	if got, want := told(&hsm.Error{Kind: hsm.Broken, Detail: "none works", Err: tried}), "none works: aes-kwp: refused\naes-gcm: 2 tokens match"; got != want {
+		t.Errorf("%q, want %q", got, want)
+	}
+	if got, want := classified(inner).Error(), "Invalid: 2 tokens match"; got != want {
+		t.Errorf("in the agent's log: %q, want %q", got, want)
 	}
 }
