@@ -42,7 +42,7 @@ func OpenPINDescriptor(ctx context.Context, file *os.File) (*PINDescriptor, erro
 	}
 	n, err := readPipe(ctx, int(file.Fd()), memory)
 	if err == nil && n == 0 {
-		err = errors.New("a pipe gives it once, and this one is at its end: what starts more than once needs a file")
+		err = errors.New("nothing came through the pipe: did the command that writes it fail? A pipe gives the PIN once: what starts more than once needs a file")
 	}
 	if err = errors.Join(err, file.Close()); err != nil {
 		memory.free()

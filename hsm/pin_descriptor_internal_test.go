@@ -121,7 +121,7 @@ func TestPINDescriptorThatIsNone(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer func() { _ = null.Close() }()
-	for want, f := range map[string]*os.File{"gives it once": closed, "nobody has ended": waiting, "neither": null} {
+	for want, f := range map[string]*os.File{"nothing came": closed, "nobody has ended": waiting, "neither": null} {
 		ctx, cancel := context.WithTimeout(t.Context(), 150*time.Millisecond)
 		if _, err := OpenPINDescriptor(ctx, f); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%v, want %q", err, want)

@@ -18,6 +18,7 @@ const hsmPlugin = "kms-agent-pkcs11"
 type hsmFlags struct {
 	config, backend                                    string
 	plugin, module, moduleConfig, token, pin, stateDir string
+	pinFD                                              int
 	retryPIN                                           bool
 }
 
@@ -32,6 +33,8 @@ type hsmRequest struct {
 	RetryPIN bool            `json:"retry_pin,omitempty"`
 	// Confirmed lets the current version be disabled.
 	Confirmed bool `json:"confirmed,omitempty"`
+	// WrappingKeys are the keys' URIs, for check.
+	WrappingKeys []string `json:"wrapping_keys,omitempty"`
 }
 
 type hsmAnswer struct {
@@ -39,6 +42,16 @@ type hsmAnswer struct {
 	Class string    `json:"class"`
 	Probe *hsmProbe `json:"probe"`
 	Keys  []hsmKey  `json:"keys"`
+	// Faults are what check found.
+	Faults []hsmFault `json:"faults"`
+}
+
+// hsmFault is what is wrong with a setting of a backend, or with the URI of a key.
+type hsmFault struct {
+	Setting     string `json:"setting"`
+	WrappingKey string `json:"wrapping_key"`
+	Message     string `json:"message"`
+	Warning     bool   `json:"warning"`
 }
 
 type hsmProbe struct {
@@ -275,6 +288,7 @@ func (a *app) hsmFlags(c *cobra.Command, f *hsmFlags) {
 	flags.StringVar(&f.moduleConfig, "module-config", "", "... what the library is started with, mostly nothing")
 	flags.StringVar(&f.token, "token", "", "... the token, such as pkcs11:token=kms")
 	flags.StringVar(&f.pin, "pin-file", "", "... the file that holds the PIN")
+	flags.IntVar(&f.pinFD, "pin-fd", noPINFD, "read the PIN from this open descriptor instead, a file or a pipe: --pin-fd 3 3< <(command)")
 	flags.StringVar(&f.stateDir, "state-dir", "", "... the directory that remembers which PINs were tried")
 	flags.StringVar(&f.plugin, "plugin", "", "... the plugin's program ("+hsmPlugin+" beside kms-agent)")
 }

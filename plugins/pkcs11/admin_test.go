@@ -138,7 +138,7 @@ func TestSettingsFaultsAreToldTogether(t *testing.T) {
 		`{"token": "pkcs11:"}`:                        {"settings.token: pkcs11: selects any token"},
 		`{"pin_file": "pin", "pin_variable": "P"}`:    {"settings.pin_file: exactly one", "settings.pin_file: must be an absolute path"},
 		`{"pinfile": "pin"}`:                          {"settings.pinfile: there is no such setting"},
-		`{"sessions": "many"}`:                        {"settings.sessions: must be a int, not a string"},
+		`{"sessions": "many"}`:                        {"settings.sessions: must be of type int, not string"},
 		``:                                            {"settings: are missing"},
 		`{"fleet_size": 1000001, "hang_after": "5s"}`: {"settings.fleet_size: 0 or 1 to 1000000"},
 	} {

@@ -106,7 +106,7 @@ func unreadable(raw json.RawMessage, err error) error {
 		return fmt.Errorf("settings.%s: there is no such setting; docs/hsm.md has those that are", strings.Trim(name, `"`))
 	}
 	if e := (*json.UnmarshalTypeError)(nil); errors.As(err, &e) && e.Field != "" {
-		return fmt.Errorf("settings.%s: must be a %v, not a %s", e.Field, e.Type, e.Value)
+		return fmt.Errorf("settings.%s: must be of type %v, not %s", e.Field, e.Type, e.Value)
 	}
 	if len(bytes.TrimSpace(raw)) == 0 {
 		return errors.New("settings: are missing; docs/hsm.md has those that are needed")
