@@ -68,11 +68,16 @@ type hsmProbe struct {
 	MaxSessions  uint       `json:"max_sessions"`
 	Mechanisms   int        `json:"mechanisms"`
 	Suites       []hsmTrial `json:"suites"`
-	Use          string     `json:"use"`
+	// Use is the suite that new keys get, and Why says why.
+	Use string `json:"use"`
+	Why string `json:"why"`
 }
 
 type hsmTrial struct {
-	Suite  string `json:"suite"`
+	Suite string `json:"suite"`
+	// Mechanisms are those of the token that the suite uses.
+	Mechanisms []string `json:"mechanisms"`
+
 	Works  bool   `json:"works"`
 	IV     string `json:"iv,omitempty"`
 	PairUS int64  `json:"pair_us,omitempty"`
@@ -91,6 +96,8 @@ type hsmVersion struct {
 	Suite   string    `json:"suite"`
 	ID      string    `json:"id"`
 	Created time.Time `json:"created"`
+	// Problem says why the version cannot be used, though its state lets it.
+	Problem string `json:"problem,omitempty"`
 }
 
 func newHSM(a *app) *cobra.Command {
@@ -165,24 +172,31 @@ func probeTable(t *table, p *hsmProbe) {
 		if s.Works {
 			line += fmt.Sprintf(", wrap and unwrap in %v", time.Duration(s.PairUS)*time.Microsecond)
 		}
-		if s.Suite == p.Use {
-			line += "; new keys use it"
+		if s.Works && s.Suite != p.Use {
+			line += "; only for keys made with --suite " + s.Suite
 		}
-		t.row(s.Suite, line)
+		t.row(s.Suite, strings.Join(s.Mechanisms, ", ")+": "+line)
 	}
 	if p.Use == "" {
-		t.row("result", "none of the suites works: this token cannot wrap data keys")
+		t.row("new keys", "cannot be made without --suite: none of the suites works that are taken by themselves")
+		return
 	}
+	t.row("new keys", fmt.Sprintf("use %s: %s", p.Use, p.Why))
 }
 
 func newHSMList(a *app) *cobra.Command {
 	f := hsmFlags{}
 	c := &cobra.Command{
 		Use: "list", Short: "List the keys on a token and their versions", Args: exactly(),
+		Long: `Lists the keys that kms-agent made on the token, with their versions, and says which of
+these cannot be used because somebody has deleted or replaced them.`,
 		RunE: func(c *cobra.Command, _ []string) error {
 			answer, err := a.askToken(c, &f, hsmRequest{Command: "list"})
 			if err != nil {
 				return err
+			}
+			if len(answer.Keys) == 0 {
+				_, _ = fmt.Fprintln(a.errOut, "there are no keys of kms-agent on this token; kms-agent hsm init-key NAME makes one")
 			}
 			return a.printHSMKeys(answer.Keys)
 		},
@@ -204,7 +218,11 @@ func (a *app) printHSMKeys(keys []hsmKey) error {
 				if v.Version == k.Current {
 					name += " (current)"
 				}
-				t.row(k.Key, name, v.State, v.Suite, v.Created.UTC().Format(time.RFC3339), v.ID)
+				cells := []string{k.Key, name, v.State, v.Suite, v.Created.UTC().Format(time.RFC3339), v.ID}
+				if v.Problem != "" {
+					cells = append(cells, "unusable: "+v.Problem)
+				}
+				t.row(cells...)
 			}
 		}
 	})

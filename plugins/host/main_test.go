@@ -105,6 +105,10 @@ func (p *puppet) Open(ctx context.Context, config json.RawMessage) (plugins.Info
 		return plugins.Info{}, err
 	}
 	p.down = s.Check == "unavailable"
+	if path, ok := strings.CutPrefix(s.Check, "unavailable if "); ok {
+		_, err := os.Stat(path)
+		p.down = err == nil
+	}
 	if _, err := p.obey(ctx, s.Open); err != nil {
 		return plugins.Info{}, err
 	}
@@ -141,6 +145,8 @@ func (p *puppet) obey(ctx context.Context, order string) (string, error) {
 	switch verb {
 	case "up":
 		p.down = false
+	case "down":
+		p.down = true
 	case "hang":
 		p.mu.Unlock()
 		defer p.mu.Lock()

@@ -66,11 +66,16 @@ type probe struct {
 	MaxSessions  uint    `json:"max_sessions,omitempty"`
 	Mechanisms   int     `json:"mechanisms"`
 	Suites       []trial `json:"suites"`
-	Use          string  `json:"use,omitempty"`
+	// Use is the suite that new keys get, and Why says why.
+	Use string `json:"use,omitempty"`
+	Why string `json:"why,omitempty"`
 }
 
 type trial struct {
-	Suite  string `json:"suite"`
+	Suite string `json:"suite"`
+	// Mechanisms are those of the token that the suite uses.
+	Mechanisms []string `json:"mechanisms"`
+
 	Works  bool   `json:"works"`
 	IV     string `json:"iv,omitempty"`
 	PairUS int64  `json:"pair_us,omitempty"`
@@ -89,6 +94,8 @@ type versionState struct {
 	Suite   string    `json:"suite"`
 	ID      string    `json:"id"`
 	Created time.Time `json:"created"`
+	// Problem says why the version cannot be used, though its state lets it.
+	Problem string `json:"problem,omitempty"`
 }
 
 // administerOnce is the main function of `administer`. It returns the exit code.
@@ -283,8 +290,8 @@ func (r request) perform(ctx context.Context, t *hsm.Token) (answer, error) {
 		p, err := t.Probe(ctx)
 		return answer{Probe: probed(p)}, err
 	case "list":
-		keys, err := t.Keys(ctx)
-		return answer{Keys: states(keys...)}, err
+		keys, err := list(ctx, t)
+		return answer{Keys: keys}, err
 	case "init-key":
 		k, err = t.CreateKey(ctx, r.Key, suite)
 	case "rotate":
@@ -306,6 +313,24 @@ func (r request) perform(ctx context.Context, t *hsm.Token) (answer, error) {
 	return answer{Keys: states(k)}, nil
 }
 
+// list returns the keys, and what is wrong with their versions on the token.
+func list(ctx context.Context, t *hsm.Token) ([]keyState, error) {
+	keys, err := t.Keys(ctx)
+	out := states(keys...)
+	for i, k := range keys {
+		for j, v := range k.Versions {
+			switch err := t.Verify(ctx, v); {
+			case err == nil:
+			case ctx.Err() != nil, hsm.KindOf(err) == hsm.Unavailable, hsm.KindOf(err) == hsm.Unauthenticated:
+				return nil, err
+			default:
+				out[i].Versions[j].Problem = told(err)
+			}
+		}
+	}
+	return out, err
+}
+
 // sparesCurrent refuses to disable the version that encryption needs, unless that is
 // confirmed.
 func (r request) sparesCurrent(ctx context.Context, t *hsm.Token) error {
@@ -324,16 +349,35 @@ func probed(p hsm.Probe) *probe {
 		MaxSessions: p.MaxSessions, Mechanisms: p.Mechanisms,
 	}
 	if p.Use != 0 {
-		out.Use = p.Use.String()
+		out.Use, out.Why = p.Use.String(), suites()[p.Use].why
 	}
 	for _, s := range p.Trials {
-		t := trial{Suite: s.Suite.String(), Works: s.Err == nil, IV: s.IV, PairUS: s.Pair.Microseconds()}
+		t := trial{Suite: s.Suite.String(), Mechanisms: suites()[s.Suite].mechanisms, Works: s.Err == nil, IV: s.IV, PairUS: s.Pair.Microseconds()}
 		if s.Err != nil {
 			t.Reason = told(s.Err)
 		}
 		out.Suites = append(out.Suites, t)
 	}
 	return out
+}
+
+// suites says of each suite what it uses of the token, and why new keys get it where
+// nothing before it works.
+func suites() map[hsm.Suite]struct {
+	mechanisms []string
+	why        string
+} {
+	return map[hsm.Suite]struct {
+		mechanisms []string
+		why        string
+	}{
+		hsm.GCM: {[]string{"CKM_AES_GCM"}, "it encrypts and authenticates in one operation of the token; a version makes 2^32 wraps in all"},
+		hsm.KWP: {[]string{"CKM_AES_KEY_WRAP_KWP"}, "aes-gcm does not work here; it authenticates in one operation of the token"},
+		hsm.CBCHMAC: {[]string{"CKM_AES_CBC", "CKM_SHA256_HMAC"},
+			"aes-gcm and aes-kwp do not work here; it takes two operations of the token and two keys"},
+		hsm.OAEP:     {[]string{"CKM_RSA_PKCS_OAEP with SHA-256"}, "nothing else works here; it is slow, and whoever has the public key can wrap"},
+		hsm.OAEPSHA1: {[]string{"CKM_RSA_PKCS_OAEP with SHA-1"}, ""},
+	}
 }
 
 func states(keys ...*hsm.Key) []keyState {

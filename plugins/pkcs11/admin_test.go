@@ -108,6 +108,46 @@ func TestDisableOfTheCurrentVersion(t *testing.T) {
 	r.must(request{Command: "disable", Key: "orders", Version: 1, Confirmed: true})
 }
 
+// The list says of a version whose key somebody has deleted, or made anew, that it is
+// not what its state says.
+func TestListOfWhatIsGone(t *testing.T) {
+	r := newRig(t)
+	r.must(request{Command: "init-key", Key: "orders"})
+	r.must(request{Command: "rotate", Key: "orders"})
+	id := r.must(request{Command: "rotate", Key: "orders"}).Keys[0].Versions[1].ID
+	r.must(request{Command: "disable", Key: "orders", Version: 1})
+	problems := func() (found []string) {
+		for _, v := range r.must(request{Command: "list"}).Keys[0].Versions {
+			found = append(found, v.Problem)
+		}
+		return found
+	}
+	if got := strings.Join(problems(), ""); got != "" {
+		t.Errorf("of keys that are well: %q", got)
+	}
+	r.Tool("--delete-object", "--type", "secrkey", "--id", id)
+	if got := problems(); got[0]+got[2] != "" || !strings.Contains(got[1], "has no key with the ID "+id) {
+		t.Errorf("of a key that is gone: %q", got)
+	}
+	r.Tool("--keygen", "--key-type", "AES:32", "--id", id, "--label", "other")
+	if got := problems(); got[0]+got[2] != "" || !strings.Contains(got[1], "is not the one") {
+		t.Errorf("of another key: %q", got)
+	}
+}
+
+// A probe says what the suites use of the token, and why new keys get theirs.
+func TestProbeSaysWhy(t *testing.T) {
+	p := newRig(t).must(request{Command: "probe"}).Probe
+	if p.Use != "aes-gcm" || !strings.Contains(p.Why, "one operation") || p.Firmware == "" || p.Serial == "" {
+		t.Errorf("%+v", p)
+	}
+	for _, s := range p.Suites {
+		if len(s.Mechanisms) == 0 || s.Works == (s.Reason != "") {
+			t.Errorf("%+v", s)
+		}
+	}
+}
+
 func TestAdministerIsHardened(t *testing.T) {
 	cmd := exec.Command(os.Args[0])
 	cmd.Env = append(os.Environ(), administerVariable+"=1")
