@@ -168,7 +168,7 @@ func (r request) serve(ctx context.Context, diagnostics io.Writer) (answer, erro
 		return answer{}, &hsm.Error{Kind: hsm.Unauthenticated, Err: err}
 	}
 	said := ""
-	t, err := s.load(uri, pin, func(e hsm.Event) {
+	t, err := s.load(ctx, uri, pin, func(e hsm.Event) {
 		switch {
 		case e.Attached || e.Err == nil:
 		case hopeless(e.Err):
@@ -209,8 +209,8 @@ func (r request) serve(ctx context.Context, diagnostics io.Writer) (answer, erro
 }
 
 // load opens the token. A library that does not come back from being loaded is left
-// to the end of the process.
-func (s settings) load(uri hsm.URI, pin hsm.PINSource, events func(hsm.Event)) (*hsm.Token, error) {
+// to the end of the process, as it is where nobody waits for it any more.
+func (s settings) load(ctx context.Context, uri hsm.URI, pin hsm.PINSource, events func(hsm.Event)) (*hsm.Token, error) {
 	type opened struct {
 		token *hsm.Token
 		err   error
@@ -232,6 +232,8 @@ func (s settings) load(uri hsm.URI, pin hsm.PINSource, events func(hsm.Event)) (
 			return nil, &hsm.Error{Kind: hsm.Invalid, Err: o.err}
 		}
 		return o.token, nil
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
 	case <-timer.C:
 		return nil, &hsm.Error{Kind: hsm.Unavailable, Detail: fmt.Sprintf("the library %s has not come back from being loaded for %v", s.Module, limit)}
 	}
