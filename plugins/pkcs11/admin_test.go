@@ -135,6 +135,18 @@ func TestListOfWhatIsGone(t *testing.T) {
 	}
 }
 
+// Who may remove the ledger of logins has a wrong PIN tried until the token is locked.
+func TestStateDirectoryOfOthers(t *testing.T) {
+	r := newRig(t)
+	if err := os.Chmod(r.state(), 0o770); err != nil {
+		t.Fatal(err)
+	}
+	a := r.administer(request{Command: "list"})
+	if a.Class != "invalid" || !strings.Contains(a.Error, "chmod 700") {
+		t.Errorf("%+v", a)
+	}
+}
+
 // A probe says what the suites use of the token, and why new keys get theirs.
 func TestProbeSaysWhy(t *testing.T) {
 	p := newRig(t).must(request{Command: "probe"}).Probe

@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"syscall"
 	"time"
 
 	"github.com/kms-agent/kms-agent/hsm"
@@ -29,7 +30,24 @@ func (s settings) stateDirectory() (string, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil { //nolint:gosec // the operator or the agent names it
 		return "", fmt.Errorf("the state directory: %w", err)
 	}
-	return dir, nil
+	return dir, ownDirectory(dir)
+}
+
+// ownDirectory refuses a directory in which others could remove the ledger, and so have
+// a PIN tried until the token is locked, or the counts of wraps.
+func ownDirectory(dir string) error {
+	info, err := os.Stat(dir)
+	if err != nil {
+		return fmt.Errorf("the state directory: %w", err)
+	}
+	owner, ok := info.Sys().(*syscall.Stat_t)
+	switch {
+	case info.Mode().Perm()&0o022 != 0:
+		return fmt.Errorf("the state directory %s has mode %04o, so others may change what is in it: chmod 700 it", dir, info.Mode().Perm())
+	case !ok || int(owner.Uid) != os.Geteuid():
+		return fmt.Errorf("the state directory %s belongs to another user than this one, uid %d", dir, os.Geteuid())
+	}
+	return nil
 }
 
 // open opens the token and the counts of its wraps.
