@@ -73,7 +73,7 @@ func readPipe(ctx context.Context, fd int, memory slab) (int, error) {
 		if err := ctx.Err(); err != nil {
 			return n, fmt.Errorf("nobody has ended the pipe: %w", err)
 		}
-		ready, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, int(slice.Milliseconds())) //nolint:gosec // a descriptor
+		ready, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, int(slice.Milliseconds()))
 		if errors.Is(err, unix.EINTR) || err == nil && ready == 0 {
 			continue
 		}

@@ -79,7 +79,7 @@ func (s *Supervisor) unworthy(ctx context.Context, p, next *process) error {
 	}
 	s.checkIdle(ctx, p) // what it was when it was asked last may be past
 	if _, own, _ := p.verdict(); own != nil {
-		return nil
+		return nil //nolint:nilerr // neither is well
 	}
 	return errors.Join(fmt.Errorf("the new process is not well, and the old one is: %w", fault), next.stop(true))
 }

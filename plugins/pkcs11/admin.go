@@ -268,7 +268,7 @@ func told(err error) string {
 
 // causes are what an error wraps.
 func causes(err error) []error {
-	if joined, ok := err.(interface{ Unwrap() []error }); ok { //nolint:errorlint // this very link of the chain
+	if joined, ok := err.(interface{ Unwrap() []error }); ok {
 		return joined.Unwrap()
 	}
 	if cause := errors.Unwrap(err); cause != nil {

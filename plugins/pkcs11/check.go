@@ -77,7 +77,7 @@ func moduleFault(path string) error {
 	}
 	own, err := elf.Open("/proc/self/exe")
 	if err != nil {
-		return nil //nolint:nilerr // nothing is known then
+		return nil // nothing is known then
 	}
 	defer func() { _ = own.Close() }()
 	f, err := elf.Open(path)
