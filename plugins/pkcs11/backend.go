@@ -222,6 +222,9 @@ func (p *plain) Unwrap() error { return p.error }
 
 // explained names the cure of what confinement forbids.
 func explained(err error) error {
+	if strings.Contains(err.Error(), "C_Initialize") {
+		return fmt.Errorf("%w (a confined plugin has the environment that env in its backend's configuration has, and reaches what access names)", err)
+	}
 	if strings.Contains(err.Error(), "ermission denied") { // dlopen gives text alone
 		return fmt.Errorf("%w (a confined plugin reaches what access in its backend's configuration names: name the directory there)", err)
 	}
