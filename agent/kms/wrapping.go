@@ -36,7 +36,7 @@ type wrapping struct {
 
 	described atomic.Pointer[described]
 	refused   atomic.Pointer[string] // why the last question was answered by a definite no; nil where it was not
-	asked     atomic.Int64 // time of the last question, as time.Duration
+	asked     atomic.Int64           // time of the last question, as time.Duration
 	flight    singleflight.Group
 
 	mu       sync.Mutex        // guards canaries
