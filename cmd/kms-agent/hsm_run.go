@@ -114,7 +114,9 @@ func pluginUnanswered(cmd *exec.Cmd, failed error, diagnostics []byte) error {
 	signal := ""
 	if m := crashSignal.FindSubmatch(diagnostics); m != nil {
 		signal = string(m[1])
-	} else if s, ok := cmd.ProcessState.Sys().(syscall.WaitStatus); ok && s.Signaled() {
+	} else if s, ok := cmd.ProcessState.Sys().(syscall.WaitStatus); ok && s.Signaled() && s.Signal() == syscall.SIGKILL {
+		return &codedError{code: exitFailure, hint: hint, err: errors.New("the plugin's process was killed: by somebody, by the kernel for want of memory, or because it did not end in time")}
+	} else if ok && s.Signaled() {
 		signal = s.Signal().String()
 	}
 	if signal != "" {
