@@ -309,4 +309,14 @@ func (a *app) hsmFlags(c *cobra.Command, f *hsmFlags) {
 	flags.IntVar(&f.pinFD, "pin-fd", noPINFD, "read the PIN from this open descriptor instead, a file or a pipe: --pin-fd 3 3< <(command)")
 	flags.StringVar(&f.stateDir, "state-dir", "", "... the directory that remembers which PINs were tried")
 	flags.StringVar(&f.plugin, "plugin", "", "... the plugin's program ("+hsmPlugin+" beside kms-agent)")
+	// These fail for a second one only.
+	_ = c.MarkFlagDirname("state-dir")
+	_ = c.RegisterFlagCompletionFunc("backend", func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
+		return hsmBackends(f.config), cobra.ShellCompDirectiveNoFileComp
+	})
+	for _, name := range []string{"token", "module-config", "pin-fd", "confirm"} {
+		if flags.Lookup(name) != nil {
+			_ = c.RegisterFlagCompletionFunc(name, cobra.NoFileCompletions)
+		}
+	}
 }

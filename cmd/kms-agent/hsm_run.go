@@ -254,6 +254,21 @@ func isHSM(b *agent.BackendConfig) bool {
 	return b.Path != "" && json.Unmarshal(b.Settings, &settings) == nil && settings.Module != ""
 }
 
+// hsmBackends are the names of the PKCS#11 backends of a configuration.
+func hsmBackends(config string) []string {
+	cfg, err := agent.LoadConfig(config)
+	if err != nil {
+		return nil
+	}
+	var names []string
+	for i := range cfg.Backends {
+		if isHSM(&cfg.Backends[i]) {
+			names = append(names, cfg.Backends[i].Name)
+		}
+	}
+	return names
+}
+
 func (f *hsmFlags) find(cfg *agent.Config) (*agent.BackendConfig, error) {
 	var found *agent.BackendConfig
 	for i := range cfg.Backends {
@@ -271,7 +286,7 @@ func (f *hsmFlags) find(cfg *agent.Config) (*agent.BackendConfig, error) {
 		found = b
 	}
 	if found == nil && f.backend != "" {
-		return nil, usagef("%s has no backend %q", f.config, f.backend)
+		return nil, usagef("%s has no backend %q; its PKCS#11 backends are: %s", f.config, f.backend, strings.Join(hsmBackends(f.config), ", "))
 	}
 	if found == nil {
 		return nil, usagef("%s has no PKCS#11 backend; docs/hsm.md shows one, and --module, --token and --pin-file do without", f.config)
