@@ -314,9 +314,7 @@ func (a *app) hsmFlags(c *cobra.Command, f *hsmFlags) {
 	_ = c.RegisterFlagCompletionFunc("backend", func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
 		return hsmBackends(f.config), cobra.ShellCompDirectiveNoFileComp
 	})
-	for _, name := range []string{"token", "module-config", "pin-fd", "confirm"} {
-		if flags.Lookup(name) != nil {
-			_ = c.RegisterFlagCompletionFunc(name, cobra.NoFileCompletions)
-		}
+	for _, name := range []string{"token", "module-config", "pin-fd"} {
+		_ = c.RegisterFlagCompletionFunc(name, cobra.NoFileCompletions)
 	}
 }
