@@ -40,6 +40,8 @@ type Agent struct {
 	metrics *metrics.Metrics
 	tracing *tracing // nil without
 	level   logLevel
+	// descriptors are what the service manager handed to this process.
+	descriptors Descriptors
 	// metricsAddress is where they are read once that is open.
 	metricsAddress atomic.Pointer[string]
 
@@ -132,6 +134,9 @@ func bootTime() time.Duration {
 func (a *Agent) alarm(message string, err error, backend, wrappingKey string) {
 	a.logger.Error(message, zap.String("backend", backend), zap.String("wrapping_key", wrappingKey), zap.Error(err))
 }
+
+// UseDescriptors sets what backends may be handed. Call it before Run.
+func (a *Agent) UseDescriptors(d Descriptors) { a.descriptors = d }
 
 // OnReady sets what is called once, when every door is open. Call it before Run.
 func (a *Agent) OnReady(f func()) { a.ready = f }

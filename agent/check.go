@@ -25,6 +25,19 @@ type Check struct {
 	Faults Faults
 	// Warnings do not, but something will not work, or is not as safe as meant.
 	Warnings Faults
+
+	places map[string]location
+}
+
+// Add adds a fault, or a warning, that somebody else found at a path.
+func (c *Check) Add(warning bool, path, message string) {
+	to := &c.Faults
+	if warning {
+		to = &c.Warnings
+	}
+	d := &document{file: c.Config.files[0], places: c.places}
+	d.report(path, "%s", message)
+	*to = append(*to, d.faults...).sorted()
 }
 
 // CheckConfig checks a configuration as ParseConfig does and, where that finds
@@ -43,7 +56,7 @@ func CheckConfig(name string, data []byte, elsewhere bool) Check {
 	if !elsewhere {
 		h.run()
 	}
-	return Check{Config: l.cfg, Faults: h.faults.faults.sorted(), Warnings: h.warnings.faults.sorted()}
+	return Check{Config: l.cfg, Faults: h.faults.faults.sorted(), Warnings: h.warnings.faults.sorted(), places: l.main.places}
 }
 
 // hostCheck looks at what a configuration without faults names on this host.

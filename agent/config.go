@@ -149,6 +149,9 @@ type BackendConfig struct {
 	Env map[string]string `yaml:"env"`
 	// EnvFromFiles are variables that take the content of a file.
 	EnvFromFiles map[string]string `yaml:"env_from_files"`
+	// Descriptors are the names of those that the plugin is handed, of what the agent
+	// itself was by its service manager.
+	Descriptors []string `yaml:"descriptors"`
 
 	CallTimeout   time.Duration `yaml:"call_timeout"`
 	StartTimeout  time.Duration `yaml:"start_timeout"`

@@ -74,6 +74,9 @@ func (t *Token) addVersion(ctx context.Context, k *Key, suite Suite) (*Key, erro
 		}
 		tried = append(tried, fmt.Errorf("%v: %w", s, err))
 	}
+	if suite != 0 {
+		return nil, errorf(Broken, errors.Join(tried...), "the token cannot do this suite")
+	}
 	return nil, errorf(Broken, errors.Join(tried...), "the token can do none of the suites")
 }
 

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -383,8 +384,12 @@ func (t *Token) find() (slot uint, info cryptoki.Token, err error) {
 			seen = append(seen, fmt.Sprintf("slot %d: %v", s, err))
 			continue
 		}
+		if i.Flags&pkcs11.CKF_TOKEN_INITIALIZED == 0 {
+			seen = append(seen, fmt.Sprintf("slot %d, whose token is not initialised", s))
+			continue
+		}
 		seen = append(seen, fmt.Sprintf("%q (serial %s)", i.Label, i.Serial))
-		if i.Flags&pkcs11.CKF_TOKEN_INITIALIZED != 0 && t.cfg.Token.MatchesToken(i.Label, i.Manufacturer, i.Model, i.Serial, s) {
+		if t.cfg.Token.MatchesToken(i.Label, i.Manufacturer, i.Model, i.Serial, s) {
 			slot, info = s, i
 			found++
 		}
@@ -395,9 +400,9 @@ func (t *Token) find() (slot uint, info cryptoki.Token, err error) {
 	case len(slots) == 0:
 		return 0, info, errorf(Unavailable, nil, "the module shows no token: is the HSM reachable, and the module's own configuration right?")
 	case found == 0:
-		return 0, info, errorf(Unavailable, nil, "no token matches %s; there are %v", t.cfg.Token, seen)
+		return 0, info, errorf(Unavailable, nil, "no token matches %s; there are: %s", t.cfg.Token, strings.Join(seen, ", "))
 	}
-	return 0, info, errorf(Invalid, nil, "%d tokens match %s; add the serial number: %v", found, t.cfg.Token, seen)
+	return 0, info, errorf(Invalid, nil, "%d tokens match %s; add the serial number, as in %s;serial=...: %s", found, t.cfg.Token, t.cfg.Token, strings.Join(seen, ", "))
 }
 
 // Info returns what the token says of itself, once it is attached.

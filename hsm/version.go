@@ -140,6 +140,24 @@ func (t *Token) bind(ctx context.Context, a *attachment, v *Version) (handles, e
 	return keys, nil
 }
 
+// Verify tells why a version is not what its record says: its keys are gone from the
+// token, or others. Those of a disabled version are looked for alone.
+func (t *Token) Verify(ctx context.Context, v *Version) error {
+	if v.State == Destroyed {
+		return nil
+	}
+	a, err := t.attached(ctx)
+	if err != nil {
+		return err
+	}
+	if v.State == Enabled {
+		_, err = t.bind(ctx, a, v)
+	} else {
+		_, err = t.locate(ctx, a, v)
+	}
+	return err
+}
+
 // locate finds the keys of a version on the token.
 func (t *Token) locate(ctx context.Context, a *attachment, v *Version) (handles, error) {
 	found := new(handles) // the worker's, until it is done

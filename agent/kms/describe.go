@@ -147,6 +147,9 @@ func (s *Service) health(k *key) KeyHealth {
 	h := KeyHealth{Name: k.Name, Backend: k.Backend, WrappingKey: k.WrappingKey, EncryptConfirmed: -1, DecryptConfirmed: -1}
 	known := k.wrapping.described.Load()
 	if known == nil {
+		if why := k.wrapping.refused.Load(); why != nil {
+			h.Problem = "its backend refused it when it was used last: " + *why
+		}
 		return h
 	}
 	h.CurrentVersion = known.Current

@@ -35,7 +35,8 @@ type wrapping struct {
 	backend plugins.Backend
 
 	described atomic.Pointer[described]
-	asked     atomic.Int64 // time of the last question, as time.Duration
+	refused   atomic.Pointer[string] // why the last question was answered by a definite no; nil where it was not
+	asked     atomic.Int64           // time of the last question, as time.Duration
 	flight    singleflight.Group
 
 	mu       sync.Mutex        // guards canaries
@@ -164,6 +165,7 @@ func (s *Service) askForItself(ctx context.Context, w *wrapping) (*described, er
 		s.descriptionFailed(w, err, began)
 		return nil, fmt.Errorf("describe %s: %w", w.id.uri, err)
 	}
+	w.refused.Store(nil)
 	fresh := &described{Description: d, at: began}
 	for {
 		old := w.described.Load()
@@ -182,8 +184,13 @@ func (s *Service) askForItself(ctx context.Context, w *wrapping) (*described, er
 // descriptionFailed lets the cache suspend, and ask for itself, when upstream
 // says that the wrapping key is gone.
 func (s *Service) descriptionFailed(w *wrapping, err error, began time.Duration) {
+	if !plugins.ClassOf(err).Definite() {
+		return
+	}
+	why := err.Error()
+	w.refused.Store(&why)
 	known := w.described.Load()
-	if known == nil || !plugins.ClassOf(err).Definite() {
+	if known == nil {
 		return
 	}
 	s.cache.Observe(w.authority(known.Current, cache.Encrypt), cache.No, began)

@@ -156,7 +156,7 @@ func (a *app) redrawStatus(response *adminv1.StatusResponse, asked error, socket
 
 func adminHint(err error, socket string) error {
 	f := classify(err)
-	if f.code == exitUnavailable {
+	if f.code == exitUnavailable && f.reason == "" {
 		f.hint = "is the agent running, is " + socket + " its admin socket (--admin-socket), and are you its owner or root?"
 	}
 	if f.code == exitDenied && f.reason == "" {
@@ -201,7 +201,7 @@ func statusTable(t *table, r *adminv1.StatusResponse) {
 	for _, b := range r.GetBackends() {
 		t.row("backend "+b.GetName(), backendLine(b))
 		if b.GetLastError() != "" {
-			t.row("", "last error: "+b.GetLastError())
+			t.row("", lastErrorOf(b)+b.GetLastError())
 		}
 	}
 	for _, k := range r.GetKeys() {
@@ -247,6 +247,14 @@ func limitsRows(t *table, r *adminv1.StatusResponse) {
 	}
 }
 
+// lastErrorOf says whether the error is over.
+func lastErrorOf(b *adminv1.BackendStatus) string {
+	if b.GetState() == "up" {
+		return "last error, before it was up: "
+	}
+	return "last error: "
+}
+
 func sinkLine(s *adminv1.AuditSink) string {
 	line := fmt.Sprintf("%s, %s, %d written, %d lost", s.GetName(), s.GetFormat(), s.GetWritten(), s.GetLost())
 	if s.GetRequired() {
@@ -259,8 +267,12 @@ func sinkLine(s *adminv1.AuditSink) string {
 }
 
 func backendLine(b *adminv1.BackendStatus) string {
-	return fmt.Sprintf("%s (%s %s, process %d since %s), %d calls, %d failures, %d restarts", b.GetState(), b.GetPlugin(),
-		b.GetPluginVersion(), b.GetPid(), when(b.GetSince().AsTime()), b.GetCalls(), b.GetFailures(), b.GetRestarts())
+	process := "no process"
+	if b.GetPid() != 0 {
+		process = fmt.Sprintf("process %d", b.GetPid())
+	}
+	return fmt.Sprintf("%s (%s %s, %s since %s), %d calls, %d failures, %d restarts", b.GetState(), b.GetPlugin(),
+		b.GetPluginVersion(), process, when(b.GetSince().AsTime()), b.GetCalls(), b.GetFailures(), b.GetRestarts())
 }
 
 func keyLine(k *adminv1.KeyStatus) string {

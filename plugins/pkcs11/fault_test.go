@@ -68,19 +68,7 @@ func TestProcessIsReplaced(t *testing.T) {
 // However often the process is started: a wrong PIN is tried once.
 func TestAWrongPINIsTriedOnce(t *testing.T) {
 	cfg, fault := faulty(t, "not the PIN")
-	s, err := host.New(cfg)
-	if err != nil {
-		t.Fatal(err)
-	}
-	ctx, cancel := context.WithCancel(context.Background())
-	ended := make(chan error, 1)
-	go func() { ended <- s.Run(ctx) }()
-	t.Cleanup(func() {
-		cancel()
-		if err := <-ended; !errors.Is(err, context.Canceled) {
-			t.Errorf("Run: %v", err)
-		}
-	})
+	s := unready(t, cfg)
 	for range 4 {
 		eventually(t, func() error {
 			_, err := s.Wrap(bounded(t), orders, make([]byte, 32), plugins.Binding{Purpose: "message"})
@@ -96,6 +84,25 @@ func TestAWrongPINIsTriedOnce(t *testing.T) {
 	if n := fault.Calls()["C_Login"]; n != 1 {
 		t.Errorf("the PIN was tried %d times", n)
 	}
+}
+
+// unready runs a supervisor whose backend need not be well.
+func unready(t *testing.T, cfg host.Config) *host.Supervisor {
+	t.Helper()
+	s, err := host.New(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	ended := make(chan error, 1)
+	go func() { ended <- s.Run(ctx) }()
+	t.Cleanup(func() {
+		cancel()
+		if err := <-ended; !errors.Is(err, context.Canceled) {
+			t.Errorf("Run: %v", err)
+		}
+	})
+	return s
 }
 
 func eventually(t *testing.T, is func() error) {
