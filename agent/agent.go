@@ -21,6 +21,7 @@ import (
 	"github.com/kms-agent/kms-agent/agent/kms"
 	"github.com/kms-agent/kms-agent/agent/metrics"
 	"github.com/kms-agent/kms-agent/agent/quota"
+	"github.com/kms-agent/kms-agent/cache"
 	"github.com/kms-agent/kms-agent/identity"
 )
 
@@ -88,7 +89,7 @@ func New(cfg *Config, path string, logger *zap.Logger) (*Agent, error) {
 	}
 	a.service, err = kms.New(kms.Options{
 		Audit: log, Quota: a.quota, MaxEntries: cfg.Cache.MaxEntries, Now: bootTime, ConfirmTimeout: confirmTimeout, Alarm: a.alarm,
-		Observe: a.operationEnded,
+		Observe: a.operationEnded, Outage: a.outage,
 	})
 	if err != nil {
 		return nil, errors.Join(err, log.Close())
@@ -131,6 +132,20 @@ func bootTime() time.Duration {
 
 func (a *Agent) alarm(message string, err error, backend, wrappingKey string) {
 	a.logger.Error(message, zap.String("backend", backend), zap.String("wrapping_key", wrappingKey), zap.Error(err))
+}
+
+// outage writes one line when an outage begins and one when it is over, with what it
+// has cost.
+func (a *Agent) outage(o cache.Outage) {
+	fields := []zap.Field{
+		zap.String("backend", o.Backend), zap.Duration("lasts", o.Lasts.Round(time.Second)),
+		zap.Uint64("served_in_grace", o.Grace), zap.Uint64("not_served", o.Refused), zap.Error(o.Err),
+	}
+	if o.Over {
+		a.logger.Info("outage of a backend is over", fields...)
+		return
+	}
+	a.logger.Warn("backend does not answer: keys serve within their grace", fields...)
 }
 
 // OnReady sets what is called once, when every door is open. Call it before Run.

@@ -65,6 +65,11 @@ func (a *Agent) hostConfig(cfg BackendConfig, env []string) host.Config {
 		BackoffMin: backoffMin, BackoffMax: backoffMax, FIPS140: fips140.Enabled(),
 		OnCall: a.upstreamCall(cfg.Name), StatsHandler: a.tracing.pluginHandler(), Logger: a.logger.Named("plugin"),
 	}
+	hc.OnState = func(s host.Status) {
+		if s.State == host.Up {
+			a.service.Reached(s.Name)
+		}
+	}
 	hc.Confine, hc.Access = host.Confinement(cfg.Confine), cfg.Access.access()
 	if dir, ok := os.LookupEnv("CREDENTIALS_DIRECTORY"); ok {
 		hc.Access.Read = append(hc.Access.Read, dir)

@@ -98,8 +98,9 @@ func serviceConfig(cfg *Config, backends map[string]*backend) kms.Config {
 			Partition: kms.Partition(k.Cache.Partition),
 			Limits: cache.Limits{
 				MaxAge: k.Cache.MaxAge, MaxLifetime: k.Cache.MaxLifetime, MaxIdle: k.Cache.MaxIdle,
-				MaxMessages: k.Cache.MaxMessages, MaxBytes: uint64(k.Cache.MaxBytes),
+				MaxMessages: k.Cache.MaxMessages, MaxBytes: uint64(k.Cache.MaxBytes), Spares: k.Cache.Spares,
 			},
+			Grace: kms.Grace{Encrypt: k.Grace.Encrypt, Decrypt: k.Grace.Decrypt},
 		})
 	}
 	return c

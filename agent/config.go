@@ -176,9 +176,17 @@ type KeyConfig struct {
 	// something new; 0 is no limit.
 	MaxVersionAge time.Duration  `yaml:"max_version_age"`
 	Cache         KeyCacheConfig `yaml:"cache"`
+	Grace         GraceConfig    `yaml:"grace"`
 }
 
-// KeyCacheConfig bounds the data keys of one key. No field is zero.
+// GraceConfig is how long an outage upstream may last, from its first failed call,
+// before a key is of no use any more; 0 is none.
+type GraceConfig struct {
+	Encrypt time.Duration `yaml:"encrypt"`
+	Decrypt time.Duration `yaml:"decrypt"`
+}
+
+// KeyCacheConfig bounds the data keys of one key. No field but Spares is zero.
 type KeyCacheConfig struct {
 	// MaxAge of an upstream confirmation: the revocation window.
 	MaxAge time.Duration `yaml:"max_age"`
@@ -191,6 +199,8 @@ type KeyCacheConfig struct {
 	MaxBytes    Size   `yaml:"max_bytes"`
 	// Partition says who shares an encryption data key.
 	Partition Partition `yaml:"partition"`
+	// Spares is how many encryption data keys of each partition stand ready.
+	Spares int `yaml:"spares"`
 }
 
 // LimitsConfig bounds what callers may ask of the agent. No field is zero.

@@ -84,7 +84,7 @@ func (l *loader) positive(path string, d time.Duration) {
 }
 
 // between reports a number outside its bounds.
-func between[T int | uint64 | Size](l *loader, path string, n, least, most T) {
+func between[T int | uint64 | Size | time.Duration](l *loader, path string, n, least, most T) {
 	if n < least || n > most {
 		l.report(path, "must be between %v and %v", least, most)
 	}
@@ -178,6 +178,7 @@ func (l *loader) validateKeys() {
 			l.report(at+".max_version_age", "must not be less than zero; leave it out where versions have no end")
 		}
 		l.validateKeyCache(at+".cache", key.Cache)
+		l.validateGrace(at+".grace", key.Grace)
 	}
 }
 
@@ -256,6 +257,20 @@ func (l *loader) validateKeyCache(at string, c KeyCacheConfig) {
 	l.positive(at+".max_idle", c.MaxIdle)
 	between(l, at+".max_messages", c.MaxMessages, 1, maxMessagesPerKey)
 	between(l, at+".max_bytes", c.MaxBytes, 1, 1<<60)
+	between(l, at+".spares", c.Spares, 0, maxSpares)
+}
+
+const (
+	// maxSpares is how many data keys a partition has ready at most.
+	maxSpares = 16
+	// maxGrace is how long an outage may be outlived at most: what upstream forbids
+	// meanwhile is not heard.
+	maxGrace = 30 * 24 * time.Hour
+)
+
+func (l *loader) validateGrace(at string, g GraceConfig) {
+	between(l, at+".encrypt", g.Encrypt, 0, maxGrace)
+	between(l, at+".decrypt", g.Decrypt, 0, maxGrace)
 }
 
 // validatePolicy compiles the rules; what is wrong with one is told where it is

@@ -59,6 +59,9 @@ type Options struct {
 	// the answer goes out. It must not block, keep the record or change it. The
 	// context is the operation's.
 	Observe func(context.Context, *audit.Record)
+	// Outage is told when a backend has not answered for a while, and when it does
+	// again. It may be nil, and must not block for long.
+	Outage func(cache.Outage)
 	// Alarm is told of what an operator must look at: a backend that lies, an
 	// own canary that does not open. It must not block.
 	Alarm func(message string, err error, backend, wrappingKey string)
@@ -107,7 +110,7 @@ func New(o Options) (*Service, error) {
 	_, _ = rand.Read(s.partitionKey[:]) // never fails: crypto/rand
 	c, err := cache.New(cache.Config{
 		Now: o.Now, MaxEntries: o.MaxEntries, Classify: verdictOf,
-		Confirm: s.confirm, ConfirmTimeout: o.ConfirmTimeout,
+		Confirm: s.confirm, ConfirmTimeout: o.ConfirmTimeout, OnOutage: o.Outage,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("kms: %w", err)
@@ -126,3 +129,9 @@ func (s *Service) Close() { s.cache.Close() }
 
 // Stats tells the state of the data-key cache.
 func (s *Service) Stats() cache.Stats { return s.cache.Stats() }
+
+// Outages tells of the backends that do not answer.
+func (s *Service) Outages() []cache.Outage { return s.cache.Outages() }
+
+// Reached tells that a backend answers, by a question that concerned no key.
+func (s *Service) Reached(backend string) { s.cache.Reached(backend) }

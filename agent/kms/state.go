@@ -41,8 +41,24 @@ type Key struct {
 	// something new is encrypted or wrapped: the originator-usage period of SP
 	// 800-57 part 1, which backends do not enforce. 0 is no limit.
 	MaxVersionAge time.Duration
-	Limits        cache.Limits
-	Partition     Partition
+	// Limits are those of data keys in both directions, without Grace.
+	Limits    cache.Limits
+	Partition Partition
+	// Grace is how long an outage may last before the key is of no use any more.
+	Grace Grace
+}
+
+// Grace is the time from the first failed upstream call in which data keys whose
+// confirmation is too old may still be used; zero is none.
+type Grace struct{ Encrypt, Decrypt time.Duration }
+
+// limits are those of the data keys of one direction.
+func (k *Key) limits(d cache.Direction) cache.Limits {
+	l := k.Limits
+	if l.Grace = k.Grace.Encrypt; d == cache.Decrypt {
+		l.Grace, l.Spares = k.Grace.Decrypt, 0
+	}
+	return l
 }
 
 // Config is what an administrator decides, and what a reload replaces.

@@ -23,8 +23,9 @@ type stream struct {
 	use       *cache.Use
 	authority cache.Authority
 	keyUse    KeyUse
-	// renew makes sure that upstream confirmed the key within an age.
-	renew func(maxAge time.Duration) error
+	// renew makes sure that upstream confirmed the key within its max_age, or that
+	// its grace lasts; maxStale bounds that further, nil does not.
+	renew func(k *key, maxStale *time.Duration) error
 	// count counts payload that goes through against the limits of rules.
 	count   func(bytes uint64) error
 	checked time.Duration
@@ -46,9 +47,14 @@ func (t *transaction) openStream(ctx context.Context, st *stream) error {
 	st.count = func(bytes uint64) error {
 		return t.uncounted(ctx, st.k.Name, t.held.Add(ctx, t.service.now(), bytes))
 	}
-	st.renew = func(maxAge time.Duration) error {
-		if err := t.service.cache.Renew(t.upstream(ctx), st.authority, maxAge); err != nil {
+	st.renew = func(k *key, maxStale *time.Duration) error {
+		f, err := t.service.cache.Renew(t.upstream(ctx), st.authority, k.limits(st.authority.Direction), maxStale)
+		if err != nil {
 			return failure(ctx, st.k.Name, err)
+		}
+		if f.Source == cache.Grace { // the record says so, also of a stream that began before the outage
+			st.keyUse.Freshness = f
+			t.used(k, st.keyUse.Version, f)
 		}
 		return nil
 	}
@@ -80,11 +86,24 @@ func (s *stream) mayGoOn() error {
 		s.t.decided(decision)
 		return denied(s.k.Name)
 	}
-	maxAge := k.Limits.MaxAge
-	if decision.MaxStale != nil {
-		maxAge = min(maxAge, *decision.MaxStale)
+	return s.renew(k, s.staleness(k, decision.MaxStale))
+}
+
+// staleness is how old the last confirmation may be while the stream lasts, by
+// policy and by what the request said. A bound of zero was for its beginning: it
+// cannot be met again and again, but there is no grace for it.
+func (s *stream) staleness(k *key, policy *time.Duration) *time.Duration {
+	own := s.t.call.MaxStale
+	switch {
+	case own == nil:
+		return policy
+	case *own <= 0:
+		own = &k.Limits.MaxAge
 	}
-	return s.renew(maxAge)
+	if policy == nil {
+		return own
+	}
+	return smaller(policy, own)
 }
 
 // end releases the data key and writes the end record. It returns err, or why

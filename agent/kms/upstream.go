@@ -101,7 +101,7 @@ func (t *transaction) encryptionKey(ctx context.Context, k *key, encryptionConte
 		Slot: cache.Slot{
 			Key: k.Name, Authority: k.wrapping.authority(version, cache.Encrypt), Partition: partition,
 		},
-		Limits: k.Limits, Bytes: bytes, Reserve: reserve, MaxStale: t.maxStale, Arrived: t.arrived,
+		Limits: k.limits(cache.Encrypt), Bytes: bytes, Reserve: reserve, MaxStale: t.maxStale, Arrived: t.arrived,
 		Fill: func(ctx context.Context) (cache.Material, error) {
 			m, err := t.service.newMessageKey(ctx, k, version, partition, encryptionContext)
 			return t.service.stillWanted(k, m, err)
@@ -210,7 +210,7 @@ func (t *transaction) decryptionKey(ctx context.Context, k *key, edk sealed) (*c
 	use, err := t.service.cache.Decrypt(t.upstream(ctx), cache.DecryptRequest{
 		Caller: t.call.Caller.ID.String(), Key: k.Name, ID: decryptID(k, edk),
 		Authority: w.authority(edk.version, cache.Decrypt),
-		Limits:    k.Limits, MaxStale: t.maxStale, Arrived: t.arrived,
+		Limits:    k.limits(cache.Decrypt), MaxStale: t.maxStale, Arrived: t.arrived,
 		Fill: func(ctx context.Context) (cache.Material, error) {
 			material, err := w.unwrap(ctx, edk)
 			return t.service.stillWanted(k, cache.Material{DataKey: material, Origin: edk.clone()}, err)

@@ -6,6 +6,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	mathrand "math/rand/v2"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -23,6 +24,9 @@ const (
 	// describePause is how long a failed question is not asked again, and how
 	// often a version that nobody knows may cause one.
 	describePause = time.Second
+	// describePatience is how long a request waits for the versions of a wrapping
+	// key where it can go on with those that are known.
+	describePatience = time.Second
 )
 
 type wrappingID struct{ backend, uri string }
@@ -36,6 +40,7 @@ type wrapping struct {
 
 	described atomic.Pointer[described]
 	asked     atomic.Int64 // time of the last question, as time.Duration
+	failures  atomic.Int64 // questions in a row that had no answer
 	flight    singleflight.Group
 
 	mu       sync.Mutex        // guards canaries
@@ -103,17 +108,48 @@ func (s *Service) describe(ctx context.Context, w *wrapping, maxAge time.Duratio
 	if known != nil && now-known.at <= maxAge {
 		return known, nil
 	}
-	if known != nil && now-time.Duration(w.asked.Load()) < describePause {
+	if known == nil {
+		return s.askDescription(ctx, w)
+	}
+	if now-time.Duration(w.asked.Load()) < w.describePause(maxAge) {
 		return known, nil
 	}
-	fresh, err := s.askDescription(ctx, w)
-	if err == nil || known == nil {
-		return fresh, err
-	}
-	if plugins.ClassOf(err).Definite() {
+	bounded, cancel := context.WithTimeout(ctx, w.patience(maxAge))
+	defer cancel()
+	fresh, err := s.askDescription(bounded, w)
+	switch {
+	case err == nil:
+		return fresh, nil
+	case plugins.ClassOf(err).Definite():
 		return nil, err
+	case ctx.Err() == nil && bounded.Err() != nil:
+		w.failures.CompareAndSwap(0, 1) // too slow to be waited for again
 	}
 	return known, nil
+}
+
+// patience is how long a request waits for the answer. In an outage who asks does so
+// for those who come later; who can do nothing with the last answer waits.
+func (w *wrapping) patience(maxAge time.Duration) time.Duration {
+	switch {
+	case maxAge <= 0:
+		return describeTimeout
+	case w.failures.Load() > 0:
+		return 0
+	}
+	return describePatience
+}
+
+// describePause is how long an answer that is too old is not asked for again: twice
+// as long with each question that has failed, up to half of the age, so that the
+// agents of a fleet do not all ask when upstream is back.
+func (w *wrapping) describePause(maxAge time.Duration) time.Duration {
+	failed := min(w.failures.Load(), 16)
+	if failed == 0 {
+		return describePause
+	}
+	jitter := 1 + mathrand.Float64()/2 //nolint:gosec // no secret
+	return max(describePause, time.Duration(jitter*float64(min(describePause<<failed, maxAge/2))))
 }
 
 // askAgain makes the next use of the wrapping key ask for its versions, however new
@@ -161,9 +197,13 @@ func (s *Service) askForItself(ctx context.Context, w *wrapping) (*described, er
 	w.asked.Store(int64(began))
 	d, err := w.backend.Describe(ctx, w.id.uri)
 	if err != nil {
+		if verdictOf(err) == cache.Unreachable {
+			w.failures.Add(1)
+		}
 		s.descriptionFailed(w, err, began)
 		return nil, fmt.Errorf("describe %s: %w", w.id.uri, err)
 	}
+	w.failures.Store(0)
 	fresh := &described{Description: d, at: began}
 	for {
 		old := w.described.Load()

@@ -206,8 +206,18 @@ func statusTable(t *table, r *adminv1.StatusResponse) {
 	}
 	for _, k := range r.GetKeys() {
 		t.row("key "+k.GetName(), keyLine(k))
+		if line := enduranceLine(k); line != "" {
+			t.row("", line)
+		}
 		if k.GetProblem() != "" {
 			t.row("", k.GetProblem())
+		}
+	}
+	for _, o := range r.GetOutages() {
+		t.row("outage of "+o.GetBackend(), fmt.Sprintf("for %s, %d requests served in grace, %d not served",
+			o.GetLasts().AsDuration().Round(time.Second), o.GetInGrace(), o.GetUnserved()))
+		if o.GetLastError() != "" {
+			t.row("", "last error: "+o.GetLastError())
 		}
 	}
 	cache := r.GetCache()
@@ -275,6 +285,28 @@ func keyLine(k *adminv1.KeyStatus) string {
 		line += ", decrypt confirmed " + ago(d.AsDuration())
 	}
 	return line
+}
+
+// enduranceLine says how long a key serves without its backend, and what stands
+// ready.
+func enduranceLine(k *adminv1.KeyStatus) string {
+	var parts []string
+	if k.GetSparesWanted() > 0 {
+		parts = append(parts, fmt.Sprintf("%d of %d spares", k.GetSpares(), k.GetSparesWanted()))
+	}
+	for _, direction := range []struct {
+		name      string
+		confirmed bool
+		endures   *adminv1.Endurance
+	}{{"encrypts", k.GetEncryptConfirmed() != nil, k.GetEncrypt()}, {"decrypts", k.GetDecryptConfirmed() != nil, k.GetDecrypt()}} {
+		if direction.confirmed {
+			parts = append(parts, direction.name+" for "+direction.endures.GetLeft().AsDuration().Round(time.Second).String())
+		}
+	}
+	if len(parts) == 0 {
+		return ""
+	}
+	return "without its backend: " + strings.Join(parts, ", ")
 }
 
 func ago(d time.Duration) string {

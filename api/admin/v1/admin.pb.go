@@ -555,7 +555,9 @@ type StatusResponse struct {
 	// The policy rules that have limits, by name.
 	Limits []*LimitsStatus `protobuf:"bytes,14,rep,name=limits,proto3" json:"limits,omitempty"`
 	// Why the counts of daily limits cannot be stored; empty when they can.
-	LimitsError   string `protobuf:"bytes,15,opt,name=limits_error,json=limitsError,proto3" json:"limits_error,omitempty"`
+	LimitsError string `protobuf:"bytes,15,opt,name=limits_error,json=limitsError,proto3" json:"limits_error,omitempty"`
+	// The backends that do not answer.
+	Outages       []*Outage `protobuf:"bytes,20,rep,name=outages,proto3" json:"outages,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -695,6 +697,90 @@ func (x *StatusResponse) GetLimitsError() string {
 	return ""
 }
 
+func (x *StatusResponse) GetOutages() []*Outage {
+	if x != nil {
+		return x.Outages
+	}
+	return nil
+}
+
+type Outage struct {
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Backend string                 `protobuf:"bytes,1,opt,name=backend,proto3" json:"backend,omitempty"`
+	Lasts   *durationpb.Duration   `protobuf:"bytes,2,opt,name=lasts,proto3" json:"lasts,omitempty"`
+	// Requests that were served in grace, and that could not be served.
+	InGrace       uint64 `protobuf:"varint,3,opt,name=in_grace,json=inGrace,proto3" json:"in_grace,omitempty"`
+	Unserved      uint64 `protobuf:"varint,4,opt,name=unserved,proto3" json:"unserved,omitempty"`
+	LastError     string `protobuf:"bytes,5,opt,name=last_error,json=lastError,proto3" json:"last_error,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Outage) Reset() {
+	*x = Outage{}
+	mi := &file_admin_v1_admin_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Outage) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Outage) ProtoMessage() {}
+
+func (x *Outage) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_v1_admin_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Outage.ProtoReflect.Descriptor instead.
+func (*Outage) Descriptor() ([]byte, []int) {
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *Outage) GetBackend() string {
+	if x != nil {
+		return x.Backend
+	}
+	return ""
+}
+
+func (x *Outage) GetLasts() *durationpb.Duration {
+	if x != nil {
+		return x.Lasts
+	}
+	return nil
+}
+
+func (x *Outage) GetInGrace() uint64 {
+	if x != nil {
+		return x.InGrace
+	}
+	return 0
+}
+
+func (x *Outage) GetUnserved() uint64 {
+	if x != nil {
+		return x.Unserved
+	}
+	return 0
+}
+
+func (x *Outage) GetLastError() string {
+	if x != nil {
+		return x.LastError
+	}
+	return ""
+}
+
 type LimitsStatus struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Rule  string                 `protobuf:"bytes,1,opt,name=rule,proto3" json:"rule,omitempty"`
@@ -710,7 +796,7 @@ type LimitsStatus struct {
 
 func (x *LimitsStatus) Reset() {
 	*x = LimitsStatus{}
-	mi := &file_admin_v1_admin_proto_msgTypes[12]
+	mi := &file_admin_v1_admin_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -722,7 +808,7 @@ func (x *LimitsStatus) String() string {
 func (*LimitsStatus) ProtoMessage() {}
 
 func (x *LimitsStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[12]
+	mi := &file_admin_v1_admin_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -735,7 +821,7 @@ func (x *LimitsStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LimitsStatus.ProtoReflect.Descriptor instead.
 func (*LimitsStatus) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{12}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *LimitsStatus) GetRule() string {
@@ -780,7 +866,7 @@ type Configuration struct {
 
 func (x *Configuration) Reset() {
 	*x = Configuration{}
-	mi := &file_admin_v1_admin_proto_msgTypes[13]
+	mi := &file_admin_v1_admin_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -792,7 +878,7 @@ func (x *Configuration) String() string {
 func (*Configuration) ProtoMessage() {}
 
 func (x *Configuration) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[13]
+	mi := &file_admin_v1_admin_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -805,7 +891,7 @@ func (x *Configuration) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Configuration.ProtoReflect.Descriptor instead.
 func (*Configuration) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{13}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Configuration) GetFile() string {
@@ -855,7 +941,7 @@ type Identity struct {
 
 func (x *Identity) Reset() {
 	*x = Identity{}
-	mi := &file_admin_v1_admin_proto_msgTypes[14]
+	mi := &file_admin_v1_admin_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -867,7 +953,7 @@ func (x *Identity) String() string {
 func (*Identity) ProtoMessage() {}
 
 func (x *Identity) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[14]
+	mi := &file_admin_v1_admin_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -880,7 +966,7 @@ func (x *Identity) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Identity.ProtoReflect.Descriptor instead.
 func (*Identity) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{14}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Identity) GetTrustDomain() string {
@@ -962,7 +1048,7 @@ type BackendStatus struct {
 
 func (x *BackendStatus) Reset() {
 	*x = BackendStatus{}
-	mi := &file_admin_v1_admin_proto_msgTypes[15]
+	mi := &file_admin_v1_admin_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -974,7 +1060,7 @@ func (x *BackendStatus) String() string {
 func (*BackendStatus) ProtoMessage() {}
 
 func (x *BackendStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[15]
+	mi := &file_admin_v1_admin_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -987,7 +1073,7 @@ func (x *BackendStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BackendStatus.ProtoReflect.Descriptor instead.
 func (*BackendStatus) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{15}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *BackendStatus) GetName() string {
@@ -1091,13 +1177,20 @@ type KeyStatus struct {
 	EncryptConfirmed *durationpb.Duration `protobuf:"bytes,5,opt,name=encrypt_confirmed,json=encryptConfirmed,proto3" json:"encrypt_confirmed,omitempty"`
 	DecryptConfirmed *durationpb.Duration `protobuf:"bytes,6,opt,name=decrypt_confirmed,json=decryptConfirmed,proto3" json:"decrypt_confirmed,omitempty"`
 	Problem          string               `protobuf:"bytes,7,opt,name=problem,proto3" json:"problem,omitempty"`
-	unknownFields    protoimpl.UnknownFields
-	sizeCache        protoimpl.SizeCache
+	// How long the key serves without its backend.
+	Encrypt *Endurance `protobuf:"bytes,8,opt,name=encrypt,proto3" json:"encrypt,omitempty"`
+	Decrypt *Endurance `protobuf:"bytes,9,opt,name=decrypt,proto3" json:"decrypt,omitempty"`
+	// Data keys that are ready for the time when the present ones are used up, and
+	// how many there should be.
+	Spares        uint32 `protobuf:"varint,10,opt,name=spares,proto3" json:"spares,omitempty"`
+	SparesWanted  uint32 `protobuf:"varint,11,opt,name=spares_wanted,json=sparesWanted,proto3" json:"spares_wanted,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *KeyStatus) Reset() {
 	*x = KeyStatus{}
-	mi := &file_admin_v1_admin_proto_msgTypes[16]
+	mi := &file_admin_v1_admin_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1109,7 +1202,7 @@ func (x *KeyStatus) String() string {
 func (*KeyStatus) ProtoMessage() {}
 
 func (x *KeyStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[16]
+	mi := &file_admin_v1_admin_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1122,7 +1215,7 @@ func (x *KeyStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeyStatus.ProtoReflect.Descriptor instead.
 func (*KeyStatus) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{16}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *KeyStatus) GetName() string {
@@ -1174,6 +1267,96 @@ func (x *KeyStatus) GetProblem() string {
 	return ""
 }
 
+func (x *KeyStatus) GetEncrypt() *Endurance {
+	if x != nil {
+		return x.Encrypt
+	}
+	return nil
+}
+
+func (x *KeyStatus) GetDecrypt() *Endurance {
+	if x != nil {
+		return x.Decrypt
+	}
+	return nil
+}
+
+func (x *KeyStatus) GetSpares() uint32 {
+	if x != nil {
+		return x.Spares
+	}
+	return 0
+}
+
+func (x *KeyStatus) GetSparesWanted() uint32 {
+	if x != nil {
+		return x.SparesWanted
+	}
+	return 0
+}
+
+type Endurance struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The backend does not answer for the key; since so long ago.
+	Down  bool                 `protobuf:"varint,1,opt,name=down,proto3" json:"down,omitempty"`
+	Since *durationpb.Duration `protobuf:"bytes,2,opt,name=since,proto3" json:"since,omitempty"`
+	// How long the key still serves if it does not answer from now on.
+	Left          *durationpb.Duration `protobuf:"bytes,3,opt,name=left,proto3" json:"left,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Endurance) Reset() {
+	*x = Endurance{}
+	mi := &file_admin_v1_admin_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Endurance) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Endurance) ProtoMessage() {}
+
+func (x *Endurance) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_v1_admin_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Endurance.ProtoReflect.Descriptor instead.
+func (*Endurance) Descriptor() ([]byte, []int) {
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *Endurance) GetDown() bool {
+	if x != nil {
+		return x.Down
+	}
+	return false
+}
+
+func (x *Endurance) GetSince() *durationpb.Duration {
+	if x != nil {
+		return x.Since
+	}
+	return nil
+}
+
+func (x *Endurance) GetLeft() *durationpb.Duration {
+	if x != nil {
+		return x.Left
+	}
+	return nil
+}
+
 type CacheStatus struct {
 	state          protoimpl.MessageState `protogen:"open.v1"`
 	EncryptionKeys uint64                 `protobuf:"varint,1,opt,name=encryption_keys,json=encryptionKeys,proto3" json:"encryption_keys,omitempty"`
@@ -1185,14 +1368,19 @@ type CacheStatus struct {
 	Refreshes      uint64                 `protobuf:"varint,7,opt,name=refreshes,proto3" json:"refreshes,omitempty"`
 	Evictions      uint64                 `protobuf:"varint,8,opt,name=evictions,proto3" json:"evictions,omitempty"`
 	// "memfd_secret" or "mlock".
-	Memory        string `protobuf:"bytes,9,opt,name=memory,proto3" json:"memory,omitempty"`
+	Memory string `protobuf:"bytes,9,opt,name=memory,proto3" json:"memory,omitempty"`
+	// Data keys that are ready and not used yet.
+	Spares uint64 `protobuf:"varint,10,opt,name=spares,proto3" json:"spares,omitempty"`
+	// Requests that were served in grace, and that an outage kept from being served.
+	InGrace       uint64 `protobuf:"varint,11,opt,name=in_grace,json=inGrace,proto3" json:"in_grace,omitempty"`
+	Unserved      uint64 `protobuf:"varint,12,opt,name=unserved,proto3" json:"unserved,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *CacheStatus) Reset() {
 	*x = CacheStatus{}
-	mi := &file_admin_v1_admin_proto_msgTypes[17]
+	mi := &file_admin_v1_admin_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1204,7 +1392,7 @@ func (x *CacheStatus) String() string {
 func (*CacheStatus) ProtoMessage() {}
 
 func (x *CacheStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[17]
+	mi := &file_admin_v1_admin_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1217,7 +1405,7 @@ func (x *CacheStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CacheStatus.ProtoReflect.Descriptor instead.
 func (*CacheStatus) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{17}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *CacheStatus) GetEncryptionKeys() uint64 {
@@ -1283,6 +1471,27 @@ func (x *CacheStatus) GetMemory() string {
 	return ""
 }
 
+func (x *CacheStatus) GetSpares() uint64 {
+	if x != nil {
+		return x.Spares
+	}
+	return 0
+}
+
+func (x *CacheStatus) GetInGrace() uint64 {
+	if x != nil {
+		return x.InGrace
+	}
+	return 0
+}
+
+func (x *CacheStatus) GetUnserved() uint64 {
+	if x != nil {
+		return x.Unserved
+	}
+	return 0
+}
+
 type AuditStatus struct {
 	state    protoimpl.MessageState `protogen:"open.v1"`
 	File     string                 `protobuf:"bytes,1,opt,name=file,proto3" json:"file,omitempty"`
@@ -1307,7 +1516,7 @@ type AuditStatus struct {
 
 func (x *AuditStatus) Reset() {
 	*x = AuditStatus{}
-	mi := &file_admin_v1_admin_proto_msgTypes[18]
+	mi := &file_admin_v1_admin_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1319,7 +1528,7 @@ func (x *AuditStatus) String() string {
 func (*AuditStatus) ProtoMessage() {}
 
 func (x *AuditStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[18]
+	mi := &file_admin_v1_admin_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1332,7 +1541,7 @@ func (x *AuditStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditStatus.ProtoReflect.Descriptor instead.
 func (*AuditStatus) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{18}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *AuditStatus) GetFile() string {
@@ -1422,7 +1631,7 @@ type AuditSink struct {
 
 func (x *AuditSink) Reset() {
 	*x = AuditSink{}
-	mi := &file_admin_v1_admin_proto_msgTypes[19]
+	mi := &file_admin_v1_admin_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1434,7 +1643,7 @@ func (x *AuditSink) String() string {
 func (*AuditSink) ProtoMessage() {}
 
 func (x *AuditSink) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[19]
+	mi := &file_admin_v1_admin_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1447,7 +1656,7 @@ func (x *AuditSink) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditSink.ProtoReflect.Descriptor instead.
 func (*AuditSink) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{19}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *AuditSink) GetName() string {
@@ -1522,7 +1731,7 @@ const file_admin_v1_admin_proto_rawDesc = "" +
 	"\bduration\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\bduration\"%\n" +
 	"\x0fProfileResponse\x12\x12\n" +
 	"\x04data\x18\x01 \x01(\fR\x04data\"\x0f\n" +
-	"\rStatusRequest\"\x95\x05\n" +
+	"\rStatusRequest\"\xca\x05\n" +
 	"\x0eStatusResponse\x12\x14\n" +
 	"\x05state\x18\x01 \x01(\tR\x05state\x12\x1a\n" +
 	"\bproblems\x18\x02 \x03(\tR\bproblems\x12\x18\n" +
@@ -1539,7 +1748,15 @@ const file_admin_v1_admin_proto_rawDesc = "" +
 	"\x05audit\x18\f \x01(\v2\x1e.kmsagent.admin.v1.AuditStatusR\x05audit\x12\x1c\n" +
 	"\tlisteners\x18\r \x03(\tR\tlisteners\x127\n" +
 	"\x06limits\x18\x0e \x03(\v2\x1f.kmsagent.admin.v1.LimitsStatusR\x06limits\x12!\n" +
-	"\flimits_error\x18\x0f \x01(\tR\vlimitsError\"\xd8\x01\n" +
+	"\flimits_error\x18\x0f \x01(\tR\vlimitsError\x123\n" +
+	"\aoutages\x18\x14 \x03(\v2\x19.kmsagent.admin.v1.OutageR\aoutages\"\xa9\x01\n" +
+	"\x06Outage\x12\x18\n" +
+	"\abackend\x18\x01 \x01(\tR\abackend\x12/\n" +
+	"\x05lasts\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\x05lasts\x12\x19\n" +
+	"\bin_grace\x18\x03 \x01(\x04R\ainGrace\x12\x1a\n" +
+	"\bunserved\x18\x04 \x01(\x04R\bunserved\x12\x1d\n" +
+	"\n" +
+	"last_error\x18\x05 \x01(\tR\tlastError\"\xd8\x01\n" +
 	"\fLimitsStatus\x12\x12\n" +
 	"\x04rule\x18\x01 \x01(\tR\x04rule\x12\x16\n" +
 	"\x06limits\x18\x02 \x01(\tR\x06limits\x12\x18\n" +
@@ -1581,7 +1798,7 @@ const file_admin_v1_admin_proto_rawDesc = "" +
 	" \x01(\tR\rpluginVersion\x12\x18\n" +
 	"\afips140\x18\v \x01(\tR\afips140\x12\x16\n" +
 	"\x06sha256\x18\f \x01(\tR\x06sha256\x12\x1a\n" +
-	"\bconfined\x18\r \x01(\bR\bconfined\"\xaf\x02\n" +
+	"\bconfined\x18\r \x01(\bR\bconfined\"\xdc\x03\n" +
 	"\tKeyStatus\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
 	"\abackend\x18\x02 \x01(\tR\abackend\x12!\n" +
@@ -1589,7 +1806,16 @@ const file_admin_v1_admin_proto_rawDesc = "" +
 	"\x0fcurrent_version\x18\x04 \x01(\tR\x0ecurrentVersion\x12F\n" +
 	"\x11encrypt_confirmed\x18\x05 \x01(\v2\x19.google.protobuf.DurationR\x10encryptConfirmed\x12F\n" +
 	"\x11decrypt_confirmed\x18\x06 \x01(\v2\x19.google.protobuf.DurationR\x10decryptConfirmed\x12\x18\n" +
-	"\aproblem\x18\a \x01(\tR\aproblem\"\xa3\x02\n" +
+	"\aproblem\x18\a \x01(\tR\aproblem\x126\n" +
+	"\aencrypt\x18\b \x01(\v2\x1c.kmsagent.admin.v1.EnduranceR\aencrypt\x126\n" +
+	"\adecrypt\x18\t \x01(\v2\x1c.kmsagent.admin.v1.EnduranceR\adecrypt\x12\x16\n" +
+	"\x06spares\x18\n" +
+	" \x01(\rR\x06spares\x12#\n" +
+	"\rspares_wanted\x18\v \x01(\rR\fsparesWanted\"\x7f\n" +
+	"\tEndurance\x12\x12\n" +
+	"\x04down\x18\x01 \x01(\bR\x04down\x12/\n" +
+	"\x05since\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\x05since\x12-\n" +
+	"\x04left\x18\x03 \x01(\v2\x19.google.protobuf.DurationR\x04left\"\xf2\x02\n" +
 	"\vCacheStatus\x12'\n" +
 	"\x0fencryption_keys\x18\x01 \x01(\x04R\x0eencryptionKeys\x12'\n" +
 	"\x0fdecryption_keys\x18\x02 \x01(\x04R\x0edecryptionKeys\x12\x1f\n" +
@@ -1600,7 +1826,11 @@ const file_admin_v1_admin_proto_rawDesc = "" +
 	"\x06misses\x18\x06 \x01(\x04R\x06misses\x12\x1c\n" +
 	"\trefreshes\x18\a \x01(\x04R\trefreshes\x12\x1c\n" +
 	"\tevictions\x18\b \x01(\x04R\tevictions\x12\x16\n" +
-	"\x06memory\x18\t \x01(\tR\x06memory\"\xee\x02\n" +
+	"\x06memory\x18\t \x01(\tR\x06memory\x12\x16\n" +
+	"\x06spares\x18\n" +
+	" \x01(\x04R\x06spares\x12\x19\n" +
+	"\bin_grace\x18\v \x01(\x04R\ainGrace\x12\x1a\n" +
+	"\bunserved\x18\f \x01(\x04R\bunserved\"\xee\x02\n" +
 	"\vAuditStatus\x12\x12\n" +
 	"\x04file\x18\x01 \x01(\tR\x04file\x12\x1a\n" +
 	"\bsequence\x18\x02 \x01(\x04R\bsequence\x12\x18\n" +
@@ -1645,7 +1875,7 @@ func file_admin_v1_admin_proto_rawDescGZIP() []byte {
 	return file_admin_v1_admin_proto_rawDescData
 }
 
-var file_admin_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 21)
+var file_admin_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 23)
 var file_admin_v1_admin_proto_goTypes = []any{
 	(*EvictRequest)(nil),          // 0: kmsagent.admin.v1.EvictRequest
 	(*EvictResponse)(nil),         // 1: kmsagent.admin.v1.EvictResponse
@@ -1659,55 +1889,63 @@ var file_admin_v1_admin_proto_goTypes = []any{
 	(*ProfileResponse)(nil),       // 9: kmsagent.admin.v1.ProfileResponse
 	(*StatusRequest)(nil),         // 10: kmsagent.admin.v1.StatusRequest
 	(*StatusResponse)(nil),        // 11: kmsagent.admin.v1.StatusResponse
-	(*LimitsStatus)(nil),          // 12: kmsagent.admin.v1.LimitsStatus
-	(*Configuration)(nil),         // 13: kmsagent.admin.v1.Configuration
-	(*Identity)(nil),              // 14: kmsagent.admin.v1.Identity
-	(*BackendStatus)(nil),         // 15: kmsagent.admin.v1.BackendStatus
-	(*KeyStatus)(nil),             // 16: kmsagent.admin.v1.KeyStatus
-	(*CacheStatus)(nil),           // 17: kmsagent.admin.v1.CacheStatus
-	(*AuditStatus)(nil),           // 18: kmsagent.admin.v1.AuditStatus
-	(*AuditSink)(nil),             // 19: kmsagent.admin.v1.AuditSink
-	nil,                           // 20: kmsagent.admin.v1.LimitsStatus.RefusedEntry
-	(*durationpb.Duration)(nil),   // 21: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil), // 22: google.protobuf.Timestamp
+	(*Outage)(nil),                // 12: kmsagent.admin.v1.Outage
+	(*LimitsStatus)(nil),          // 13: kmsagent.admin.v1.LimitsStatus
+	(*Configuration)(nil),         // 14: kmsagent.admin.v1.Configuration
+	(*Identity)(nil),              // 15: kmsagent.admin.v1.Identity
+	(*BackendStatus)(nil),         // 16: kmsagent.admin.v1.BackendStatus
+	(*KeyStatus)(nil),             // 17: kmsagent.admin.v1.KeyStatus
+	(*Endurance)(nil),             // 18: kmsagent.admin.v1.Endurance
+	(*CacheStatus)(nil),           // 19: kmsagent.admin.v1.CacheStatus
+	(*AuditStatus)(nil),           // 20: kmsagent.admin.v1.AuditStatus
+	(*AuditSink)(nil),             // 21: kmsagent.admin.v1.AuditSink
+	nil,                           // 22: kmsagent.admin.v1.LimitsStatus.RefusedEntry
+	(*durationpb.Duration)(nil),   // 23: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil), // 24: google.protobuf.Timestamp
 }
 var file_admin_v1_admin_proto_depIdxs = []int32{
-	21, // 0: kmsagent.admin.v1.SetLogLevelRequest.for:type_name -> google.protobuf.Duration
-	21, // 1: kmsagent.admin.v1.ProfileRequest.duration:type_name -> google.protobuf.Duration
-	22, // 2: kmsagent.admin.v1.StatusResponse.started:type_name -> google.protobuf.Timestamp
-	13, // 3: kmsagent.admin.v1.StatusResponse.configuration:type_name -> kmsagent.admin.v1.Configuration
-	14, // 4: kmsagent.admin.v1.StatusResponse.identity:type_name -> kmsagent.admin.v1.Identity
-	15, // 5: kmsagent.admin.v1.StatusResponse.backends:type_name -> kmsagent.admin.v1.BackendStatus
-	16, // 6: kmsagent.admin.v1.StatusResponse.keys:type_name -> kmsagent.admin.v1.KeyStatus
-	17, // 7: kmsagent.admin.v1.StatusResponse.cache:type_name -> kmsagent.admin.v1.CacheStatus
-	18, // 8: kmsagent.admin.v1.StatusResponse.audit:type_name -> kmsagent.admin.v1.AuditStatus
-	12, // 9: kmsagent.admin.v1.StatusResponse.limits:type_name -> kmsagent.admin.v1.LimitsStatus
-	20, // 10: kmsagent.admin.v1.LimitsStatus.refused:type_name -> kmsagent.admin.v1.LimitsStatus.RefusedEntry
-	22, // 11: kmsagent.admin.v1.Configuration.loaded:type_name -> google.protobuf.Timestamp
-	22, // 12: kmsagent.admin.v1.Identity.expires:type_name -> google.protobuf.Timestamp
-	22, // 13: kmsagent.admin.v1.Identity.updated:type_name -> google.protobuf.Timestamp
-	22, // 14: kmsagent.admin.v1.BackendStatus.since:type_name -> google.protobuf.Timestamp
-	21, // 15: kmsagent.admin.v1.KeyStatus.encrypt_confirmed:type_name -> google.protobuf.Duration
-	21, // 16: kmsagent.admin.v1.KeyStatus.decrypt_confirmed:type_name -> google.protobuf.Duration
-	19, // 17: kmsagent.admin.v1.AuditStatus.sinks:type_name -> kmsagent.admin.v1.AuditSink
-	19, // 18: kmsagent.admin.v1.AuditStatus.checkpoints:type_name -> kmsagent.admin.v1.AuditSink
-	10, // 19: kmsagent.admin.v1.Admin.Status:input_type -> kmsagent.admin.v1.StatusRequest
-	0,  // 20: kmsagent.admin.v1.Admin.Evict:input_type -> kmsagent.admin.v1.EvictRequest
-	2,  // 21: kmsagent.admin.v1.Admin.Reload:input_type -> kmsagent.admin.v1.ReloadRequest
-	4,  // 22: kmsagent.admin.v1.Admin.RestartPlugin:input_type -> kmsagent.admin.v1.RestartPluginRequest
-	6,  // 23: kmsagent.admin.v1.Admin.SetLogLevel:input_type -> kmsagent.admin.v1.SetLogLevelRequest
-	8,  // 24: kmsagent.admin.v1.Admin.Profile:input_type -> kmsagent.admin.v1.ProfileRequest
-	11, // 25: kmsagent.admin.v1.Admin.Status:output_type -> kmsagent.admin.v1.StatusResponse
-	1,  // 26: kmsagent.admin.v1.Admin.Evict:output_type -> kmsagent.admin.v1.EvictResponse
-	3,  // 27: kmsagent.admin.v1.Admin.Reload:output_type -> kmsagent.admin.v1.ReloadResponse
-	5,  // 28: kmsagent.admin.v1.Admin.RestartPlugin:output_type -> kmsagent.admin.v1.RestartPluginResponse
-	7,  // 29: kmsagent.admin.v1.Admin.SetLogLevel:output_type -> kmsagent.admin.v1.SetLogLevelResponse
-	9,  // 30: kmsagent.admin.v1.Admin.Profile:output_type -> kmsagent.admin.v1.ProfileResponse
-	25, // [25:31] is the sub-list for method output_type
-	19, // [19:25] is the sub-list for method input_type
-	19, // [19:19] is the sub-list for extension type_name
-	19, // [19:19] is the sub-list for extension extendee
-	0,  // [0:19] is the sub-list for field type_name
+	23, // 0: kmsagent.admin.v1.SetLogLevelRequest.for:type_name -> google.protobuf.Duration
+	23, // 1: kmsagent.admin.v1.ProfileRequest.duration:type_name -> google.protobuf.Duration
+	24, // 2: kmsagent.admin.v1.StatusResponse.started:type_name -> google.protobuf.Timestamp
+	14, // 3: kmsagent.admin.v1.StatusResponse.configuration:type_name -> kmsagent.admin.v1.Configuration
+	15, // 4: kmsagent.admin.v1.StatusResponse.identity:type_name -> kmsagent.admin.v1.Identity
+	16, // 5: kmsagent.admin.v1.StatusResponse.backends:type_name -> kmsagent.admin.v1.BackendStatus
+	17, // 6: kmsagent.admin.v1.StatusResponse.keys:type_name -> kmsagent.admin.v1.KeyStatus
+	19, // 7: kmsagent.admin.v1.StatusResponse.cache:type_name -> kmsagent.admin.v1.CacheStatus
+	20, // 8: kmsagent.admin.v1.StatusResponse.audit:type_name -> kmsagent.admin.v1.AuditStatus
+	13, // 9: kmsagent.admin.v1.StatusResponse.limits:type_name -> kmsagent.admin.v1.LimitsStatus
+	12, // 10: kmsagent.admin.v1.StatusResponse.outages:type_name -> kmsagent.admin.v1.Outage
+	23, // 11: kmsagent.admin.v1.Outage.lasts:type_name -> google.protobuf.Duration
+	22, // 12: kmsagent.admin.v1.LimitsStatus.refused:type_name -> kmsagent.admin.v1.LimitsStatus.RefusedEntry
+	24, // 13: kmsagent.admin.v1.Configuration.loaded:type_name -> google.protobuf.Timestamp
+	24, // 14: kmsagent.admin.v1.Identity.expires:type_name -> google.protobuf.Timestamp
+	24, // 15: kmsagent.admin.v1.Identity.updated:type_name -> google.protobuf.Timestamp
+	24, // 16: kmsagent.admin.v1.BackendStatus.since:type_name -> google.protobuf.Timestamp
+	23, // 17: kmsagent.admin.v1.KeyStatus.encrypt_confirmed:type_name -> google.protobuf.Duration
+	23, // 18: kmsagent.admin.v1.KeyStatus.decrypt_confirmed:type_name -> google.protobuf.Duration
+	18, // 19: kmsagent.admin.v1.KeyStatus.encrypt:type_name -> kmsagent.admin.v1.Endurance
+	18, // 20: kmsagent.admin.v1.KeyStatus.decrypt:type_name -> kmsagent.admin.v1.Endurance
+	23, // 21: kmsagent.admin.v1.Endurance.since:type_name -> google.protobuf.Duration
+	23, // 22: kmsagent.admin.v1.Endurance.left:type_name -> google.protobuf.Duration
+	21, // 23: kmsagent.admin.v1.AuditStatus.sinks:type_name -> kmsagent.admin.v1.AuditSink
+	21, // 24: kmsagent.admin.v1.AuditStatus.checkpoints:type_name -> kmsagent.admin.v1.AuditSink
+	10, // 25: kmsagent.admin.v1.Admin.Status:input_type -> kmsagent.admin.v1.StatusRequest
+	0,  // 26: kmsagent.admin.v1.Admin.Evict:input_type -> kmsagent.admin.v1.EvictRequest
+	2,  // 27: kmsagent.admin.v1.Admin.Reload:input_type -> kmsagent.admin.v1.ReloadRequest
+	4,  // 28: kmsagent.admin.v1.Admin.RestartPlugin:input_type -> kmsagent.admin.v1.RestartPluginRequest
+	6,  // 29: kmsagent.admin.v1.Admin.SetLogLevel:input_type -> kmsagent.admin.v1.SetLogLevelRequest
+	8,  // 30: kmsagent.admin.v1.Admin.Profile:input_type -> kmsagent.admin.v1.ProfileRequest
+	11, // 31: kmsagent.admin.v1.Admin.Status:output_type -> kmsagent.admin.v1.StatusResponse
+	1,  // 32: kmsagent.admin.v1.Admin.Evict:output_type -> kmsagent.admin.v1.EvictResponse
+	3,  // 33: kmsagent.admin.v1.Admin.Reload:output_type -> kmsagent.admin.v1.ReloadResponse
+	5,  // 34: kmsagent.admin.v1.Admin.RestartPlugin:output_type -> kmsagent.admin.v1.RestartPluginResponse
+	7,  // 35: kmsagent.admin.v1.Admin.SetLogLevel:output_type -> kmsagent.admin.v1.SetLogLevelResponse
+	9,  // 36: kmsagent.admin.v1.Admin.Profile:output_type -> kmsagent.admin.v1.ProfileResponse
+	31, // [31:37] is the sub-list for method output_type
+	25, // [25:31] is the sub-list for method input_type
+	25, // [25:25] is the sub-list for extension type_name
+	25, // [25:25] is the sub-list for extension extendee
+	0,  // [0:25] is the sub-list for field type_name
 }
 
 func init() { file_admin_v1_admin_proto_init() }
@@ -1721,7 +1959,7 @@ func file_admin_v1_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_admin_v1_admin_proto_rawDesc), len(file_admin_v1_admin_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   21,
+			NumMessages:   23,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
