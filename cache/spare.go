@@ -123,6 +123,7 @@ func (c *Cache) makeSpareLocked(a *authority, where place, p *pool, l Limits, fi
 		}
 		c.landLocked(f, err)
 		switch {
+		case verdict == Unreachable: // the end of the outage is worth waiting for
 		case err != nil:
 			p.next = c.cfg.Now() + preparePause
 		case len(p.ready) < p.wanted:
