@@ -203,13 +203,13 @@ func (a *Agent) takesOver(next *Config, name string) bool {
 	if a.backends[name].runs() {
 		return true
 	}
-	before := map[string]string{}
+	before := map[string][]WrapConfig{}
 	for _, k := range a.cfg.Keys {
-		before[k.Name] = k.Backend
+		before[k.Name] = k.wraps()
 	}
 	return slices.ContainsFunc(next.Keys, func(k KeyConfig) bool {
-		return k.Backend == name && slices.ContainsFunc(append([]string{k.Name}, k.FormerNames...), func(key string) bool {
-			return a.backends[before[key]].runs()
+		return k.in(name) && slices.ContainsFunc(append([]string{k.Name}, k.FormerNames...), func(key string) bool {
+			return slices.ContainsFunc(before[key], func(w WrapConfig) bool { return a.backends[w.Backend].runs() })
 		})
 	})
 }

@@ -2,6 +2,7 @@ package agent
 
 import (
 	"hash"
+	"slices"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -170,6 +171,10 @@ type KeyConfig struct {
 	Backend     string            `yaml:"backend"`
 	// WrappingKey is the URI inside Backend. It belongs to no other key.
 	WrappingKey string `yaml:"wrapping_key"`
+	// MoreWraps are further backends, each of which wraps every data key too.
+	MoreWraps []WrapConfig `yaml:"more_wraps"`
+	// MinWraps is how many of all must wrap a new data key.
+	MinWraps int `yaml:"min_wraps"`
 	// BindContext makes the wrapping key bind the encryption context.
 	BindContext bool `yaml:"bind_context"`
 	// MaxVersionAge is how old a version of the wrapping key may be that encrypts
@@ -177,6 +182,22 @@ type KeyConfig struct {
 	MaxVersionAge time.Duration  `yaml:"max_version_age"`
 	Cache         KeyCacheConfig `yaml:"cache"`
 	Grace         GraceConfig    `yaml:"grace"`
+}
+
+// WrapConfig names a wrapping key in a backend.
+type WrapConfig struct {
+	Backend     string `yaml:"backend"`
+	WrappingKey string `yaml:"wrapping_key"`
+}
+
+// wraps are all the wrapping keys of the key.
+func (k *KeyConfig) wraps() []WrapConfig {
+	return append([]WrapConfig{{k.Backend, k.WrappingKey}}, k.MoreWraps...)
+}
+
+// in tells whether the key has a wrapping key in a backend.
+func (k *KeyConfig) in(backend string) bool {
+	return slices.ContainsFunc(k.wraps(), func(w WrapConfig) bool { return w.Backend == backend })
 }
 
 // GraceConfig is how long an outage upstream may last, from its first failed call,

@@ -168,12 +168,7 @@ func (l *loader) validateKeys() {
 			l.keyName(names, fmt.Sprintf("%s.former_names[%d]", at, j), former)
 		}
 		l.validateLabels(at+".labels", key.Labels)
-		if key.Backend == "" {
-			l.report(at+".backend", "is missing; write the name of one of backends")
-		} else if !slices.Contains(backends, key.Backend) {
-			l.report(at+".backend", "the backend %s", unknownWord(key.Backend, backends))
-		}
-		l.validateWrappingKey(wrapping, at, key)
+		l.validateWraps(wrapping, backends, i, &key)
 		if key.MaxVersionAge < 0 {
 			l.report(at+".max_version_age", "must not be less than zero; leave it out where versions have no end")
 		}
@@ -223,7 +218,44 @@ func (l *loader) validateLabels(at string, labels map[string]string) {
 	}
 }
 
-func (l *loader) validateWrappingKey(taken map[[2]string]string, at string, key KeyConfig) {
+// placeOfWrap is where the jth wrapping key of the ith key stands.
+func placeOfWrap(i, j int) string {
+	if j == 0 {
+		return fmt.Sprintf("keys[%d]", i)
+	}
+	return fmt.Sprintf("keys[%d].more_wraps[%d]", i, j-1)
+}
+
+// maxWraps is how many backends wrap the data keys of one key at most: as many EDKs
+// stand in each message.
+const maxWraps = 8
+
+func (l *loader) validateWraps(taken map[[2]string]string, backends []string, i int, key *KeyConfig) {
+	wraps := key.wraps()
+	uris, names := map[string]bool{}, map[string]bool{}
+	for j, wrap := range wraps {
+		at := placeOfWrap(i, j)
+		switch {
+		case wrap.Backend == "":
+			l.report(at+".backend", "is missing; write the name of one of backends")
+		case !slices.Contains(backends, wrap.Backend):
+			l.report(at+".backend", "the backend %s", unknownWord(wrap.Backend, backends))
+		case names[wrap.Backend]:
+			l.report(at+".backend", "wraps this key already; another wrap is for another backend")
+		}
+		l.validateWrappingKey(taken, at, wrap)
+		if uris[wrap.WrappingKey] && wrap.WrappingKey != "" {
+			l.report(at+".wrapping_key", "is that of another wrap of this key; a message tells them apart by their URIs alone: add the token's serial number, or name the wrapping key otherwise")
+		}
+		uris[wrap.WrappingKey], names[wrap.Backend] = true, true
+	}
+	if len(wraps) > maxWraps {
+		l.report(fmt.Sprintf("keys[%d].more_wraps", i), "are %d; %d at most", len(wraps)-1, maxWraps-1)
+	}
+	between(l, fmt.Sprintf("keys[%d].min_wraps", i), key.MinWraps, 1, len(wraps))
+}
+
+func (l *loader) validateWrappingKey(taken map[[2]string]string, at string, key WrapConfig) {
 	path := at + ".wrapping_key"
 	visible := !strings.ContainsFunc(key.WrappingKey, func(r rune) bool { return r <= ' ' || r >= 0x7f })
 	switch {

@@ -280,3 +280,19 @@ func (c *Cache) answeredLocked(a *authority, v Verdict, err error, began time.Du
 		}
 	}
 }
+
+// Refuse tells the cache that upstream said no, in a call that began then, to all that
+// match accepts of the authorities of a wrapping key.
+func (c *Cache) Refuse(backend, wrappingKey string, match func(Authority) bool, began time.Duration) {
+	c.mu.Lock()
+	var names []Authority
+	for name := range c.authorities {
+		if name.Backend == backend && name.WrappingKey == wrappingKey && match(name) {
+			names = append(names, name)
+		}
+	}
+	c.mu.Unlock()
+	for _, name := range names {
+		c.Observe(name, No, began)
+	}
+}

@@ -228,3 +228,35 @@ func (c *Cache) EvictAll() int {
 	defer c.mu.Unlock()
 	return c.evictLocked(func(Slot) bool { return true })
 }
+
+// Retire destroys the data keys for encryption of a wrapping key, in whatever version,
+// whose Origin match accepts, and returns how many. Those in use are destroyed when
+// they are released.
+func (c *Cache) Retire(backend, wrappingKey string, match func(origin any) bool) int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	n := 0
+	for name, a := range c.authorities {
+		if name.Backend != backend || name.WrappingKey != wrappingKey || name.Direction != Encrypt {
+			continue
+		}
+		for _, e := range slices.Backward(a.entries) {
+			if match(e.origin) {
+				c.removeLocked(e)
+				n++
+			}
+		}
+	}
+	return n
+}
+
+// EvictVersions destroys the data keys for encryption of a wrapping key in every
+// version but one.
+func (c *Cache) EvictVersions(backend, wrappingKey, but string) int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.evictLocked(func(s Slot) bool {
+		a := s.Authority
+		return a.Backend == backend && a.WrappingKey == wrappingKey && a.Direction == Encrypt && a.Version != but
+	})
+}

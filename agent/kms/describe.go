@@ -50,9 +50,7 @@ func (t *transaction) description(k *key) KeyDescription {
 			Caller: t.call.Caller, Key: k.Name, Labels: k.Labels,
 		}),
 	}
-	if known := k.wrapping.described.Load(); known != nil {
-		d.CurrentVersion, d.Versions = known.Current, known.Versions
-	}
+	d.CurrentVersion, d.Versions = k.group.known()
 	return d
 }
 
@@ -158,19 +156,32 @@ func (s *Service) Health() []KeyHealth {
 }
 
 func (s *Service) health(k *key) KeyHealth {
-	h := KeyHealth{Name: k.Name, Backend: k.Backend, WrappingKey: k.WrappingKey, EncryptConfirmed: -1, DecryptConfirmed: -1}
-	known := k.wrapping.described.Load()
-	if known == nil {
+	g := k.group
+	h := KeyHealth{Name: k.Name, Backend: g.id.backend, WrappingKey: g.id.uri, EncryptConfirmed: -1, DecryptConfirmed: -1}
+	current := make(versions, len(g.parts))
+	for part, w := range g.parts {
+		known := w.described.Load()
+		if known == nil {
+			continue
+		}
+		current[part] = known.Current
+		if h.Problem == "" {
+			h.Problem = k.tooOld(known, warnVersionAge)
+		}
+	}
+	if !slices.ContainsFunc(current, func(v string) bool { return v != "" }) {
 		return h
 	}
-	h.CurrentVersion = known.Current
-	h.Problem = k.tooOld(known, warnVersionAge)
+	h.CurrentVersion = current.String()
+	if g.lacking.Load() && h.Problem == "" {
+		h.Problem = "not all of its backends have wrapped the data keys in use; messages made meanwhile are lost with those that have"
+	}
 	h.Spares, h.SparesWanted = s.cache.SparesOf(k.Name)
 	for direction, part := range map[cache.Direction]struct {
 		confirmed *time.Duration
 		endures   *Endurance
 	}{cache.Encrypt: {&h.EncryptConfirmed, &h.Encrypt}, cache.Decrypt: {&h.DecryptConfirmed, &h.Decrypt}} {
-		standing := s.cache.Standing(k.wrapping.authority(known.Current, direction), k.limits(direction))
+		standing := s.cache.Standing(g.authority(current, direction), k.limits(direction))
 		if standing.Refused != nil {
 			h.Problem = standing.Refused.Error()
 			continue

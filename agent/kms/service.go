@@ -84,8 +84,9 @@ type Service struct {
 	state        atomic.Pointer[state]
 	frames       largeFrames
 
-	mu        sync.Mutex // guards wrappings
+	mu        sync.Mutex // guards wrappings and groups
 	wrappings map[wrappingID]*wrapping
+	groups    map[wrappingID]*group
 }
 
 // New returns a Service that knows no keys until Apply. Run must be running
@@ -96,7 +97,7 @@ func New(o Options) (*Service, error) {
 	}
 	s := &Service{
 		audit: o.Audit, quota: o.Quota, now: o.Now, recheck: o.RecheckInterval, alarm: o.Alarm, ended: o.Observe,
-		wrappings: map[wrappingID]*wrapping{}, frames: largeFrames{byCaller: map[string]uint64{}},
+		wrappings: map[wrappingID]*wrapping{}, groups: map[wrappingID]*group{}, frames: largeFrames{byCaller: map[string]uint64{}},
 	}
 	if s.recheck <= 0 {
 		s.recheck = 5 * time.Second
@@ -132,6 +133,3 @@ func (s *Service) Stats() cache.Stats { return s.cache.Stats() }
 
 // Outages tells of the backends that do not answer.
 func (s *Service) Outages() []cache.Outage { return s.cache.Outages() }
-
-// Reached tells that a backend answers, by a question that concerned no key.
-func (s *Service) Reached(backend string) { s.cache.Reached(backend) }

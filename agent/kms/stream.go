@@ -78,7 +78,7 @@ func (s *stream) mayGoOn() error {
 	}
 	state := service.state.Load()
 	k := state.keys[s.k.Name]
-	if k == nil || k.wrapping != s.k.wrapping {
+	if k == nil || k.group != s.k.group {
 		return denied(s.k.Name)
 	}
 	decision := s.t.decide(state, k, s.op, s.context)
@@ -170,18 +170,18 @@ func (t *transaction) beginEncrypt(ctx context.Context, req EncryptStreamRequest
 	if err != nil {
 		return nil, err
 	}
-	origin, _ := use.Origin().(sealed)
+	origin, _ := use.Origin().(sealedKey)
 	st := &EncryptStream{left: limit, stream: stream{
 		t: t, k: k, op: policy.Encrypt, context: req.Context, use: use,
-		authority: k.wrapping.authority(origin.version, cache.Encrypt),
-		keyUse:    t.used(k, origin.version, use.Freshness()),
+		authority: use.Authority(),
+		keyUse:    t.used(k, k.group.versions(origin).String(), use.Freshness()),
 	}}
 	if err := t.openStream(ctx, &st.stream); err != nil {
 		st.giveBack()
 		use.Release()
 		return nil, err
 	}
-	st.w, err = envelope.NewWriter(countingWriter{w, &t.record.BytesOut}, use.DataKey(), []envelope.EDK{origin.edk}, req.Context)
+	st.w, err = envelope.NewWriter(countingWriter{w, &t.record.BytesOut}, use.DataKey(), origin.edks(), req.Context)
 	if err != nil {
 		st.giveBack()
 		use.Release()
@@ -301,15 +301,15 @@ func (t *transaction) beginDecrypt(ctx context.Context, expected map[string]stri
 	return st, nil
 }
 
-func (t *transaction) unlockStream(ctx context.Context, k *key, edks []sealed, st *DecryptStream) error {
-	use, edk, err := t.unlock(ctx, k, edks, st.r.Unlock)
+func (t *transaction) unlockStream(ctx context.Context, k *key, edks sealedKey, st *DecryptStream) error {
+	use, v, err := t.unlock(ctx, k, edks, st.r.Unlock)
 	if err != nil {
 		return err
 	}
 	st.stream = stream{
 		t: t, k: k, op: policy.Decrypt, context: st.r.Header().Context, use: use,
-		authority: k.wrapping.authority(edk.version, cache.Decrypt),
-		keyUse:    t.used(k, edk.version, use.Freshness()),
+		authority: use.Authority(),
+		keyUse:    t.used(k, v.String(), use.Freshness()),
 	}
 	if err := t.openStream(ctx, &st.stream); err != nil {
 		use.Release()
