@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kms-agent/kms-agent/agent/audit"
+	"github.com/kms-agent/kms-agent/agent/census"
 	"github.com/kms-agent/kms-agent/agent/kms"
 	"github.com/kms-agent/kms-agent/agent/metrics"
 	"github.com/kms-agent/kms-agent/agent/quota"
@@ -35,6 +36,7 @@ type Agent struct {
 	started time.Time
 	audit   *audit.Log
 	quota   *quota.Keeper
+	census  *census.Census // nil where its file cannot be read
 	service *kms.Service
 	source  *identity.Source // nil without a Workload API
 	creds   *identity.Credentials
@@ -87,8 +89,12 @@ func New(cfg *Config, path string, logger *zap.Logger) (*Agent, error) {
 	if a.quota, err = quota.Open(cfg.StateDir, bootTime, time.Now); err != nil {
 		return nil, errors.Join(err, log.Close())
 	}
+	if a.census, err = census.Open(cfg.StateDir, time.Now); err != nil {
+		logger.Warn("messages are not counted by their wraps", zap.Error(err))
+		a.census = nil
+	}
 	a.service, err = kms.New(kms.Options{
-		Audit: log, Quota: a.quota, MaxEntries: cfg.Cache.MaxEntries, Now: bootTime, ConfirmTimeout: confirmTimeout, Alarm: a.alarm,
+		Audit: log, Quota: a.quota, Census: a.census, MaxEntries: cfg.Cache.MaxEntries, Now: bootTime, ConfirmTimeout: confirmTimeout, Alarm: a.alarm,
 		Observe: a.operationEnded, Outage: a.outage,
 	})
 	if err != nil {
@@ -157,6 +163,9 @@ func (a *Agent) Run(ctx context.Context) error {
 	below, stopBelow := context.WithCancel(context.WithoutCancel(ctx))
 	var lower errgroup.Group
 	lower.Go(func() error { return a.service.Run(below) })
+	if a.census != nil {
+		lower.Go(func() error { return a.census.Run(below) })
+	}
 	if a.source != nil {
 		lower.Go(func() error { return a.source.Run(below) })
 	}
@@ -164,7 +173,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	a.service.Close()
 	stopBelow()
 	a.stopBackends()
-	err = errors.Join(err, ignoreEnd(lower.Wait()), a.quota.Close(), a.audit.Close())
+	err = errors.Join(err, ignoreEnd(lower.Wait()), a.census.Save(), a.quota.Close(), a.audit.Close())
 	a.tracing.close()
 	a.level.close()
 	a.logger.Info("agent stopped", zap.Error(err))

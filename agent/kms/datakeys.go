@@ -5,6 +5,7 @@ import (
 	"errors"
 	"time"
 
+	"github.com/kms-agent/kms-agent/agent/census"
 	"github.com/kms-agent/kms-agent/agent/policy"
 	"github.com/kms-agent/kms-agent/cache"
 	"github.com/kms-agent/kms-agent/envelope"
@@ -94,6 +95,7 @@ func (t *transaction) wrapBound(ctx context.Context, k *key, material []byte, pu
 	if err != nil {
 		return envelope.EDK{}, KeyUse{}, failure(ctx, k.Name, err)
 	}
+	s.census.Add(census.Kind{Key: k.Name, Purpose: census.Purpose(purpose.String()), Wraps: g.wraps(sealedKey{wrapped})})
 	return wrapped.edk, t.used(k, g.versions(sealedKey{wrapped}).String(), cache.Freshness{Source: cache.Upstream}), nil
 }
 

@@ -106,12 +106,42 @@ func (k sealedKey) clone() sealedKey {
 	return out
 }
 
-func (k sealedKey) edks() []envelope.EDK {
-	out := make([]envelope.EDK, len(k))
+// made is a data key for messages as the cache keeps it: what each message says of it
+// is made once.
+type made struct {
+	sealedKey
+
+	edks    []envelope.EDK
+	version string
+	wraps   string // for the census
+}
+
+func (g *group) made(k sealedKey) *made {
+	m := &made{sealedKey: k, version: g.versions(k).String(), wraps: g.wraps(k), edks: make([]envelope.EDK, len(k))}
 	for i, s := range k {
-		out[i] = s.edk
+		m.edks[i] = s.edk
 	}
-	return out
+	return m
+}
+
+// wraps says which parts have wrapped a data key, and under which versions.
+func (g *group) wraps(k sealedKey) string {
+	names := make([]string, len(k))
+	for i, s := range k {
+		names[i] = g.parts[s.part].id.backend + "@" + s.version
+	}
+	return strings.Join(names, " ")
+}
+
+// sealedOf returns the EDKs behind an origin, of whichever direction.
+func sealedOf(origin any) sealedKey {
+	switch o := origin.(type) {
+	case *made:
+		return o.sealedKey
+	case sealedKey:
+		return o
+	}
+	return nil
 }
 
 // versions returns those of the parts that wrapped the data key.
@@ -364,7 +394,7 @@ func (s *Service) confirmGroup(ctx context.Context, g *group, a cache.Authority,
 	if err != nil {
 		return err
 	}
-	known, _ := sample.(sealedKey)
+	known := sealedOf(sample)
 	var parts []int
 	for part, version := range v {
 		// One that has not wrapped this has a say too, where there is something to ask it.
@@ -434,8 +464,7 @@ func (s *Service) retire(g *group) {
 		return
 	}
 	s.cache.Retire(g.id.backend, g.id.uri, func(origin any) bool {
-		k, ok := origin.(sealedKey)
-		return ok && len(k) < len(g.parts)
+		return len(sealedOf(origin)) < len(g.parts)
 	})
 }
 

@@ -7,6 +7,7 @@ import (
 	"slices"
 
 	"github.com/kms-agent/kms-agent/agent/audit"
+	"github.com/kms-agent/kms-agent/agent/census"
 	"github.com/kms-agent/kms-agent/agent/policy"
 	"github.com/kms-agent/kms-agent/cache"
 	"github.com/kms-agent/kms-agent/envelope"
@@ -52,14 +53,15 @@ func (t *transaction) seal(ctx context.Context, k *key, plaintext []byte, encryp
 		return EncryptResponse{}, err
 	}
 	defer use.Release()
-	origin, _ := use.Origin().(sealedKey)
-	message, err := envelope.Seal(nil, use.DataKey(), origin.edks(), encryptionContext, plaintext)
+	origin, _ := use.Origin().(*made)
+	message, err := envelope.Seal(nil, use.DataKey(), origin.edks, encryptionContext, plaintext)
 	if err != nil {
 		return EncryptResponse{}, &Error{Reason: ReasonInternal, Key: k.Name, Message: "the message could not be made", Cause: err}
 	}
 	t.record.MessageID = messageID(envelope.MessageIDOf(message))
 	t.record.BytesOut = uint64(len(message))
-	return EncryptResponse{Message: message, KeyUse: t.used(k, k.group.versions(origin).String(), use.Freshness())}, nil
+	t.service.census.Add(census.Kind{Key: k.Name, Purpose: census.Message, Wraps: origin.wraps})
+	return EncryptResponse{Message: message, KeyUse: t.used(k, origin.version, use.Freshness())}, nil
 }
 
 // DecryptRequest asks for the plaintext of a message.

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/kms-agent/kms-agent/agent/audit"
+	"github.com/kms-agent/kms-agent/agent/census"
 	"github.com/kms-agent/kms-agent/agent/quota"
 	"github.com/kms-agent/kms-agent/cache"
 	"github.com/kms-agent/kms-agent/identity"
@@ -47,6 +48,8 @@ type Options struct {
 	Audit *audit.Log
 	// Quota counts the limits of rules. nil: a policy with limits is refused.
 	Quota *quota.Keeper
+	// Census counts which wraps messages carry; nil counts nothing.
+	Census *census.Census
 	// MaxEntries bounds the data-key cache, both directions together.
 	MaxEntries int
 	// Now is CLOCK_BOOTTIME: a suspended host does not stretch a limit.
@@ -73,6 +76,7 @@ type Options struct {
 type Service struct {
 	audit   *audit.Log
 	quota   *quota.Keeper // nil: no limits
+	census  *census.Census
 	cache   *cache.Cache
 	now     func() time.Duration
 	recheck time.Duration
@@ -96,7 +100,7 @@ func New(o Options) (*Service, error) {
 		return nil, errors.New("kms: audit log and clock are required")
 	}
 	s := &Service{
-		audit: o.Audit, quota: o.Quota, now: o.Now, recheck: o.RecheckInterval, alarm: o.Alarm, ended: o.Observe,
+		audit: o.Audit, quota: o.Quota, census: o.Census, now: o.Now, recheck: o.RecheckInterval, alarm: o.Alarm, ended: o.Observe,
 		wrappings: map[wrappingID]*wrapping{}, groups: map[wrappingID]*group{}, frames: largeFrames{byCaller: map[string]uint64{}},
 	}
 	if s.recheck <= 0 {

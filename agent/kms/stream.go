@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/kms-agent/kms-agent/agent/audit"
+	"github.com/kms-agent/kms-agent/agent/census"
 	"github.com/kms-agent/kms-agent/agent/policy"
 	"github.com/kms-agent/kms-agent/cache"
 	"github.com/kms-agent/kms-agent/envelope"
@@ -170,24 +171,25 @@ func (t *transaction) beginEncrypt(ctx context.Context, req EncryptStreamRequest
 	if err != nil {
 		return nil, err
 	}
-	origin, _ := use.Origin().(sealedKey)
+	origin, _ := use.Origin().(*made)
 	st := &EncryptStream{left: limit, stream: stream{
 		t: t, k: k, op: policy.Encrypt, context: req.Context, use: use,
 		authority: use.Authority(),
-		keyUse:    t.used(k, k.group.versions(origin).String(), use.Freshness()),
+		keyUse:    t.used(k, origin.version, use.Freshness()),
 	}}
 	if err := t.openStream(ctx, &st.stream); err != nil {
 		st.giveBack()
 		use.Release()
 		return nil, err
 	}
-	st.w, err = envelope.NewWriter(countingWriter{w, &t.record.BytesOut}, use.DataKey(), origin.edks(), req.Context)
+	st.w, err = envelope.NewWriter(countingWriter{w, &t.record.BytesOut}, use.DataKey(), origin.edks, req.Context)
 	if err != nil {
 		st.giveBack()
 		use.Release()
 		return nil, &Error{Reason: ReasonInternal, Key: k.Name, Message: "the message could not be begun", Cause: err}
 	}
 	t.record.MessageID = messageID(st.w.Header().MessageID)
+	t.service.census.Add(census.Kind{Key: k.Name, Purpose: census.Message, Wraps: origin.wraps})
 	return st, nil
 }
 

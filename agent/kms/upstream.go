@@ -132,7 +132,7 @@ func (s *Service) newMessageKey(ctx context.Context, k *key, current versions, p
 	if s.inUse(k.group) {
 		s.cache.Observe(k.group.authority(k.group.versions(wrapped), cache.Decrypt), cache.Yes, began)
 	}
-	return cache.Material{DataKey: material, Origin: wrapped}, nil
+	return cache.Material{DataKey: material, Origin: k.group.made(wrapped)}, nil
 }
 
 // stillWanted keeps a data key out of the cache when the key that it belongs to

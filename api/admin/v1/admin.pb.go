@@ -124,6 +124,245 @@ func (x *EvictResponse) GetEvicted() uint64 {
 	return 0
 }
 
+type KeysHealthRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Of the key of this present name; empty: of all.
+	Key string `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`
+	// The past days, today among them; 0: 30.
+	Days          uint32 `protobuf:"varint,2,opt,name=days,proto3" json:"days,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *KeysHealthRequest) Reset() {
+	*x = KeysHealthRequest{}
+	mi := &file_admin_v1_admin_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *KeysHealthRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*KeysHealthRequest) ProtoMessage() {}
+
+func (x *KeysHealthRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_v1_admin_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use KeysHealthRequest.ProtoReflect.Descriptor instead.
+func (*KeysHealthRequest) Descriptor() ([]byte, []int) {
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *KeysHealthRequest) GetKey() string {
+	if x != nil {
+		return x.Key
+	}
+	return ""
+}
+
+func (x *KeysHealthRequest) GetDays() uint32 {
+	if x != nil {
+		return x.Days
+	}
+	return 0
+}
+
+type KeysHealthResponse struct {
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	Counts []*WrapCount           `protobuf:"bytes,1,rep,name=counts,proto3" json:"counts,omitempty"`
+	// Why the counts are not complete; empty when they are.
+	Problem       string `protobuf:"bytes,2,opt,name=problem,proto3" json:"problem,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *KeysHealthResponse) Reset() {
+	*x = KeysHealthResponse{}
+	mi := &file_admin_v1_admin_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *KeysHealthResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*KeysHealthResponse) ProtoMessage() {}
+
+func (x *KeysHealthResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_v1_admin_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use KeysHealthResponse.ProtoReflect.Descriptor instead.
+func (*KeysHealthResponse) Descriptor() ([]byte, []int) {
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *KeysHealthResponse) GetCounts() []*WrapCount {
+	if x != nil {
+		return x.Counts
+	}
+	return nil
+}
+
+func (x *KeysHealthResponse) GetProblem() string {
+	if x != nil {
+		return x.Problem
+	}
+	return ""
+}
+
+// WrapCount is how many messages, exported data keys or wrapped keys were made of a
+// key under the same wraps.
+type WrapCount struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Key   string                 `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`
+	// "message", "exported" or "wrap".
+	Purpose string     `protobuf:"bytes,2,opt,name=purpose,proto3" json:"purpose,omitempty"`
+	Wraps   []*KeyWrap `protobuf:"bytes,3,rep,name=wraps,proto3" json:"wraps,omitempty"`
+	Count   uint64     `protobuf:"varint,4,opt,name=count,proto3" json:"count,omitempty"`
+	// The last day on which one was made, in UTC: "2006-01-02".
+	LastDay       string `protobuf:"bytes,5,opt,name=last_day,json=lastDay,proto3" json:"last_day,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WrapCount) Reset() {
+	*x = WrapCount{}
+	mi := &file_admin_v1_admin_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WrapCount) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WrapCount) ProtoMessage() {}
+
+func (x *WrapCount) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_v1_admin_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WrapCount.ProtoReflect.Descriptor instead.
+func (*WrapCount) Descriptor() ([]byte, []int) {
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *WrapCount) GetKey() string {
+	if x != nil {
+		return x.Key
+	}
+	return ""
+}
+
+func (x *WrapCount) GetPurpose() string {
+	if x != nil {
+		return x.Purpose
+	}
+	return ""
+}
+
+func (x *WrapCount) GetWraps() []*KeyWrap {
+	if x != nil {
+		return x.Wraps
+	}
+	return nil
+}
+
+func (x *WrapCount) GetCount() uint64 {
+	if x != nil {
+		return x.Count
+	}
+	return 0
+}
+
+func (x *WrapCount) GetLastDay() string {
+	if x != nil {
+		return x.LastDay
+	}
+	return ""
+}
+
+type KeyWrap struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Backend       string                 `protobuf:"bytes,1,opt,name=backend,proto3" json:"backend,omitempty"`
+	Version       string                 `protobuf:"bytes,2,opt,name=version,proto3" json:"version,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *KeyWrap) Reset() {
+	*x = KeyWrap{}
+	mi := &file_admin_v1_admin_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *KeyWrap) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*KeyWrap) ProtoMessage() {}
+
+func (x *KeyWrap) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_v1_admin_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use KeyWrap.ProtoReflect.Descriptor instead.
+func (*KeyWrap) Descriptor() ([]byte, []int) {
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *KeyWrap) GetBackend() string {
+	if x != nil {
+		return x.Backend
+	}
+	return ""
+}
+
+func (x *KeyWrap) GetVersion() string {
+	if x != nil {
+		return x.Version
+	}
+	return ""
+}
+
 type ReloadRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -132,7 +371,7 @@ type ReloadRequest struct {
 
 func (x *ReloadRequest) Reset() {
 	*x = ReloadRequest{}
-	mi := &file_admin_v1_admin_proto_msgTypes[2]
+	mi := &file_admin_v1_admin_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -144,7 +383,7 @@ func (x *ReloadRequest) String() string {
 func (*ReloadRequest) ProtoMessage() {}
 
 func (x *ReloadRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[2]
+	mi := &file_admin_v1_admin_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -157,7 +396,7 @@ func (x *ReloadRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReloadRequest.ProtoReflect.Descriptor instead.
 func (*ReloadRequest) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{2}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{6}
 }
 
 type ReloadResponse struct {
@@ -170,7 +409,7 @@ type ReloadResponse struct {
 
 func (x *ReloadResponse) Reset() {
 	*x = ReloadResponse{}
-	mi := &file_admin_v1_admin_proto_msgTypes[3]
+	mi := &file_admin_v1_admin_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -182,7 +421,7 @@ func (x *ReloadResponse) String() string {
 func (*ReloadResponse) ProtoMessage() {}
 
 func (x *ReloadResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[3]
+	mi := &file_admin_v1_admin_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -195,7 +434,7 @@ func (x *ReloadResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReloadResponse.ProtoReflect.Descriptor instead.
 func (*ReloadResponse) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{3}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *ReloadResponse) GetGeneration() uint64 {
@@ -214,7 +453,7 @@ type RestartPluginRequest struct {
 
 func (x *RestartPluginRequest) Reset() {
 	*x = RestartPluginRequest{}
-	mi := &file_admin_v1_admin_proto_msgTypes[4]
+	mi := &file_admin_v1_admin_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -226,7 +465,7 @@ func (x *RestartPluginRequest) String() string {
 func (*RestartPluginRequest) ProtoMessage() {}
 
 func (x *RestartPluginRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[4]
+	mi := &file_admin_v1_admin_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -239,7 +478,7 @@ func (x *RestartPluginRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestartPluginRequest.ProtoReflect.Descriptor instead.
 func (*RestartPluginRequest) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{4}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *RestartPluginRequest) GetBackend() string {
@@ -259,7 +498,7 @@ type RestartPluginResponse struct {
 
 func (x *RestartPluginResponse) Reset() {
 	*x = RestartPluginResponse{}
-	mi := &file_admin_v1_admin_proto_msgTypes[5]
+	mi := &file_admin_v1_admin_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -271,7 +510,7 @@ func (x *RestartPluginResponse) String() string {
 func (*RestartPluginResponse) ProtoMessage() {}
 
 func (x *RestartPluginResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[5]
+	mi := &file_admin_v1_admin_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -284,7 +523,7 @@ func (x *RestartPluginResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestartPluginResponse.ProtoReflect.Descriptor instead.
 func (*RestartPluginResponse) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{5}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *RestartPluginResponse) GetPid() int32 {
@@ -306,7 +545,7 @@ type SetLogLevelRequest struct {
 
 func (x *SetLogLevelRequest) Reset() {
 	*x = SetLogLevelRequest{}
-	mi := &file_admin_v1_admin_proto_msgTypes[6]
+	mi := &file_admin_v1_admin_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -318,7 +557,7 @@ func (x *SetLogLevelRequest) String() string {
 func (*SetLogLevelRequest) ProtoMessage() {}
 
 func (x *SetLogLevelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[6]
+	mi := &file_admin_v1_admin_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -331,7 +570,7 @@ func (x *SetLogLevelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetLogLevelRequest.ProtoReflect.Descriptor instead.
 func (*SetLogLevelRequest) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{6}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *SetLogLevelRequest) GetLevel() string {
@@ -358,7 +597,7 @@ type SetLogLevelResponse struct {
 
 func (x *SetLogLevelResponse) Reset() {
 	*x = SetLogLevelResponse{}
-	mi := &file_admin_v1_admin_proto_msgTypes[7]
+	mi := &file_admin_v1_admin_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -370,7 +609,7 @@ func (x *SetLogLevelResponse) String() string {
 func (*SetLogLevelResponse) ProtoMessage() {}
 
 func (x *SetLogLevelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[7]
+	mi := &file_admin_v1_admin_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -383,7 +622,7 @@ func (x *SetLogLevelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetLogLevelResponse.ProtoReflect.Descriptor instead.
 func (*SetLogLevelResponse) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{7}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *SetLogLevelResponse) GetPrevious() string {
@@ -412,7 +651,7 @@ type ProfileRequest struct {
 
 func (x *ProfileRequest) Reset() {
 	*x = ProfileRequest{}
-	mi := &file_admin_v1_admin_proto_msgTypes[8]
+	mi := &file_admin_v1_admin_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -424,7 +663,7 @@ func (x *ProfileRequest) String() string {
 func (*ProfileRequest) ProtoMessage() {}
 
 func (x *ProfileRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[8]
+	mi := &file_admin_v1_admin_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -437,7 +676,7 @@ func (x *ProfileRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProfileRequest.ProtoReflect.Descriptor instead.
 func (*ProfileRequest) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{8}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *ProfileRequest) GetName() string {
@@ -463,7 +702,7 @@ type ProfileResponse struct {
 
 func (x *ProfileResponse) Reset() {
 	*x = ProfileResponse{}
-	mi := &file_admin_v1_admin_proto_msgTypes[9]
+	mi := &file_admin_v1_admin_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -475,7 +714,7 @@ func (x *ProfileResponse) String() string {
 func (*ProfileResponse) ProtoMessage() {}
 
 func (x *ProfileResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[9]
+	mi := &file_admin_v1_admin_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -488,7 +727,7 @@ func (x *ProfileResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProfileResponse.ProtoReflect.Descriptor instead.
 func (*ProfileResponse) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{9}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *ProfileResponse) GetData() []byte {
@@ -506,7 +745,7 @@ type StatusRequest struct {
 
 func (x *StatusRequest) Reset() {
 	*x = StatusRequest{}
-	mi := &file_admin_v1_admin_proto_msgTypes[10]
+	mi := &file_admin_v1_admin_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -518,7 +757,7 @@ func (x *StatusRequest) String() string {
 func (*StatusRequest) ProtoMessage() {}
 
 func (x *StatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[10]
+	mi := &file_admin_v1_admin_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -531,7 +770,7 @@ func (x *StatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusRequest.ProtoReflect.Descriptor instead.
 func (*StatusRequest) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{10}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{14}
 }
 
 type StatusResponse struct {
@@ -564,7 +803,7 @@ type StatusResponse struct {
 
 func (x *StatusResponse) Reset() {
 	*x = StatusResponse{}
-	mi := &file_admin_v1_admin_proto_msgTypes[11]
+	mi := &file_admin_v1_admin_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -576,7 +815,7 @@ func (x *StatusResponse) String() string {
 func (*StatusResponse) ProtoMessage() {}
 
 func (x *StatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[11]
+	mi := &file_admin_v1_admin_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -589,7 +828,7 @@ func (x *StatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusResponse.ProtoReflect.Descriptor instead.
 func (*StatusResponse) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{11}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *StatusResponse) GetState() string {
@@ -718,7 +957,7 @@ type Outage struct {
 
 func (x *Outage) Reset() {
 	*x = Outage{}
-	mi := &file_admin_v1_admin_proto_msgTypes[12]
+	mi := &file_admin_v1_admin_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -730,7 +969,7 @@ func (x *Outage) String() string {
 func (*Outage) ProtoMessage() {}
 
 func (x *Outage) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[12]
+	mi := &file_admin_v1_admin_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -743,7 +982,7 @@ func (x *Outage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Outage.ProtoReflect.Descriptor instead.
 func (*Outage) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{12}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Outage) GetBackend() string {
@@ -796,7 +1035,7 @@ type LimitsStatus struct {
 
 func (x *LimitsStatus) Reset() {
 	*x = LimitsStatus{}
-	mi := &file_admin_v1_admin_proto_msgTypes[13]
+	mi := &file_admin_v1_admin_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -808,7 +1047,7 @@ func (x *LimitsStatus) String() string {
 func (*LimitsStatus) ProtoMessage() {}
 
 func (x *LimitsStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[13]
+	mi := &file_admin_v1_admin_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -821,7 +1060,7 @@ func (x *LimitsStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LimitsStatus.ProtoReflect.Descriptor instead.
 func (*LimitsStatus) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{13}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *LimitsStatus) GetRule() string {
@@ -866,7 +1105,7 @@ type Configuration struct {
 
 func (x *Configuration) Reset() {
 	*x = Configuration{}
-	mi := &file_admin_v1_admin_proto_msgTypes[14]
+	mi := &file_admin_v1_admin_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -878,7 +1117,7 @@ func (x *Configuration) String() string {
 func (*Configuration) ProtoMessage() {}
 
 func (x *Configuration) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[14]
+	mi := &file_admin_v1_admin_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -891,7 +1130,7 @@ func (x *Configuration) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Configuration.ProtoReflect.Descriptor instead.
 func (*Configuration) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{14}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Configuration) GetFile() string {
@@ -941,7 +1180,7 @@ type Identity struct {
 
 func (x *Identity) Reset() {
 	*x = Identity{}
-	mi := &file_admin_v1_admin_proto_msgTypes[15]
+	mi := &file_admin_v1_admin_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -953,7 +1192,7 @@ func (x *Identity) String() string {
 func (*Identity) ProtoMessage() {}
 
 func (x *Identity) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[15]
+	mi := &file_admin_v1_admin_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -966,7 +1205,7 @@ func (x *Identity) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Identity.ProtoReflect.Descriptor instead.
 func (*Identity) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{15}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Identity) GetTrustDomain() string {
@@ -1048,7 +1287,7 @@ type BackendStatus struct {
 
 func (x *BackendStatus) Reset() {
 	*x = BackendStatus{}
-	mi := &file_admin_v1_admin_proto_msgTypes[16]
+	mi := &file_admin_v1_admin_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1060,7 +1299,7 @@ func (x *BackendStatus) String() string {
 func (*BackendStatus) ProtoMessage() {}
 
 func (x *BackendStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[16]
+	mi := &file_admin_v1_admin_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1073,7 +1312,7 @@ func (x *BackendStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BackendStatus.ProtoReflect.Descriptor instead.
 func (*BackendStatus) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{16}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *BackendStatus) GetName() string {
@@ -1190,7 +1429,7 @@ type KeyStatus struct {
 
 func (x *KeyStatus) Reset() {
 	*x = KeyStatus{}
-	mi := &file_admin_v1_admin_proto_msgTypes[17]
+	mi := &file_admin_v1_admin_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1202,7 +1441,7 @@ func (x *KeyStatus) String() string {
 func (*KeyStatus) ProtoMessage() {}
 
 func (x *KeyStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[17]
+	mi := &file_admin_v1_admin_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1215,7 +1454,7 @@ func (x *KeyStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeyStatus.ProtoReflect.Descriptor instead.
 func (*KeyStatus) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{17}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *KeyStatus) GetName() string {
@@ -1308,7 +1547,7 @@ type Endurance struct {
 
 func (x *Endurance) Reset() {
 	*x = Endurance{}
-	mi := &file_admin_v1_admin_proto_msgTypes[18]
+	mi := &file_admin_v1_admin_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1320,7 +1559,7 @@ func (x *Endurance) String() string {
 func (*Endurance) ProtoMessage() {}
 
 func (x *Endurance) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[18]
+	mi := &file_admin_v1_admin_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1333,7 +1572,7 @@ func (x *Endurance) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Endurance.ProtoReflect.Descriptor instead.
 func (*Endurance) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{18}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Endurance) GetDown() bool {
@@ -1380,7 +1619,7 @@ type CacheStatus struct {
 
 func (x *CacheStatus) Reset() {
 	*x = CacheStatus{}
-	mi := &file_admin_v1_admin_proto_msgTypes[19]
+	mi := &file_admin_v1_admin_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1392,7 +1631,7 @@ func (x *CacheStatus) String() string {
 func (*CacheStatus) ProtoMessage() {}
 
 func (x *CacheStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[19]
+	mi := &file_admin_v1_admin_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1405,7 +1644,7 @@ func (x *CacheStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CacheStatus.ProtoReflect.Descriptor instead.
 func (*CacheStatus) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{19}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *CacheStatus) GetEncryptionKeys() uint64 {
@@ -1516,7 +1755,7 @@ type AuditStatus struct {
 
 func (x *AuditStatus) Reset() {
 	*x = AuditStatus{}
-	mi := &file_admin_v1_admin_proto_msgTypes[20]
+	mi := &file_admin_v1_admin_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1528,7 +1767,7 @@ func (x *AuditStatus) String() string {
 func (*AuditStatus) ProtoMessage() {}
 
 func (x *AuditStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[20]
+	mi := &file_admin_v1_admin_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1541,7 +1780,7 @@ func (x *AuditStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditStatus.ProtoReflect.Descriptor instead.
 func (*AuditStatus) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{20}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *AuditStatus) GetFile() string {
@@ -1631,7 +1870,7 @@ type AuditSink struct {
 
 func (x *AuditSink) Reset() {
 	*x = AuditSink{}
-	mi := &file_admin_v1_admin_proto_msgTypes[21]
+	mi := &file_admin_v1_admin_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1643,7 +1882,7 @@ func (x *AuditSink) String() string {
 func (*AuditSink) ProtoMessage() {}
 
 func (x *AuditSink) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[21]
+	mi := &file_admin_v1_admin_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1656,7 +1895,7 @@ func (x *AuditSink) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditSink.ProtoReflect.Descriptor instead.
 func (*AuditSink) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{21}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *AuditSink) GetName() string {
@@ -1710,7 +1949,22 @@ const file_admin_v1_admin_proto_rawDesc = "" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x10\n" +
 	"\x03all\x18\x02 \x01(\bR\x03all\")\n" +
 	"\rEvictResponse\x12\x18\n" +
-	"\aevicted\x18\x01 \x01(\x04R\aevicted\"\x0f\n" +
+	"\aevicted\x18\x01 \x01(\x04R\aevicted\"9\n" +
+	"\x11KeysHealthRequest\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x12\n" +
+	"\x04days\x18\x02 \x01(\rR\x04days\"d\n" +
+	"\x12KeysHealthResponse\x124\n" +
+	"\x06counts\x18\x01 \x03(\v2\x1c.kmsagent.admin.v1.WrapCountR\x06counts\x12\x18\n" +
+	"\aproblem\x18\x02 \x01(\tR\aproblem\"\x9a\x01\n" +
+	"\tWrapCount\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x18\n" +
+	"\apurpose\x18\x02 \x01(\tR\apurpose\x120\n" +
+	"\x05wraps\x18\x03 \x03(\v2\x1a.kmsagent.admin.v1.KeyWrapR\x05wraps\x12\x14\n" +
+	"\x05count\x18\x04 \x01(\x04R\x05count\x12\x19\n" +
+	"\blast_day\x18\x05 \x01(\tR\alastDay\"=\n" +
+	"\aKeyWrap\x12\x18\n" +
+	"\abackend\x18\x01 \x01(\tR\abackend\x12\x18\n" +
+	"\aversion\x18\x02 \x01(\tR\aversion\"\x0f\n" +
 	"\rReloadRequest\"0\n" +
 	"\x0eReloadResponse\x12\x1e\n" +
 	"\n" +
@@ -1854,13 +2108,15 @@ const file_admin_v1_admin_proto_rawDesc = "" +
 	"\awritten\x18\x04 \x01(\x04R\awritten\x12\x12\n" +
 	"\x04lost\x18\x05 \x01(\x04R\x04lost\x12\x1d\n" +
 	"\n" +
-	"last_error\x18\x06 \x01(\tR\tlastError2\x87\x04\n" +
+	"last_error\x18\x06 \x01(\tR\tlastError2\xe2\x04\n" +
 	"\x05Admin\x12M\n" +
 	"\x06Status\x12 .kmsagent.admin.v1.StatusRequest\x1a!.kmsagent.admin.v1.StatusResponse\x12J\n" +
 	"\x05Evict\x12\x1f.kmsagent.admin.v1.EvictRequest\x1a .kmsagent.admin.v1.EvictResponse\x12M\n" +
 	"\x06Reload\x12 .kmsagent.admin.v1.ReloadRequest\x1a!.kmsagent.admin.v1.ReloadResponse\x12b\n" +
 	"\rRestartPlugin\x12'.kmsagent.admin.v1.RestartPluginRequest\x1a(.kmsagent.admin.v1.RestartPluginResponse\x12\\\n" +
-	"\vSetLogLevel\x12%.kmsagent.admin.v1.SetLogLevelRequest\x1a&.kmsagent.admin.v1.SetLogLevelResponse\x12R\n" +
+	"\vSetLogLevel\x12%.kmsagent.admin.v1.SetLogLevelRequest\x1a&.kmsagent.admin.v1.SetLogLevelResponse\x12Y\n" +
+	"\n" +
+	"KeysHealth\x12$.kmsagent.admin.v1.KeysHealthRequest\x1a%.kmsagent.admin.v1.KeysHealthResponse\x12R\n" +
 	"\aProfile\x12!.kmsagent.admin.v1.ProfileRequest\x1a\".kmsagent.admin.v1.ProfileResponse0\x01B5Z3github.com/kms-agent/kms-agent/api/admin/v1;adminv1b\x06proto3"
 
 var (
@@ -1875,77 +2131,85 @@ func file_admin_v1_admin_proto_rawDescGZIP() []byte {
 	return file_admin_v1_admin_proto_rawDescData
 }
 
-var file_admin_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 23)
+var file_admin_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 27)
 var file_admin_v1_admin_proto_goTypes = []any{
 	(*EvictRequest)(nil),          // 0: kmsagent.admin.v1.EvictRequest
 	(*EvictResponse)(nil),         // 1: kmsagent.admin.v1.EvictResponse
-	(*ReloadRequest)(nil),         // 2: kmsagent.admin.v1.ReloadRequest
-	(*ReloadResponse)(nil),        // 3: kmsagent.admin.v1.ReloadResponse
-	(*RestartPluginRequest)(nil),  // 4: kmsagent.admin.v1.RestartPluginRequest
-	(*RestartPluginResponse)(nil), // 5: kmsagent.admin.v1.RestartPluginResponse
-	(*SetLogLevelRequest)(nil),    // 6: kmsagent.admin.v1.SetLogLevelRequest
-	(*SetLogLevelResponse)(nil),   // 7: kmsagent.admin.v1.SetLogLevelResponse
-	(*ProfileRequest)(nil),        // 8: kmsagent.admin.v1.ProfileRequest
-	(*ProfileResponse)(nil),       // 9: kmsagent.admin.v1.ProfileResponse
-	(*StatusRequest)(nil),         // 10: kmsagent.admin.v1.StatusRequest
-	(*StatusResponse)(nil),        // 11: kmsagent.admin.v1.StatusResponse
-	(*Outage)(nil),                // 12: kmsagent.admin.v1.Outage
-	(*LimitsStatus)(nil),          // 13: kmsagent.admin.v1.LimitsStatus
-	(*Configuration)(nil),         // 14: kmsagent.admin.v1.Configuration
-	(*Identity)(nil),              // 15: kmsagent.admin.v1.Identity
-	(*BackendStatus)(nil),         // 16: kmsagent.admin.v1.BackendStatus
-	(*KeyStatus)(nil),             // 17: kmsagent.admin.v1.KeyStatus
-	(*Endurance)(nil),             // 18: kmsagent.admin.v1.Endurance
-	(*CacheStatus)(nil),           // 19: kmsagent.admin.v1.CacheStatus
-	(*AuditStatus)(nil),           // 20: kmsagent.admin.v1.AuditStatus
-	(*AuditSink)(nil),             // 21: kmsagent.admin.v1.AuditSink
-	nil,                           // 22: kmsagent.admin.v1.LimitsStatus.RefusedEntry
-	(*durationpb.Duration)(nil),   // 23: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil), // 24: google.protobuf.Timestamp
+	(*KeysHealthRequest)(nil),     // 2: kmsagent.admin.v1.KeysHealthRequest
+	(*KeysHealthResponse)(nil),    // 3: kmsagent.admin.v1.KeysHealthResponse
+	(*WrapCount)(nil),             // 4: kmsagent.admin.v1.WrapCount
+	(*KeyWrap)(nil),               // 5: kmsagent.admin.v1.KeyWrap
+	(*ReloadRequest)(nil),         // 6: kmsagent.admin.v1.ReloadRequest
+	(*ReloadResponse)(nil),        // 7: kmsagent.admin.v1.ReloadResponse
+	(*RestartPluginRequest)(nil),  // 8: kmsagent.admin.v1.RestartPluginRequest
+	(*RestartPluginResponse)(nil), // 9: kmsagent.admin.v1.RestartPluginResponse
+	(*SetLogLevelRequest)(nil),    // 10: kmsagent.admin.v1.SetLogLevelRequest
+	(*SetLogLevelResponse)(nil),   // 11: kmsagent.admin.v1.SetLogLevelResponse
+	(*ProfileRequest)(nil),        // 12: kmsagent.admin.v1.ProfileRequest
+	(*ProfileResponse)(nil),       // 13: kmsagent.admin.v1.ProfileResponse
+	(*StatusRequest)(nil),         // 14: kmsagent.admin.v1.StatusRequest
+	(*StatusResponse)(nil),        // 15: kmsagent.admin.v1.StatusResponse
+	(*Outage)(nil),                // 16: kmsagent.admin.v1.Outage
+	(*LimitsStatus)(nil),          // 17: kmsagent.admin.v1.LimitsStatus
+	(*Configuration)(nil),         // 18: kmsagent.admin.v1.Configuration
+	(*Identity)(nil),              // 19: kmsagent.admin.v1.Identity
+	(*BackendStatus)(nil),         // 20: kmsagent.admin.v1.BackendStatus
+	(*KeyStatus)(nil),             // 21: kmsagent.admin.v1.KeyStatus
+	(*Endurance)(nil),             // 22: kmsagent.admin.v1.Endurance
+	(*CacheStatus)(nil),           // 23: kmsagent.admin.v1.CacheStatus
+	(*AuditStatus)(nil),           // 24: kmsagent.admin.v1.AuditStatus
+	(*AuditSink)(nil),             // 25: kmsagent.admin.v1.AuditSink
+	nil,                           // 26: kmsagent.admin.v1.LimitsStatus.RefusedEntry
+	(*durationpb.Duration)(nil),   // 27: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil), // 28: google.protobuf.Timestamp
 }
 var file_admin_v1_admin_proto_depIdxs = []int32{
-	23, // 0: kmsagent.admin.v1.SetLogLevelRequest.for:type_name -> google.protobuf.Duration
-	23, // 1: kmsagent.admin.v1.ProfileRequest.duration:type_name -> google.protobuf.Duration
-	24, // 2: kmsagent.admin.v1.StatusResponse.started:type_name -> google.protobuf.Timestamp
-	14, // 3: kmsagent.admin.v1.StatusResponse.configuration:type_name -> kmsagent.admin.v1.Configuration
-	15, // 4: kmsagent.admin.v1.StatusResponse.identity:type_name -> kmsagent.admin.v1.Identity
-	16, // 5: kmsagent.admin.v1.StatusResponse.backends:type_name -> kmsagent.admin.v1.BackendStatus
-	17, // 6: kmsagent.admin.v1.StatusResponse.keys:type_name -> kmsagent.admin.v1.KeyStatus
-	19, // 7: kmsagent.admin.v1.StatusResponse.cache:type_name -> kmsagent.admin.v1.CacheStatus
-	20, // 8: kmsagent.admin.v1.StatusResponse.audit:type_name -> kmsagent.admin.v1.AuditStatus
-	13, // 9: kmsagent.admin.v1.StatusResponse.limits:type_name -> kmsagent.admin.v1.LimitsStatus
-	12, // 10: kmsagent.admin.v1.StatusResponse.outages:type_name -> kmsagent.admin.v1.Outage
-	23, // 11: kmsagent.admin.v1.Outage.lasts:type_name -> google.protobuf.Duration
-	22, // 12: kmsagent.admin.v1.LimitsStatus.refused:type_name -> kmsagent.admin.v1.LimitsStatus.RefusedEntry
-	24, // 13: kmsagent.admin.v1.Configuration.loaded:type_name -> google.protobuf.Timestamp
-	24, // 14: kmsagent.admin.v1.Identity.expires:type_name -> google.protobuf.Timestamp
-	24, // 15: kmsagent.admin.v1.Identity.updated:type_name -> google.protobuf.Timestamp
-	24, // 16: kmsagent.admin.v1.BackendStatus.since:type_name -> google.protobuf.Timestamp
-	23, // 17: kmsagent.admin.v1.KeyStatus.encrypt_confirmed:type_name -> google.protobuf.Duration
-	23, // 18: kmsagent.admin.v1.KeyStatus.decrypt_confirmed:type_name -> google.protobuf.Duration
-	18, // 19: kmsagent.admin.v1.KeyStatus.encrypt:type_name -> kmsagent.admin.v1.Endurance
-	18, // 20: kmsagent.admin.v1.KeyStatus.decrypt:type_name -> kmsagent.admin.v1.Endurance
-	23, // 21: kmsagent.admin.v1.Endurance.since:type_name -> google.protobuf.Duration
-	23, // 22: kmsagent.admin.v1.Endurance.left:type_name -> google.protobuf.Duration
-	21, // 23: kmsagent.admin.v1.AuditStatus.sinks:type_name -> kmsagent.admin.v1.AuditSink
-	21, // 24: kmsagent.admin.v1.AuditStatus.checkpoints:type_name -> kmsagent.admin.v1.AuditSink
-	10, // 25: kmsagent.admin.v1.Admin.Status:input_type -> kmsagent.admin.v1.StatusRequest
-	0,  // 26: kmsagent.admin.v1.Admin.Evict:input_type -> kmsagent.admin.v1.EvictRequest
-	2,  // 27: kmsagent.admin.v1.Admin.Reload:input_type -> kmsagent.admin.v1.ReloadRequest
-	4,  // 28: kmsagent.admin.v1.Admin.RestartPlugin:input_type -> kmsagent.admin.v1.RestartPluginRequest
-	6,  // 29: kmsagent.admin.v1.Admin.SetLogLevel:input_type -> kmsagent.admin.v1.SetLogLevelRequest
-	8,  // 30: kmsagent.admin.v1.Admin.Profile:input_type -> kmsagent.admin.v1.ProfileRequest
-	11, // 31: kmsagent.admin.v1.Admin.Status:output_type -> kmsagent.admin.v1.StatusResponse
-	1,  // 32: kmsagent.admin.v1.Admin.Evict:output_type -> kmsagent.admin.v1.EvictResponse
-	3,  // 33: kmsagent.admin.v1.Admin.Reload:output_type -> kmsagent.admin.v1.ReloadResponse
-	5,  // 34: kmsagent.admin.v1.Admin.RestartPlugin:output_type -> kmsagent.admin.v1.RestartPluginResponse
-	7,  // 35: kmsagent.admin.v1.Admin.SetLogLevel:output_type -> kmsagent.admin.v1.SetLogLevelResponse
-	9,  // 36: kmsagent.admin.v1.Admin.Profile:output_type -> kmsagent.admin.v1.ProfileResponse
-	31, // [31:37] is the sub-list for method output_type
-	25, // [25:31] is the sub-list for method input_type
-	25, // [25:25] is the sub-list for extension type_name
-	25, // [25:25] is the sub-list for extension extendee
-	0,  // [0:25] is the sub-list for field type_name
+	4,  // 0: kmsagent.admin.v1.KeysHealthResponse.counts:type_name -> kmsagent.admin.v1.WrapCount
+	5,  // 1: kmsagent.admin.v1.WrapCount.wraps:type_name -> kmsagent.admin.v1.KeyWrap
+	27, // 2: kmsagent.admin.v1.SetLogLevelRequest.for:type_name -> google.protobuf.Duration
+	27, // 3: kmsagent.admin.v1.ProfileRequest.duration:type_name -> google.protobuf.Duration
+	28, // 4: kmsagent.admin.v1.StatusResponse.started:type_name -> google.protobuf.Timestamp
+	18, // 5: kmsagent.admin.v1.StatusResponse.configuration:type_name -> kmsagent.admin.v1.Configuration
+	19, // 6: kmsagent.admin.v1.StatusResponse.identity:type_name -> kmsagent.admin.v1.Identity
+	20, // 7: kmsagent.admin.v1.StatusResponse.backends:type_name -> kmsagent.admin.v1.BackendStatus
+	21, // 8: kmsagent.admin.v1.StatusResponse.keys:type_name -> kmsagent.admin.v1.KeyStatus
+	23, // 9: kmsagent.admin.v1.StatusResponse.cache:type_name -> kmsagent.admin.v1.CacheStatus
+	24, // 10: kmsagent.admin.v1.StatusResponse.audit:type_name -> kmsagent.admin.v1.AuditStatus
+	17, // 11: kmsagent.admin.v1.StatusResponse.limits:type_name -> kmsagent.admin.v1.LimitsStatus
+	16, // 12: kmsagent.admin.v1.StatusResponse.outages:type_name -> kmsagent.admin.v1.Outage
+	27, // 13: kmsagent.admin.v1.Outage.lasts:type_name -> google.protobuf.Duration
+	26, // 14: kmsagent.admin.v1.LimitsStatus.refused:type_name -> kmsagent.admin.v1.LimitsStatus.RefusedEntry
+	28, // 15: kmsagent.admin.v1.Configuration.loaded:type_name -> google.protobuf.Timestamp
+	28, // 16: kmsagent.admin.v1.Identity.expires:type_name -> google.protobuf.Timestamp
+	28, // 17: kmsagent.admin.v1.Identity.updated:type_name -> google.protobuf.Timestamp
+	28, // 18: kmsagent.admin.v1.BackendStatus.since:type_name -> google.protobuf.Timestamp
+	27, // 19: kmsagent.admin.v1.KeyStatus.encrypt_confirmed:type_name -> google.protobuf.Duration
+	27, // 20: kmsagent.admin.v1.KeyStatus.decrypt_confirmed:type_name -> google.protobuf.Duration
+	22, // 21: kmsagent.admin.v1.KeyStatus.encrypt:type_name -> kmsagent.admin.v1.Endurance
+	22, // 22: kmsagent.admin.v1.KeyStatus.decrypt:type_name -> kmsagent.admin.v1.Endurance
+	27, // 23: kmsagent.admin.v1.Endurance.since:type_name -> google.protobuf.Duration
+	27, // 24: kmsagent.admin.v1.Endurance.left:type_name -> google.protobuf.Duration
+	25, // 25: kmsagent.admin.v1.AuditStatus.sinks:type_name -> kmsagent.admin.v1.AuditSink
+	25, // 26: kmsagent.admin.v1.AuditStatus.checkpoints:type_name -> kmsagent.admin.v1.AuditSink
+	14, // 27: kmsagent.admin.v1.Admin.Status:input_type -> kmsagent.admin.v1.StatusRequest
+	0,  // 28: kmsagent.admin.v1.Admin.Evict:input_type -> kmsagent.admin.v1.EvictRequest
+	6,  // 29: kmsagent.admin.v1.Admin.Reload:input_type -> kmsagent.admin.v1.ReloadRequest
+	8,  // 30: kmsagent.admin.v1.Admin.RestartPlugin:input_type -> kmsagent.admin.v1.RestartPluginRequest
+	10, // 31: kmsagent.admin.v1.Admin.SetLogLevel:input_type -> kmsagent.admin.v1.SetLogLevelRequest
+	2,  // 32: kmsagent.admin.v1.Admin.KeysHealth:input_type -> kmsagent.admin.v1.KeysHealthRequest
+	12, // 33: kmsagent.admin.v1.Admin.Profile:input_type -> kmsagent.admin.v1.ProfileRequest
+	15, // 34: kmsagent.admin.v1.Admin.Status:output_type -> kmsagent.admin.v1.StatusResponse
+	1,  // 35: kmsagent.admin.v1.Admin.Evict:output_type -> kmsagent.admin.v1.EvictResponse
+	7,  // 36: kmsagent.admin.v1.Admin.Reload:output_type -> kmsagent.admin.v1.ReloadResponse
+	9,  // 37: kmsagent.admin.v1.Admin.RestartPlugin:output_type -> kmsagent.admin.v1.RestartPluginResponse
+	11, // 38: kmsagent.admin.v1.Admin.SetLogLevel:output_type -> kmsagent.admin.v1.SetLogLevelResponse
+	3,  // 39: kmsagent.admin.v1.Admin.KeysHealth:output_type -> kmsagent.admin.v1.KeysHealthResponse
+	13, // 40: kmsagent.admin.v1.Admin.Profile:output_type -> kmsagent.admin.v1.ProfileResponse
+	34, // [34:41] is the sub-list for method output_type
+	27, // [27:34] is the sub-list for method input_type
+	27, // [27:27] is the sub-list for extension type_name
+	27, // [27:27] is the sub-list for extension extendee
+	0,  // [0:27] is the sub-list for field type_name
 }
 
 func init() { file_admin_v1_admin_proto_init() }
@@ -1959,7 +2223,7 @@ func file_admin_v1_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_admin_v1_admin_proto_rawDesc), len(file_admin_v1_admin_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   23,
+			NumMessages:   27,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
