@@ -93,7 +93,7 @@ func TestNoHerd(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const agents = 1000
 		h := &herd{t: t, start: time.Now(), calls: map[int]int{}}
-		chance := rand.New(rand.NewPCG(1, 2)) //nolint:gosec // a simulation that can be repeated
+		chance := rand.New(rand.NewPCG(1, 2)) // a simulation that can be repeated
 		for i := range agents {
 			h.agents = append(h.agents, cache.Authority{Backend: fmt.Sprint("agent", i), WrappingKey: "kek", Version: "1", Direction: cache.Encrypt})
 		}

@@ -204,22 +204,7 @@ func statusTable(t *table, r *adminv1.StatusResponse) {
 			t.row("", "last error: "+b.GetLastError())
 		}
 	}
-	for _, k := range r.GetKeys() {
-		t.row("key "+k.GetName(), keyLine(k))
-		if line := enduranceLine(k); line != "" {
-			t.row("", line)
-		}
-		if k.GetProblem() != "" {
-			t.row("", k.GetProblem())
-		}
-	}
-	for _, o := range r.GetOutages() {
-		t.row("outage of "+o.GetBackend(), fmt.Sprintf("for %s, %d requests served in grace, %d not served",
-			o.GetLasts().AsDuration().Round(time.Second), o.GetInGrace(), o.GetUnserved()))
-		if o.GetLastError() != "" {
-			t.row("", "last error: "+o.GetLastError())
-		}
-	}
+	keysRows(t, r)
 	cache := r.GetCache()
 	t.row("cache", fmt.Sprintf("%d encryption and %d decryption keys of %d, %d bytes in %s",
 		cache.GetEncryptionKeys(), cache.GetDecryptionKeys(), cache.GetMaxEntries(), cache.GetLockedBytes(), cache.GetMemory()))
@@ -242,6 +227,25 @@ func statusTable(t *table, r *adminv1.StatusResponse) {
 	}
 	if s := log.GetCheckpoints(); s != nil {
 		t.row("audit checkpoints", sinkLine(s))
+	}
+}
+
+func keysRows(t *table, r *adminv1.StatusResponse) {
+	for _, k := range r.GetKeys() {
+		t.row("key "+k.GetName(), keyLine(k))
+		if line := enduranceLine(k); line != "" {
+			t.row("", line)
+		}
+		if k.GetProblem() != "" {
+			t.row("", k.GetProblem())
+		}
+	}
+	for _, o := range r.GetOutages() {
+		t.row("outage of "+o.GetBackend(), fmt.Sprintf("for %s, %d requests served in grace, %d not served",
+			o.GetLasts().AsDuration().Round(time.Second), o.GetInGrace(), o.GetUnserved()))
+		if o.GetLastError() != "" {
+			t.row("", "last error: "+o.GetLastError())
+		}
 	}
 }
 
