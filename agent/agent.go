@@ -18,9 +18,11 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kms-agent/kms-agent/agent/audit"
+	"github.com/kms-agent/kms-agent/agent/census"
 	"github.com/kms-agent/kms-agent/agent/kms"
 	"github.com/kms-agent/kms-agent/agent/metrics"
 	"github.com/kms-agent/kms-agent/agent/quota"
+	"github.com/kms-agent/kms-agent/cache"
 	"github.com/kms-agent/kms-agent/identity"
 )
 
@@ -34,6 +36,7 @@ type Agent struct {
 	started time.Time
 	audit   *audit.Log
 	quota   *quota.Keeper
+	census  *census.Census // nil where its file cannot be read
 	service *kms.Service
 	source  *identity.Source // nil without a Workload API
 	creds   *identity.Credentials
@@ -88,9 +91,13 @@ func New(cfg *Config, path string, logger *zap.Logger) (*Agent, error) {
 	if a.quota, err = quota.Open(cfg.StateDir, bootTime, time.Now); err != nil {
 		return nil, errors.Join(err, log.Close())
 	}
+	if a.census, err = census.Open(cfg.StateDir, time.Now); err != nil {
+		logger.Warn("messages are not counted by their wraps", zap.Error(err))
+		a.census = nil
+	}
 	a.service, err = kms.New(kms.Options{
-		Audit: log, Quota: a.quota, MaxEntries: cfg.Cache.MaxEntries, Now: bootTime, ConfirmTimeout: confirmTimeout, Alarm: a.alarm,
-		Observe: a.operationEnded,
+		Audit: log, Quota: a.quota, Census: a.census, MaxEntries: cfg.Cache.MaxEntries, Now: bootTime, ConfirmTimeout: confirmTimeout, Alarm: a.alarm,
+		Observe: a.operationEnded, Outage: a.outage,
 	})
 	if err != nil {
 		return nil, errors.Join(err, log.Close())
@@ -138,6 +145,20 @@ func (a *Agent) alarm(message string, err error, backend, wrappingKey string) {
 // UseDescriptors sets what backends may be handed. Call it before Run.
 func (a *Agent) UseDescriptors(d Descriptors) { a.descriptors = d }
 
+// outage writes one line when an outage begins and one when it is over, with what it
+// has cost.
+func (a *Agent) outage(o cache.Outage) {
+	fields := []zap.Field{
+		zap.String("backend", o.Backend), zap.Duration("lasts", o.Lasts.Round(time.Second)),
+		zap.Uint64("served_in_grace", o.Grace), zap.Uint64("not_served", o.Refused), zap.Error(o.Err),
+	}
+	if o.Over {
+		a.logger.Info("outage of a backend is over", fields...)
+		return
+	}
+	a.logger.Warn("backend does not answer: keys serve within their grace", fields...)
+}
+
 // OnReady sets what is called once, when every door is open. Call it before Run.
 func (a *Agent) OnReady(f func()) { a.ready = f }
 
@@ -147,6 +168,9 @@ func (a *Agent) Run(ctx context.Context) error {
 	below, stopBelow := context.WithCancel(context.WithoutCancel(ctx))
 	var lower errgroup.Group
 	lower.Go(func() error { return a.service.Run(below) })
+	if a.census != nil {
+		lower.Go(func() error { return a.census.Run(below) })
+	}
 	if a.source != nil {
 		lower.Go(func() error { return a.source.Run(below) })
 	}
@@ -154,7 +178,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	a.service.Close()
 	stopBelow()
 	a.stopBackends()
-	err = errors.Join(err, ignoreEnd(lower.Wait()), a.quota.Close(), a.audit.Close())
+	err = errors.Join(err, ignoreEnd(lower.Wait()), a.census.Save(), a.quota.Close(), a.audit.Close())
 	a.tracing.close()
 	a.level.close()
 	a.logger.Info("agent stopped", zap.Error(err))

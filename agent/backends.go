@@ -70,6 +70,11 @@ func (a *Agent) hostConfig(cfg BackendConfig, env []string) host.Config {
 		BackoffMin: backoffMin, BackoffMax: backoffMax, FIPS140: fips140.Enabled(),
 		OnCall: a.upstreamCall(cfg.Name), StatsHandler: a.tracing.pluginHandler(), Logger: a.logger.Named("plugin"),
 	}
+	hc.OnState = func(s host.Status) {
+		if s.State == host.Up {
+			a.service.Reached(s.Name)
+		}
+	}
 	hc.Confine, hc.Access = host.Confinement(cfg.Confine), cfg.Access.access()
 	if dir, ok := os.LookupEnv("CREDENTIALS_DIRECTORY"); ok {
 		hc.Access.Read = append(hc.Access.Read, dir)
@@ -210,13 +215,13 @@ func (a *Agent) takesOver(next *Config, name string) bool {
 	if a.backends[name].runs() {
 		return true
 	}
-	before := map[string]string{}
+	before := map[string][]WrapConfig{}
 	for _, k := range a.cfg.Keys {
-		before[k.Name] = k.Backend
+		before[k.Name] = k.wraps()
 	}
 	return slices.ContainsFunc(next.Keys, func(k KeyConfig) bool {
-		return k.Backend == name && slices.ContainsFunc(append([]string{k.Name}, k.FormerNames...), func(key string) bool {
-			return a.backends[before[key]].runs()
+		return k.in(name) && slices.ContainsFunc(append([]string{k.Name}, k.FormerNames...), func(key string) bool {
+			return slices.ContainsFunc(before[key], func(w WrapConfig) bool { return a.backends[w.Backend].runs() })
 		})
 	})
 }

@@ -94,15 +94,24 @@ func serviceConfig(cfg *Config, backends map[string]*backend) kms.Config {
 	for _, k := range cfg.Keys {
 		c.Keys = append(c.Keys, kms.Key{
 			Name: k.Name, FormerNames: k.FormerNames, Labels: k.Labels,
-			Backend: k.Backend, WrappingKey: k.WrappingKey, BindContext: k.BindContext, MaxVersionAge: k.MaxVersionAge,
+			Wraps: wraps(k), MinWraps: k.MinWraps, BindContext: k.BindContext, MaxVersionAge: k.MaxVersionAge,
 			Partition: kms.Partition(k.Cache.Partition),
 			Limits: cache.Limits{
 				MaxAge: k.Cache.MaxAge, MaxLifetime: k.Cache.MaxLifetime, MaxIdle: k.Cache.MaxIdle,
-				MaxMessages: k.Cache.MaxMessages, MaxBytes: uint64(k.Cache.MaxBytes),
+				MaxMessages: k.Cache.MaxMessages, MaxBytes: uint64(k.Cache.MaxBytes), Spares: k.Cache.Spares,
 			},
+			Grace: kms.Grace{Encrypt: k.Grace.Encrypt, Decrypt: k.Grace.Decrypt},
 		})
 	}
 	return c
+}
+
+func wraps(k KeyConfig) []kms.Wrap {
+	var all []kms.Wrap
+	for _, w := range k.wraps() {
+		all = append(all, kms.Wrap{Backend: w.Backend, WrappingKey: w.WrappingKey})
+	}
+	return all
 }
 
 // applyLocked puts a configuration to use: build, switch, close old. What did

@@ -53,6 +53,7 @@ func CheckConfig(name string, data []byte, elsewhere bool) Check {
 		return Check{Faults: faults}
 	}
 	h := &hostCheck{cfg: l.cfg, faults: l.main, warnings: &document{file: name, places: l.main.places}}
+	h.grace()
 	if !elsewhere {
 		h.run()
 	}
@@ -82,6 +83,19 @@ func (h *hostCheck) run() {
 	h.initialKey()
 	for i := range h.cfg.Backends {
 		h.backend(fmt.Sprintf("backends[%d]", i), &h.cfg.Backends[i])
+	}
+}
+
+// grace warns of limits that end in the midst of an outage what its grace promises.
+func (h *hostCheck) grace() {
+	for i, k := range h.cfg.Keys {
+		at := fmt.Sprintf("keys[%d].", i)
+		if k.Cache.MaxIdle < max(k.Grace.Encrypt, k.Grace.Decrypt) {
+			h.warn(at+"cache.max_idle", "is shorter than the key's grace: data keys that are not in use are dropped before an outage that they could outlive; make it longer")
+		}
+		if k.Grace.Encrypt > 0 && k.Cache.Spares == 0 {
+			h.warn(at+"grace.encrypt", "without cache.spares nothing is encrypted any more when the data key reaches a limit in an outage; set cache.spares to 1 or more")
+		}
 	}
 }
 

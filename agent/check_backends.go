@@ -167,19 +167,20 @@ func (h *hostCheck) keystore(at string, b *BackendConfig) {
 }
 
 func (h *hostCheck) wrappingKeys(backend string, ks *local.Keystore) {
-	for i, key := range h.cfg.Keys {
-		if key.Backend != backend {
-			continue
+	for place, wrap := range h.cfg.Wraps() {
+		if wrap.Backend == backend {
+			h.wrappingKey(place+".wrapping_key", strings.TrimPrefix(wrap.WrappingKey, local.Scheme), ks)
 		}
-		at := fmt.Sprintf("keys[%d].wrapping_key", i)
-		name := strings.TrimPrefix(key.WrappingKey, local.Scheme)
-		info, err := ks.Key(name)
-		if err != nil {
-			h.warn(at, "%v; kms-agent keys local create %s --config %s makes it", err, name, h.cfg.files[0])
-			continue
-		}
-		if newest := info.Versions[len(info.Versions)-1]; newest.State != local.Enabled {
-			h.warn(at, "its newest version, %s, is %v: nothing can be encrypted; enable it, or rotate the key", newest.Version, newest.State)
-		}
+	}
+}
+
+func (h *hostCheck) wrappingKey(at, name string, ks *local.Keystore) {
+	info, err := ks.Key(name)
+	if err != nil {
+		h.warn(at, "%v; kms-agent keys local create %s --config %s makes it", err, name, h.cfg.files[0])
+		return
+	}
+	if newest := info.Versions[len(info.Versions)-1]; newest.State != local.Enabled {
+		h.warn(at, "its newest version, %s, is %v: nothing can be encrypted; enable it, or rotate the key", newest.Version, newest.State)
 	}
 }

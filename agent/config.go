@@ -2,6 +2,8 @@ package agent
 
 import (
 	"hash"
+	"iter"
+	"slices"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -173,15 +175,57 @@ type KeyConfig struct {
 	Backend     string            `yaml:"backend"`
 	// WrappingKey is the URI inside Backend. It belongs to no other key.
 	WrappingKey string `yaml:"wrapping_key"`
+	// MoreWraps are further backends, each of which wraps every data key too.
+	MoreWraps []WrapConfig `yaml:"more_wraps"`
+	// MinWraps is how many of all must wrap a new data key.
+	MinWraps int `yaml:"min_wraps"`
 	// BindContext makes the wrapping key bind the encryption context.
 	BindContext bool `yaml:"bind_context"`
 	// MaxVersionAge is how old a version of the wrapping key may be that encrypts
 	// something new; 0 is no limit.
 	MaxVersionAge time.Duration  `yaml:"max_version_age"`
 	Cache         KeyCacheConfig `yaml:"cache"`
+	Grace         GraceConfig    `yaml:"grace"`
 }
 
-// KeyCacheConfig bounds the data keys of one key. No field is zero.
+// WrapConfig names a wrapping key in a backend.
+type WrapConfig struct {
+	Backend     string `yaml:"backend"`
+	WrappingKey string `yaml:"wrapping_key"`
+}
+
+// wraps are all the wrapping keys of the key.
+func (k *KeyConfig) wraps() []WrapConfig {
+	return append([]WrapConfig{{k.Backend, k.WrappingKey}}, k.MoreWraps...)
+}
+
+// Wraps gives all wrapping keys of the configuration with the places where they
+// stand, such as "keys[0].more_wraps[1]".
+func (c *Config) Wraps() iter.Seq2[string, WrapConfig] {
+	return func(yield func(string, WrapConfig) bool) {
+		for i := range c.Keys {
+			for j, wrap := range c.Keys[i].wraps() {
+				if !yield(placeOfWrap(i, j), wrap) {
+					return
+				}
+			}
+		}
+	}
+}
+
+// in tells whether the key has a wrapping key in a backend.
+func (k *KeyConfig) in(backend string) bool {
+	return slices.ContainsFunc(k.wraps(), func(w WrapConfig) bool { return w.Backend == backend })
+}
+
+// GraceConfig is how long an outage upstream may last, from its first failed call,
+// before a key is of no use any more; 0 is none.
+type GraceConfig struct {
+	Encrypt time.Duration `yaml:"encrypt"`
+	Decrypt time.Duration `yaml:"decrypt"`
+}
+
+// KeyCacheConfig bounds the data keys of one key. No field but Spares is zero.
 type KeyCacheConfig struct {
 	// MaxAge of an upstream confirmation: the revocation window.
 	MaxAge time.Duration `yaml:"max_age"`
@@ -194,6 +238,8 @@ type KeyCacheConfig struct {
 	MaxBytes    Size   `yaml:"max_bytes"`
 	// Partition says who shares an encryption data key.
 	Partition Partition `yaml:"partition"`
+	// Spares is how many encryption data keys of each partition stand ready.
+	Spares int `yaml:"spares"`
 }
 
 // LimitsConfig bounds what callers may ask of the agent. No field is zero.

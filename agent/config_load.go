@@ -298,6 +298,7 @@ func (b *BackendConfig) setDefaults() {
 }
 
 func (k *KeyConfig) setDefaults() {
+	k.MinWraps = 1
 	k.Cache = KeyCacheConfig{
 		MaxAge: 5 * time.Minute, MaxLifetime: 24 * time.Hour, MaxIdle: 6 * time.Hour,
 		MaxMessages: 1e9, MaxBytes: 1 << 40, Partition: PartitionCaller,

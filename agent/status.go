@@ -55,6 +55,7 @@ func (a *Agent) Status() *adminv1.StatusResponse {
 	for _, h := range a.service.Health() {
 		r.Keys = append(r.Keys, keyStatus(h))
 	}
+	r.Outages = a.outageStatus()
 	a.limitsStatus(cfg, r)
 	judge(r)
 	return r
@@ -131,7 +132,17 @@ func keyStatus(h kms.KeyHealth) *adminv1.KeyStatus {
 	if h.DecryptConfirmed >= 0 {
 		k.DecryptConfirmed = durationpb.New(h.DecryptConfirmed)
 	}
+	k.Encrypt, k.Decrypt = endurance(h.Encrypt), endurance(h.Decrypt)
+	k.Spares, k.SparesWanted = uint32(h.Spares), uint32(h.SparesWanted)
 	return k
+}
+
+func endurance(e kms.Endurance) *adminv1.Endurance {
+	out := &adminv1.Endurance{Down: e.Down, Left: durationpb.New(e.Left)}
+	if e.Down {
+		out.Since = durationpb.New(e.Since)
+	}
+	return out
 }
 
 func (a *Agent) identityStatus(cfg *Config) *adminv1.Identity {
@@ -169,8 +180,21 @@ func (a *Agent) cacheStatus() *adminv1.CacheStatus {
 	return &adminv1.CacheStatus{
 		EncryptionKeys: s.EncryptionKeys, DecryptionKeys: s.DecryptionKeys, MaxEntries: s.MaxEntries,
 		LockedBytes: s.LockedBytes, Hits: s.Hits, Misses: s.Misses, Refreshes: s.Refreshes, Evictions: s.Evictions,
-		Memory: s.Memory,
+		Memory: s.Memory, Spares: s.Spares, InGrace: s.InGrace, Unserved: s.Unserved,
 	}
+}
+
+// outageStatus tells of the backends that do not answer.
+func (a *Agent) outageStatus() []*adminv1.Outage {
+	var out []*adminv1.Outage
+	for _, o := range a.service.Outages() {
+		s := &adminv1.Outage{Backend: o.Backend, Lasts: durationpb.New(o.Lasts), InGrace: o.Grace, Unserved: o.Refused}
+		if o.Err != nil {
+			s.LastError = o.Err.Error()
+		}
+		out = append(out, s)
+	}
+	return out
 }
 
 // limitsStatus adds what is known of the rules with limits.

@@ -36,6 +36,7 @@ func allowed() map[string][]string {
 		"plugins":         {"api/plugin/v1"},
 		"agent/policy":    {"identity"},
 		"agent/audit":     {},
+		"agent/census":    {},
 		"agent/quota":     {},
 
 		"plugins/host":       {"api/plugin/v1", "plugins"},
@@ -43,13 +44,13 @@ func allowed() map[string][]string {
 		"plugins/local":      {"plugins"},
 		"plugins/pkcs11":     {"hsm", "plugins"},
 
-		"agent/kms":          {"agent/audit", "agent/policy", "agent/quota", "cache", "envelope", "identity", "plugins"},
+		"agent/kms":          {"agent/audit", "agent/census", "agent/policy", "agent/quota", "cache", "envelope", "identity", "plugins"},
 		"agent/serve":        {"agent/kms", "api/admin/v1", "identity"},
 		"agent/metrics":      {"agent/audit", "api/admin/v1"},
 		"agent/serve/native": {"agent/kms", "agent/serve", "api/kmsagent/v1", "envelope"},
 		"agent/serve/admin":  {"agent/kms", "agent/serve", "api/admin/v1"},
 		"agent": {
-			"agent/audit", "agent/kms", "agent/metrics", "agent/policy", "agent/quota", "agent/serve", "agent/serve/*", "api/admin/v1", "api/kmsagent/v1",
+			"agent/audit", "agent/census", "agent/kms", "agent/metrics", "agent/policy", "agent/quota", "agent/serve", "agent/serve/*", "api/admin/v1", "api/kmsagent/v1",
 			"cache", "identity", "identity/issuer", "plugins", "plugins/host", "plugins/local",
 		},
 		"client":        {"api/*", "envelope"},

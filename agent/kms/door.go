@@ -120,7 +120,7 @@ func (t *transaction) authorise(ctx context.Context, name string, op policy.Oper
 		return nil, err
 	}
 	t.bound(decision.MaxStale)
-	t.record.Backend = k.Backend
+	t.record.Backend = k.group.id.backend
 	return k, nil
 }
 

@@ -238,7 +238,7 @@ func newRigWithSink(t testing.TB, sink audit.Sink) *rig {
 	}
 	for _, name := range []string{"orders", "archive", "secret"} {
 		r.config.Keys = append(r.config.Keys, kms.Key{
-			Name: name, Backend: "local", WrappingKey: "local:" + name, Limits: limits(), Partition: kms.PartitionCaller,
+			Name: name, Wraps: []kms.Wrap{{Backend: "local", WrappingKey: "local:" + name}}, Limits: limits(), Partition: kms.PartitionCaller,
 		})
 	}
 	r.apply()

@@ -55,6 +55,12 @@ const (
 	backendInfo      = "kms_agent_backend_info"
 	keyConfirmed     = "kms_agent_key_confirmation_age_seconds"
 	keyProblem       = "kms_agent_key_problem"
+	keyEndurance     = "kms_agent_key_endurance_seconds"
+	keyDown          = "kms_agent_key_upstream_down"
+	keySpares        = "kms_agent_key_spares"
+	keySparesWanted  = "kms_agent_key_spares_wanted"
+	cacheInGrace     = "kms_agent_cache_served_in_grace_total"
+	cacheUnserved    = "kms_agent_cache_not_served_total"
 	cacheEntries     = "kms_agent_cache_data_keys"
 	cacheCapacity    = "kms_agent_cache_capacity_data_keys"
 	cacheLocked      = "kms_agent_cache_locked_memory_bytes"
@@ -112,6 +118,10 @@ func statusMetrics() []Metric {
 		{backendRestarts, Counter, []string{"backend"}, "Plugin processes that were started after the first."},
 		{backendInfo, Gauge, []string{"backend", "plugin_version", "fips140"}, "1, with what the plugin's process says of itself."},
 		{keyConfirmed, Gauge, []string{"key", "direction"}, "Age of the last upstream confirmation of a key, by direction: encrypt, decrypt. Absent where there is none yet."},
+		{keyEndurance, Gauge, []string{"key", "direction"}, "How long a key still serves if its backend does not answer from now on, or does not already: within max_age, and then in grace. Absent where upstream has confirmed nothing yet."},
+		{keyDown, Gauge, []string{"key", "direction"}, "1 while the backend does not answer for a key."},
+		{keySpares, Gauge, []string{"key"}, "Data keys that stand ready for when the present ones are used up."},
+		{keySparesWanted, Gauge, []string{"key"}, "How many should."},
 		{keyProblem, Gauge, []string{"key"}, "1 while something is wrong with a key; kms-agent status says what."},
 		{cacheEntries, Gauge, []string{"direction"}, "Data keys in protected memory, by direction: encrypt, decrypt."},
 		{cacheCapacity, Gauge, nil, "How many data keys fit: cache.max_entries."},
@@ -119,6 +129,8 @@ func statusMetrics() []Metric {
 		{cacheHits, Counter, nil, "Data keys served without waiting for upstream."},
 		{cacheMisses, Counter, nil, "Data keys that upstream had to wrap or unwrap."},
 		{cacheRefreshes, Counter, nil, "Confirmations that were asked for."},
+		{cacheInGrace, Counter, nil, "Requests served in an outage with data keys whose confirmation is older than max_age."},
+		{cacheUnserved, Counter, nil, "Requests that an outage kept from being served."},
 		{cacheEvictions, Counter, nil, "Data keys destroyed before their limits: revoked, evicted, or more than there is room for."},
 		{limitCallers, Gauge, []string{"rule"}, "Callers that are counted at present under a policy rule with limits."},
 		{limitRefused, Counter, []string{"rule", "limit"}, "Requests refused by a limit of a policy rule: rate, per_day, bytes_per_day, concurrency, callers. One that several rules refuse counts for each."},

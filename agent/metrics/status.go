@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	adminv1 "github.com/kms-agent/kms-agent/api/admin/v1"
@@ -68,6 +69,7 @@ func (c *statusCollector) Collect(out chan<- prometheus.Metric) {
 			e.emit(keyConfirmed, d.AsDuration().Seconds(), k.GetName(), "decrypt")
 		}
 		e.is(keyProblem, k.GetProblem() != "", k.GetName())
+		e.endurance(k)
 	}
 	e.cache(r.GetCache())
 	e.limits(r)
@@ -115,6 +117,23 @@ func (e emitter) cache(s *adminv1.CacheStatus) {
 	e.emit(cacheMisses, float64(s.GetMisses()))
 	e.emit(cacheRefreshes, float64(s.GetRefreshes()))
 	e.emit(cacheEvictions, float64(s.GetEvictions()))
+	e.emit(cacheInGrace, float64(s.GetInGrace()))
+	e.emit(cacheUnserved, float64(s.GetUnserved()))
+}
+
+// endurance tells how long a key serves without its backend.
+func (e emitter) endurance(k *adminv1.KeyStatus) {
+	for direction, of := range map[string]struct {
+		confirmed *durationpb.Duration
+		endures   *adminv1.Endurance
+	}{"encrypt": {k.GetEncryptConfirmed(), k.GetEncrypt()}, "decrypt": {k.GetDecryptConfirmed(), k.GetDecrypt()}} {
+		e.is(keyDown, of.endures.GetDown(), k.GetName(), direction)
+		if of.confirmed != nil {
+			e.emit(keyEndurance, of.endures.GetLeft().AsDuration().Seconds(), k.GetName(), direction)
+		}
+	}
+	e.emit(keySpares, float64(k.GetSpares()), k.GetName())
+	e.emit(keySparesWanted, float64(k.GetSparesWanted()), k.GetName())
 }
 
 func (e emitter) limits(r *adminv1.StatusResponse) {

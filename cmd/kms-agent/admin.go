@@ -204,12 +204,7 @@ func statusTable(t *table, r *adminv1.StatusResponse) {
 			t.row("", lastErrorOf(b)+b.GetLastError())
 		}
 	}
-	for _, k := range r.GetKeys() {
-		t.row("key "+k.GetName(), keyLine(k))
-		if k.GetProblem() != "" {
-			t.row("", k.GetProblem())
-		}
-	}
+	keysRows(t, r)
 	cache := r.GetCache()
 	t.row("cache", fmt.Sprintf("%d encryption and %d decryption keys of %d, %d bytes in %s",
 		cache.GetEncryptionKeys(), cache.GetDecryptionKeys(), cache.GetMaxEntries(), cache.GetLockedBytes(), cache.GetMemory()))
@@ -232,6 +227,25 @@ func statusTable(t *table, r *adminv1.StatusResponse) {
 	}
 	if s := log.GetCheckpoints(); s != nil {
 		t.row("audit checkpoints", sinkLine(s))
+	}
+}
+
+func keysRows(t *table, r *adminv1.StatusResponse) {
+	for _, k := range r.GetKeys() {
+		t.row("key "+k.GetName(), keyLine(k))
+		if line := enduranceLine(k); line != "" {
+			t.row("", line)
+		}
+		if k.GetProblem() != "" {
+			t.row("", k.GetProblem())
+		}
+	}
+	for _, o := range r.GetOutages() {
+		t.row("outage of "+o.GetBackend(), fmt.Sprintf("for %s, %d requests served in grace, %d not served",
+			o.GetLasts().AsDuration().Round(time.Second), o.GetInGrace(), o.GetUnserved()))
+		if o.GetLastError() != "" {
+			t.row("", "last error: "+o.GetLastError())
+		}
 	}
 }
 
@@ -287,6 +301,28 @@ func keyLine(k *adminv1.KeyStatus) string {
 		line += ", decrypt confirmed " + ago(d.AsDuration())
 	}
 	return line
+}
+
+// enduranceLine says how long a key serves without its backend, and what stands
+// ready.
+func enduranceLine(k *adminv1.KeyStatus) string {
+	var parts []string
+	if k.GetSparesWanted() > 0 {
+		parts = append(parts, fmt.Sprintf("%d of %d spares", k.GetSpares(), k.GetSparesWanted()))
+	}
+	for _, direction := range []struct {
+		name      string
+		confirmed bool
+		endures   *adminv1.Endurance
+	}{{"encrypts", k.GetEncryptConfirmed() != nil, k.GetEncrypt()}, {"decrypts", k.GetDecryptConfirmed() != nil, k.GetDecrypt()}} {
+		if direction.confirmed {
+			parts = append(parts, direction.name+" for "+direction.endures.GetLeft().AsDuration().Round(time.Second).String())
+		}
+	}
+	if len(parts) == 0 {
+		return ""
+	}
+	return "without its backend: " + strings.Join(parts, ", ")
 }
 
 func ago(d time.Duration) string {

@@ -32,9 +32,9 @@ func checkHSMs(ctx context.Context, found *agent.Check) {
 			if f.Setting != "" {
 				path += "." + f.Setting
 			}
-			for k := range cfg.Keys {
-				if key := cfg.Keys[k]; f.WrappingKey != "" && key.Backend == b.Name && key.WrappingKey == f.WrappingKey {
-					path = fmt.Sprintf("keys[%d].wrapping_key", k)
+			for place, wrap := range cfg.Wraps() {
+				if f.WrappingKey != "" && wrap.Backend == b.Name && wrap.WrappingKey == f.WrappingKey {
+					path = place + ".wrapping_key"
 				}
 			}
 			found.Add(f.Warning, printable(path), printable(f.Message))
@@ -55,9 +55,9 @@ func hsmFaults(ctx context.Context, cfg *agent.Config, b *agent.BackendConfig) [
 	ctx, cancel := context.WithTimeout(ctx, hsmCheckPatience)
 	defer cancel()
 	r := hsmRequest{Settings: json.RawMessage(b.Settings), Command: "check"}
-	for _, k := range cfg.Keys {
-		if k.Backend == b.Name {
-			r.WrappingKeys = append(r.WrappingKeys, k.WrappingKey)
+	for _, wrap := range cfg.Wraps() {
+		if wrap.Backend == b.Name {
+			r.WrappingKeys = append(r.WrappingKeys, wrap.WrappingKey)
 		}
 	}
 	in, err := json.Marshal(r)
