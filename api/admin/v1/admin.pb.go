@@ -555,7 +555,10 @@ type StatusResponse struct {
 	// The policy rules that have limits, by name.
 	Limits []*LimitsStatus `protobuf:"bytes,14,rep,name=limits,proto3" json:"limits,omitempty"`
 	// Why the counts of daily limits cannot be stored; empty when they can.
-	LimitsError   string `protobuf:"bytes,15,opt,name=limits_error,json=limitsError,proto3" json:"limits_error,omitempty"`
+	LimitsError string `protobuf:"bytes,15,opt,name=limits_error,json=limitsError,proto3" json:"limits_error,omitempty"`
+	// Random of a backend that is mixed with the system's; absent where none is
+	// configured.
+	Random        *RandomStatus `protobuf:"bytes,16,opt,name=random,proto3" json:"random,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -695,6 +698,172 @@ func (x *StatusResponse) GetLimitsError() string {
 	return ""
 }
 
+func (x *StatusResponse) GetRandom() *RandomStatus {
+	if x != nil {
+		return x.Random
+	}
+	return nil
+}
+
+type RandomStatus struct {
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Backend string                 `protobuf:"bytes,1,opt,name=backend,proto3" json:"backend,omitempty"`
+	// Bytes of the backend's random at hand, and how many there is room for.
+	PooledBytes uint64 `protobuf:"varint,2,opt,name=pooled_bytes,json=pooledBytes,proto3" json:"pooled_bytes,omitempty"`
+	PoolSize    uint64 `protobuf:"varint,3,opt,name=pool_size,json=poolSize,proto3" json:"pool_size,omitempty"`
+	// Why the backend gave none when it was asked last; empty when it did.
+	LastError     string       `protobuf:"bytes,4,opt,name=last_error,json=lastError,proto3" json:"last_error,omitempty"`
+	Uses          []*RandomUse `protobuf:"bytes,5,rep,name=uses,proto3" json:"uses,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RandomStatus) Reset() {
+	*x = RandomStatus{}
+	mi := &file_admin_v1_admin_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RandomStatus) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RandomStatus) ProtoMessage() {}
+
+func (x *RandomStatus) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_v1_admin_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RandomStatus.ProtoReflect.Descriptor instead.
+func (*RandomStatus) Descriptor() ([]byte, []int) {
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *RandomStatus) GetBackend() string {
+	if x != nil {
+		return x.Backend
+	}
+	return ""
+}
+
+func (x *RandomStatus) GetPooledBytes() uint64 {
+	if x != nil {
+		return x.PooledBytes
+	}
+	return 0
+}
+
+func (x *RandomStatus) GetPoolSize() uint64 {
+	if x != nil {
+		return x.PoolSize
+	}
+	return 0
+}
+
+func (x *RandomStatus) GetLastError() string {
+	if x != nil {
+		return x.LastError
+	}
+	return ""
+}
+
+func (x *RandomStatus) GetUses() []*RandomUse {
+	if x != nil {
+		return x.Uses
+	}
+	return nil
+}
+
+// RandomUse counts the random that the agent made for one use while a backend
+// was configured, since the agent started.
+type RandomUse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// "data-key" or "generate-random".
+	Use string `protobuf:"bytes,1,opt,name=use,proto3" json:"use,omitempty"`
+	// With random of the backend mixed in.
+	Mixed      uint64 `protobuf:"varint,2,opt,name=mixed,proto3" json:"mixed,omitempty"`
+	MixedBytes uint64 `protobuf:"varint,3,opt,name=mixed_bytes,json=mixedBytes,proto3" json:"mixed_bytes,omitempty"`
+	// Of the system's random alone.
+	Unmixed       uint64 `protobuf:"varint,4,opt,name=unmixed,proto3" json:"unmixed,omitempty"`
+	UnmixedBytes  uint64 `protobuf:"varint,5,opt,name=unmixed_bytes,json=unmixedBytes,proto3" json:"unmixed_bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RandomUse) Reset() {
+	*x = RandomUse{}
+	mi := &file_admin_v1_admin_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RandomUse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RandomUse) ProtoMessage() {}
+
+func (x *RandomUse) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_v1_admin_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RandomUse.ProtoReflect.Descriptor instead.
+func (*RandomUse) Descriptor() ([]byte, []int) {
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *RandomUse) GetUse() string {
+	if x != nil {
+		return x.Use
+	}
+	return ""
+}
+
+func (x *RandomUse) GetMixed() uint64 {
+	if x != nil {
+		return x.Mixed
+	}
+	return 0
+}
+
+func (x *RandomUse) GetMixedBytes() uint64 {
+	if x != nil {
+		return x.MixedBytes
+	}
+	return 0
+}
+
+func (x *RandomUse) GetUnmixed() uint64 {
+	if x != nil {
+		return x.Unmixed
+	}
+	return 0
+}
+
+func (x *RandomUse) GetUnmixedBytes() uint64 {
+	if x != nil {
+		return x.UnmixedBytes
+	}
+	return 0
+}
+
 type LimitsStatus struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Rule  string                 `protobuf:"bytes,1,opt,name=rule,proto3" json:"rule,omitempty"`
@@ -710,7 +879,7 @@ type LimitsStatus struct {
 
 func (x *LimitsStatus) Reset() {
 	*x = LimitsStatus{}
-	mi := &file_admin_v1_admin_proto_msgTypes[12]
+	mi := &file_admin_v1_admin_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -722,7 +891,7 @@ func (x *LimitsStatus) String() string {
 func (*LimitsStatus) ProtoMessage() {}
 
 func (x *LimitsStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[12]
+	mi := &file_admin_v1_admin_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -735,7 +904,7 @@ func (x *LimitsStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LimitsStatus.ProtoReflect.Descriptor instead.
 func (*LimitsStatus) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{12}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *LimitsStatus) GetRule() string {
@@ -780,7 +949,7 @@ type Configuration struct {
 
 func (x *Configuration) Reset() {
 	*x = Configuration{}
-	mi := &file_admin_v1_admin_proto_msgTypes[13]
+	mi := &file_admin_v1_admin_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -792,7 +961,7 @@ func (x *Configuration) String() string {
 func (*Configuration) ProtoMessage() {}
 
 func (x *Configuration) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[13]
+	mi := &file_admin_v1_admin_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -805,7 +974,7 @@ func (x *Configuration) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Configuration.ProtoReflect.Descriptor instead.
 func (*Configuration) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{13}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Configuration) GetFile() string {
@@ -855,7 +1024,7 @@ type Identity struct {
 
 func (x *Identity) Reset() {
 	*x = Identity{}
-	mi := &file_admin_v1_admin_proto_msgTypes[14]
+	mi := &file_admin_v1_admin_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -867,7 +1036,7 @@ func (x *Identity) String() string {
 func (*Identity) ProtoMessage() {}
 
 func (x *Identity) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[14]
+	mi := &file_admin_v1_admin_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -880,7 +1049,7 @@ func (x *Identity) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Identity.ProtoReflect.Descriptor instead.
 func (*Identity) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{14}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Identity) GetTrustDomain() string {
@@ -962,7 +1131,7 @@ type BackendStatus struct {
 
 func (x *BackendStatus) Reset() {
 	*x = BackendStatus{}
-	mi := &file_admin_v1_admin_proto_msgTypes[15]
+	mi := &file_admin_v1_admin_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -974,7 +1143,7 @@ func (x *BackendStatus) String() string {
 func (*BackendStatus) ProtoMessage() {}
 
 func (x *BackendStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[15]
+	mi := &file_admin_v1_admin_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -987,7 +1156,7 @@ func (x *BackendStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BackendStatus.ProtoReflect.Descriptor instead.
 func (*BackendStatus) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{15}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *BackendStatus) GetName() string {
@@ -1097,7 +1266,7 @@ type KeyStatus struct {
 
 func (x *KeyStatus) Reset() {
 	*x = KeyStatus{}
-	mi := &file_admin_v1_admin_proto_msgTypes[16]
+	mi := &file_admin_v1_admin_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1109,7 +1278,7 @@ func (x *KeyStatus) String() string {
 func (*KeyStatus) ProtoMessage() {}
 
 func (x *KeyStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[16]
+	mi := &file_admin_v1_admin_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1122,7 +1291,7 @@ func (x *KeyStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeyStatus.ProtoReflect.Descriptor instead.
 func (*KeyStatus) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{16}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *KeyStatus) GetName() string {
@@ -1192,7 +1361,7 @@ type CacheStatus struct {
 
 func (x *CacheStatus) Reset() {
 	*x = CacheStatus{}
-	mi := &file_admin_v1_admin_proto_msgTypes[17]
+	mi := &file_admin_v1_admin_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1204,7 +1373,7 @@ func (x *CacheStatus) String() string {
 func (*CacheStatus) ProtoMessage() {}
 
 func (x *CacheStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[17]
+	mi := &file_admin_v1_admin_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1217,7 +1386,7 @@ func (x *CacheStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CacheStatus.ProtoReflect.Descriptor instead.
 func (*CacheStatus) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{17}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *CacheStatus) GetEncryptionKeys() uint64 {
@@ -1307,7 +1476,7 @@ type AuditStatus struct {
 
 func (x *AuditStatus) Reset() {
 	*x = AuditStatus{}
-	mi := &file_admin_v1_admin_proto_msgTypes[18]
+	mi := &file_admin_v1_admin_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1319,7 +1488,7 @@ func (x *AuditStatus) String() string {
 func (*AuditStatus) ProtoMessage() {}
 
 func (x *AuditStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[18]
+	mi := &file_admin_v1_admin_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1332,7 +1501,7 @@ func (x *AuditStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditStatus.ProtoReflect.Descriptor instead.
 func (*AuditStatus) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{18}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *AuditStatus) GetFile() string {
@@ -1422,7 +1591,7 @@ type AuditSink struct {
 
 func (x *AuditSink) Reset() {
 	*x = AuditSink{}
-	mi := &file_admin_v1_admin_proto_msgTypes[19]
+	mi := &file_admin_v1_admin_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1434,7 +1603,7 @@ func (x *AuditSink) String() string {
 func (*AuditSink) ProtoMessage() {}
 
 func (x *AuditSink) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[19]
+	mi := &file_admin_v1_admin_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1447,7 +1616,7 @@ func (x *AuditSink) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditSink.ProtoReflect.Descriptor instead.
 func (*AuditSink) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{19}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *AuditSink) GetName() string {
@@ -1522,7 +1691,7 @@ const file_admin_v1_admin_proto_rawDesc = "" +
 	"\bduration\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\bduration\"%\n" +
 	"\x0fProfileResponse\x12\x12\n" +
 	"\x04data\x18\x01 \x01(\fR\x04data\"\x0f\n" +
-	"\rStatusRequest\"\x95\x05\n" +
+	"\rStatusRequest\"\xce\x05\n" +
 	"\x0eStatusResponse\x12\x14\n" +
 	"\x05state\x18\x01 \x01(\tR\x05state\x12\x1a\n" +
 	"\bproblems\x18\x02 \x03(\tR\bproblems\x12\x18\n" +
@@ -1539,7 +1708,22 @@ const file_admin_v1_admin_proto_rawDesc = "" +
 	"\x05audit\x18\f \x01(\v2\x1e.kmsagent.admin.v1.AuditStatusR\x05audit\x12\x1c\n" +
 	"\tlisteners\x18\r \x03(\tR\tlisteners\x127\n" +
 	"\x06limits\x18\x0e \x03(\v2\x1f.kmsagent.admin.v1.LimitsStatusR\x06limits\x12!\n" +
-	"\flimits_error\x18\x0f \x01(\tR\vlimitsError\"\xd8\x01\n" +
+	"\flimits_error\x18\x0f \x01(\tR\vlimitsError\x127\n" +
+	"\x06random\x18\x10 \x01(\v2\x1f.kmsagent.admin.v1.RandomStatusR\x06random\"\xb9\x01\n" +
+	"\fRandomStatus\x12\x18\n" +
+	"\abackend\x18\x01 \x01(\tR\abackend\x12!\n" +
+	"\fpooled_bytes\x18\x02 \x01(\x04R\vpooledBytes\x12\x1b\n" +
+	"\tpool_size\x18\x03 \x01(\x04R\bpoolSize\x12\x1d\n" +
+	"\n" +
+	"last_error\x18\x04 \x01(\tR\tlastError\x120\n" +
+	"\x04uses\x18\x05 \x03(\v2\x1c.kmsagent.admin.v1.RandomUseR\x04uses\"\x93\x01\n" +
+	"\tRandomUse\x12\x10\n" +
+	"\x03use\x18\x01 \x01(\tR\x03use\x12\x14\n" +
+	"\x05mixed\x18\x02 \x01(\x04R\x05mixed\x12\x1f\n" +
+	"\vmixed_bytes\x18\x03 \x01(\x04R\n" +
+	"mixedBytes\x12\x18\n" +
+	"\aunmixed\x18\x04 \x01(\x04R\aunmixed\x12#\n" +
+	"\runmixed_bytes\x18\x05 \x01(\x04R\funmixedBytes\"\xd8\x01\n" +
 	"\fLimitsStatus\x12\x12\n" +
 	"\x04rule\x18\x01 \x01(\tR\x04rule\x12\x16\n" +
 	"\x06limits\x18\x02 \x01(\tR\x06limits\x12\x18\n" +
@@ -1645,7 +1829,7 @@ func file_admin_v1_admin_proto_rawDescGZIP() []byte {
 	return file_admin_v1_admin_proto_rawDescData
 }
 
-var file_admin_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 21)
+var file_admin_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 23)
 var file_admin_v1_admin_proto_goTypes = []any{
 	(*EvictRequest)(nil),          // 0: kmsagent.admin.v1.EvictRequest
 	(*EvictResponse)(nil),         // 1: kmsagent.admin.v1.EvictResponse
@@ -1659,55 +1843,59 @@ var file_admin_v1_admin_proto_goTypes = []any{
 	(*ProfileResponse)(nil),       // 9: kmsagent.admin.v1.ProfileResponse
 	(*StatusRequest)(nil),         // 10: kmsagent.admin.v1.StatusRequest
 	(*StatusResponse)(nil),        // 11: kmsagent.admin.v1.StatusResponse
-	(*LimitsStatus)(nil),          // 12: kmsagent.admin.v1.LimitsStatus
-	(*Configuration)(nil),         // 13: kmsagent.admin.v1.Configuration
-	(*Identity)(nil),              // 14: kmsagent.admin.v1.Identity
-	(*BackendStatus)(nil),         // 15: kmsagent.admin.v1.BackendStatus
-	(*KeyStatus)(nil),             // 16: kmsagent.admin.v1.KeyStatus
-	(*CacheStatus)(nil),           // 17: kmsagent.admin.v1.CacheStatus
-	(*AuditStatus)(nil),           // 18: kmsagent.admin.v1.AuditStatus
-	(*AuditSink)(nil),             // 19: kmsagent.admin.v1.AuditSink
-	nil,                           // 20: kmsagent.admin.v1.LimitsStatus.RefusedEntry
-	(*durationpb.Duration)(nil),   // 21: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil), // 22: google.protobuf.Timestamp
+	(*RandomStatus)(nil),          // 12: kmsagent.admin.v1.RandomStatus
+	(*RandomUse)(nil),             // 13: kmsagent.admin.v1.RandomUse
+	(*LimitsStatus)(nil),          // 14: kmsagent.admin.v1.LimitsStatus
+	(*Configuration)(nil),         // 15: kmsagent.admin.v1.Configuration
+	(*Identity)(nil),              // 16: kmsagent.admin.v1.Identity
+	(*BackendStatus)(nil),         // 17: kmsagent.admin.v1.BackendStatus
+	(*KeyStatus)(nil),             // 18: kmsagent.admin.v1.KeyStatus
+	(*CacheStatus)(nil),           // 19: kmsagent.admin.v1.CacheStatus
+	(*AuditStatus)(nil),           // 20: kmsagent.admin.v1.AuditStatus
+	(*AuditSink)(nil),             // 21: kmsagent.admin.v1.AuditSink
+	nil,                           // 22: kmsagent.admin.v1.LimitsStatus.RefusedEntry
+	(*durationpb.Duration)(nil),   // 23: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil), // 24: google.protobuf.Timestamp
 }
 var file_admin_v1_admin_proto_depIdxs = []int32{
-	21, // 0: kmsagent.admin.v1.SetLogLevelRequest.for:type_name -> google.protobuf.Duration
-	21, // 1: kmsagent.admin.v1.ProfileRequest.duration:type_name -> google.protobuf.Duration
-	22, // 2: kmsagent.admin.v1.StatusResponse.started:type_name -> google.protobuf.Timestamp
-	13, // 3: kmsagent.admin.v1.StatusResponse.configuration:type_name -> kmsagent.admin.v1.Configuration
-	14, // 4: kmsagent.admin.v1.StatusResponse.identity:type_name -> kmsagent.admin.v1.Identity
-	15, // 5: kmsagent.admin.v1.StatusResponse.backends:type_name -> kmsagent.admin.v1.BackendStatus
-	16, // 6: kmsagent.admin.v1.StatusResponse.keys:type_name -> kmsagent.admin.v1.KeyStatus
-	17, // 7: kmsagent.admin.v1.StatusResponse.cache:type_name -> kmsagent.admin.v1.CacheStatus
-	18, // 8: kmsagent.admin.v1.StatusResponse.audit:type_name -> kmsagent.admin.v1.AuditStatus
-	12, // 9: kmsagent.admin.v1.StatusResponse.limits:type_name -> kmsagent.admin.v1.LimitsStatus
-	20, // 10: kmsagent.admin.v1.LimitsStatus.refused:type_name -> kmsagent.admin.v1.LimitsStatus.RefusedEntry
-	22, // 11: kmsagent.admin.v1.Configuration.loaded:type_name -> google.protobuf.Timestamp
-	22, // 12: kmsagent.admin.v1.Identity.expires:type_name -> google.protobuf.Timestamp
-	22, // 13: kmsagent.admin.v1.Identity.updated:type_name -> google.protobuf.Timestamp
-	22, // 14: kmsagent.admin.v1.BackendStatus.since:type_name -> google.protobuf.Timestamp
-	21, // 15: kmsagent.admin.v1.KeyStatus.encrypt_confirmed:type_name -> google.protobuf.Duration
-	21, // 16: kmsagent.admin.v1.KeyStatus.decrypt_confirmed:type_name -> google.protobuf.Duration
-	19, // 17: kmsagent.admin.v1.AuditStatus.sinks:type_name -> kmsagent.admin.v1.AuditSink
-	19, // 18: kmsagent.admin.v1.AuditStatus.checkpoints:type_name -> kmsagent.admin.v1.AuditSink
-	10, // 19: kmsagent.admin.v1.Admin.Status:input_type -> kmsagent.admin.v1.StatusRequest
-	0,  // 20: kmsagent.admin.v1.Admin.Evict:input_type -> kmsagent.admin.v1.EvictRequest
-	2,  // 21: kmsagent.admin.v1.Admin.Reload:input_type -> kmsagent.admin.v1.ReloadRequest
-	4,  // 22: kmsagent.admin.v1.Admin.RestartPlugin:input_type -> kmsagent.admin.v1.RestartPluginRequest
-	6,  // 23: kmsagent.admin.v1.Admin.SetLogLevel:input_type -> kmsagent.admin.v1.SetLogLevelRequest
-	8,  // 24: kmsagent.admin.v1.Admin.Profile:input_type -> kmsagent.admin.v1.ProfileRequest
-	11, // 25: kmsagent.admin.v1.Admin.Status:output_type -> kmsagent.admin.v1.StatusResponse
-	1,  // 26: kmsagent.admin.v1.Admin.Evict:output_type -> kmsagent.admin.v1.EvictResponse
-	3,  // 27: kmsagent.admin.v1.Admin.Reload:output_type -> kmsagent.admin.v1.ReloadResponse
-	5,  // 28: kmsagent.admin.v1.Admin.RestartPlugin:output_type -> kmsagent.admin.v1.RestartPluginResponse
-	7,  // 29: kmsagent.admin.v1.Admin.SetLogLevel:output_type -> kmsagent.admin.v1.SetLogLevelResponse
-	9,  // 30: kmsagent.admin.v1.Admin.Profile:output_type -> kmsagent.admin.v1.ProfileResponse
-	25, // [25:31] is the sub-list for method output_type
-	19, // [19:25] is the sub-list for method input_type
-	19, // [19:19] is the sub-list for extension type_name
-	19, // [19:19] is the sub-list for extension extendee
-	0,  // [0:19] is the sub-list for field type_name
+	23, // 0: kmsagent.admin.v1.SetLogLevelRequest.for:type_name -> google.protobuf.Duration
+	23, // 1: kmsagent.admin.v1.ProfileRequest.duration:type_name -> google.protobuf.Duration
+	24, // 2: kmsagent.admin.v1.StatusResponse.started:type_name -> google.protobuf.Timestamp
+	15, // 3: kmsagent.admin.v1.StatusResponse.configuration:type_name -> kmsagent.admin.v1.Configuration
+	16, // 4: kmsagent.admin.v1.StatusResponse.identity:type_name -> kmsagent.admin.v1.Identity
+	17, // 5: kmsagent.admin.v1.StatusResponse.backends:type_name -> kmsagent.admin.v1.BackendStatus
+	18, // 6: kmsagent.admin.v1.StatusResponse.keys:type_name -> kmsagent.admin.v1.KeyStatus
+	19, // 7: kmsagent.admin.v1.StatusResponse.cache:type_name -> kmsagent.admin.v1.CacheStatus
+	20, // 8: kmsagent.admin.v1.StatusResponse.audit:type_name -> kmsagent.admin.v1.AuditStatus
+	14, // 9: kmsagent.admin.v1.StatusResponse.limits:type_name -> kmsagent.admin.v1.LimitsStatus
+	12, // 10: kmsagent.admin.v1.StatusResponse.random:type_name -> kmsagent.admin.v1.RandomStatus
+	13, // 11: kmsagent.admin.v1.RandomStatus.uses:type_name -> kmsagent.admin.v1.RandomUse
+	22, // 12: kmsagent.admin.v1.LimitsStatus.refused:type_name -> kmsagent.admin.v1.LimitsStatus.RefusedEntry
+	24, // 13: kmsagent.admin.v1.Configuration.loaded:type_name -> google.protobuf.Timestamp
+	24, // 14: kmsagent.admin.v1.Identity.expires:type_name -> google.protobuf.Timestamp
+	24, // 15: kmsagent.admin.v1.Identity.updated:type_name -> google.protobuf.Timestamp
+	24, // 16: kmsagent.admin.v1.BackendStatus.since:type_name -> google.protobuf.Timestamp
+	23, // 17: kmsagent.admin.v1.KeyStatus.encrypt_confirmed:type_name -> google.protobuf.Duration
+	23, // 18: kmsagent.admin.v1.KeyStatus.decrypt_confirmed:type_name -> google.protobuf.Duration
+	21, // 19: kmsagent.admin.v1.AuditStatus.sinks:type_name -> kmsagent.admin.v1.AuditSink
+	21, // 20: kmsagent.admin.v1.AuditStatus.checkpoints:type_name -> kmsagent.admin.v1.AuditSink
+	10, // 21: kmsagent.admin.v1.Admin.Status:input_type -> kmsagent.admin.v1.StatusRequest
+	0,  // 22: kmsagent.admin.v1.Admin.Evict:input_type -> kmsagent.admin.v1.EvictRequest
+	2,  // 23: kmsagent.admin.v1.Admin.Reload:input_type -> kmsagent.admin.v1.ReloadRequest
+	4,  // 24: kmsagent.admin.v1.Admin.RestartPlugin:input_type -> kmsagent.admin.v1.RestartPluginRequest
+	6,  // 25: kmsagent.admin.v1.Admin.SetLogLevel:input_type -> kmsagent.admin.v1.SetLogLevelRequest
+	8,  // 26: kmsagent.admin.v1.Admin.Profile:input_type -> kmsagent.admin.v1.ProfileRequest
+	11, // 27: kmsagent.admin.v1.Admin.Status:output_type -> kmsagent.admin.v1.StatusResponse
+	1,  // 28: kmsagent.admin.v1.Admin.Evict:output_type -> kmsagent.admin.v1.EvictResponse
+	3,  // 29: kmsagent.admin.v1.Admin.Reload:output_type -> kmsagent.admin.v1.ReloadResponse
+	5,  // 30: kmsagent.admin.v1.Admin.RestartPlugin:output_type -> kmsagent.admin.v1.RestartPluginResponse
+	7,  // 31: kmsagent.admin.v1.Admin.SetLogLevel:output_type -> kmsagent.admin.v1.SetLogLevelResponse
+	9,  // 32: kmsagent.admin.v1.Admin.Profile:output_type -> kmsagent.admin.v1.ProfileResponse
+	27, // [27:33] is the sub-list for method output_type
+	21, // [21:27] is the sub-list for method input_type
+	21, // [21:21] is the sub-list for extension type_name
+	21, // [21:21] is the sub-list for extension extendee
+	0,  // [0:21] is the sub-list for field type_name
 }
 
 func init() { file_admin_v1_admin_proto_init() }
@@ -1721,7 +1909,7 @@ func file_admin_v1_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_admin_v1_admin_proto_rawDesc), len(file_admin_v1_admin_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   21,
+			NumMessages:   23,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
