@@ -12,6 +12,7 @@ import (
 
 	"github.com/kms-agent/kms-agent/agent/audit"
 	"github.com/kms-agent/kms-agent/agent/quota"
+	"github.com/kms-agent/kms-agent/agent/random"
 	"github.com/kms-agent/kms-agent/cache"
 	"github.com/kms-agent/kms-agent/identity"
 )
@@ -47,6 +48,8 @@ type Options struct {
 	Audit *audit.Log
 	// Quota counts the limits of rules. nil: a policy with limits is refused.
 	Quota *quota.Keeper
+	// Random makes data keys, and what GenerateRandom gives. nil: the system's alone.
+	Random *random.Pool
 	// MaxEntries bounds the data-key cache, both directions together.
 	MaxEntries int
 	// Now is CLOCK_BOOTTIME: a suspended host does not stretch a limit.
@@ -70,6 +73,7 @@ type Options struct {
 type Service struct {
 	audit   *audit.Log
 	quota   *quota.Keeper // nil: no limits
+	random  *random.Pool
 	cache   *cache.Cache
 	now     func() time.Duration
 	recheck time.Duration
@@ -92,7 +96,7 @@ func New(o Options) (*Service, error) {
 		return nil, errors.New("kms: audit log and clock are required")
 	}
 	s := &Service{
-		audit: o.Audit, quota: o.Quota, now: o.Now, recheck: o.RecheckInterval, alarm: o.Alarm, ended: o.Observe,
+		audit: o.Audit, quota: o.Quota, random: o.Random, now: o.Now, recheck: o.RecheckInterval, alarm: o.Alarm, ended: o.Observe,
 		wrappings: map[wrappingID]*wrapping{}, frames: largeFrames{byCaller: map[string]uint64{}},
 	}
 	if s.recheck <= 0 {
