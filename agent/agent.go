@@ -21,6 +21,7 @@ import (
 	"github.com/kms-agent/kms-agent/agent/kms"
 	"github.com/kms-agent/kms-agent/agent/metrics"
 	"github.com/kms-agent/kms-agent/agent/quota"
+	"github.com/kms-agent/kms-agent/agent/random"
 	"github.com/kms-agent/kms-agent/identity"
 )
 
@@ -34,6 +35,7 @@ type Agent struct {
 	started time.Time
 	audit   *audit.Log
 	quota   *quota.Keeper
+	random  *random.Pool
 	service *kms.Service
 	source  *identity.Source // nil without a Workload API
 	creds   *identity.Credentials
@@ -86,8 +88,9 @@ func New(cfg *Config, path string, logger *zap.Logger) (*Agent, error) {
 	if a.quota, err = quota.Open(cfg.StateDir, bootTime, time.Now); err != nil {
 		return nil, errors.Join(err, log.Close())
 	}
+	a.random = random.New(a.randomChanged)
 	a.service, err = kms.New(kms.Options{
-		Audit: log, Quota: a.quota, MaxEntries: cfg.Cache.MaxEntries, Now: bootTime, ConfirmTimeout: confirmTimeout, Alarm: a.alarm,
+		Audit: log, Quota: a.quota, Random: a.random, MaxEntries: cfg.Cache.MaxEntries, Now: bootTime, ConfirmTimeout: confirmTimeout, Alarm: a.alarm,
 		Observe: a.operationEnded,
 	})
 	if err != nil {
@@ -148,6 +151,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	err := a.serve(ctx)
 	a.service.Close()
 	stopBelow()
+	a.random.Close()
 	a.stopBackends()
 	err = errors.Join(err, ignoreEnd(lower.Wait()), a.quota.Close(), a.audit.Close())
 	a.tracing.close()

@@ -116,10 +116,13 @@ func (a *Agent) applyLocked(ctx context.Context, cfg *Config) error {
 	old := a.backends
 	err = a.creds.SetStaticPeers(staticPeers(cfg))
 	if err == nil {
+		err = a.useRandom(cfg, next)
+	}
+	if err == nil {
 		err = a.service.Apply(serviceConfig(cfg, next))
 	}
 	if err != nil {
-		err = errors.Join(err, a.creds.SetStaticPeers(staticPeers(a.cfg)))
+		err = errors.Join(err, a.creds.SetStaticPeers(staticPeers(a.cfg)), a.useRandom(a.cfg, old))
 		for name, b := range next {
 			if old[name] != b {
 				b.stop()

@@ -70,6 +70,7 @@ func (c *statusCollector) Collect(out chan<- prometheus.Metric) {
 		e.is(keyProblem, k.GetProblem() != "", k.GetName())
 	}
 	e.cache(r.GetCache())
+	e.random(r.GetRandom())
 	e.limits(r)
 	e.emit(auditRecords, float64(r.GetAudit().GetSequence()))
 	e.emit(auditRefused, float64(r.GetAudit().GetRefused()))
@@ -115,6 +116,21 @@ func (e emitter) cache(s *adminv1.CacheStatus) {
 	e.emit(cacheMisses, float64(s.GetMisses()))
 	e.emit(cacheRefreshes, float64(s.GetRefreshes()))
 	e.emit(cacheEvictions, float64(s.GetEvictions()))
+}
+
+// random emits nothing where no backend is configured: nobody expects any of it then.
+func (e emitter) random(r *adminv1.RandomStatus) {
+	if r == nil {
+		return
+	}
+	for _, u := range r.GetUses() {
+		e.emit(randomRequests, float64(u.GetMixed()), u.GetUse(), "true")
+		e.emit(randomRequests, float64(u.GetUnmixed()), u.GetUse(), "false")
+		e.emit(randomBytes, float64(u.GetMixedBytes()), u.GetUse(), "true")
+		e.emit(randomBytes, float64(u.GetUnmixedBytes()), u.GetUse(), "false")
+	}
+	e.emit(randomPool, float64(r.GetPooledBytes()))
+	e.is(randomFailing, r.GetLastError() != "")
 }
 
 func (e emitter) limits(r *adminv1.StatusResponse) {

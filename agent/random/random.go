@@ -188,8 +188,11 @@ func (p *Pool) Close() {
 	}
 }
 
-// Stats tells the state of the Pool.
+// Stats tells the state of the Pool; that of nil is empty.
 func (p *Pool) Stats() Stats {
+	if p == nil {
+		return Stats{}
+	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	s := Stats{Held: p.held, Size: poolSize, LastError: p.lastErr, Counts: p.counts}
