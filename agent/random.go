@@ -24,18 +24,27 @@ func (b backendRandom) Random(ctx context.Context, dst []byte) error {
 	return b.Supervisor.Random(ctx, dst)
 }
 
-// useRandom has the random of the configured backend mixed in. A plugin that is known
-// not to give any is an error; one that has not been opened yet is found out later, and
-// told by status and log.
+// refuseRandom refuses a change to the random of a backend whose plugin is known not to
+// give any. What was so before holds up no other change, and a plugin that has not been
+// opened yet is found out later: status and log tell.
+func (a *Agent) refuseRandom(cfg *Config, backends map[string]*backend) error {
+	b := backends[cfg.Random.Backend]
+	if b == nil || cfg.Random == a.cfg.Random {
+		return nil
+	}
+	info := b.supervisor.Status().Plugin
+	if info.Name == "" || info.Gives(plugins.CapabilityRandom) {
+		return nil
+	}
+	return fmt.Errorf("random.backend: backend %q gives no random: its plugin %s %s does not have that capability; name another backend, or leave random out",
+		b.cfg.Name, info.Name, info.Version)
+}
+
+// useRandom has the random of the configured backend mixed in.
 func (a *Agent) useRandom(cfg *Config, backends map[string]*backend) error {
 	b := backends[cfg.Random.Backend]
 	if b == nil {
 		return a.random.Use("", nil)
-	}
-	info := b.supervisor.Status().Plugin
-	if a.generation > 0 && info.Name != "" && !info.Gives(plugins.CapabilityRandom) {
-		return fmt.Errorf("random.backend: backend %q gives no random: its plugin %s %s does not have that capability; name another backend, or leave random out",
-			b.cfg.Name, info.Name, info.Version)
 	}
 	return a.random.Use(b.cfg.Name, backendRandom{b.supervisor})
 }

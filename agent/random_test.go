@@ -174,4 +174,8 @@ func TestStartWithABackendWithoutRandom(t *testing.T) {
 	})
 	drawn(t, r.as("orders"), 32)
 	encryptTo(t, r.as("orders"), "orders")
+	// It holds up no other change: that may take a permission away.
+	r.write(strings.Replace(r.text(), "spiffe://example.org/peer", "spiffe://example.org/stranger", 1))
+	r.await("the reload", generationAfter(1))
+	encryptTo(t, r.as("stranger"), "orders")
 }
