@@ -22,6 +22,7 @@ import (
 	"github.com/kms-agent/kms-agent/agent/kms"
 	"github.com/kms-agent/kms-agent/agent/metrics"
 	"github.com/kms-agent/kms-agent/agent/quota"
+	"github.com/kms-agent/kms-agent/agent/random"
 	"github.com/kms-agent/kms-agent/cache"
 	"github.com/kms-agent/kms-agent/identity"
 )
@@ -37,6 +38,7 @@ type Agent struct {
 	audit   *audit.Log
 	quota   *quota.Keeper
 	census  *census.Census // nil where its file cannot be read
+	random  *random.Pool
 	service *kms.Service
 	source  *identity.Source // nil without a Workload API
 	creds   *identity.Credentials
@@ -95,8 +97,9 @@ func New(cfg *Config, path string, logger *zap.Logger) (*Agent, error) {
 		logger.Warn("messages are not counted by their wraps", zap.Error(err))
 		a.census = nil
 	}
+	a.random = random.New(a.randomChanged)
 	a.service, err = kms.New(kms.Options{
-		Audit: log, Quota: a.quota, Census: a.census, MaxEntries: cfg.Cache.MaxEntries, Now: bootTime, ConfirmTimeout: confirmTimeout, Alarm: a.alarm,
+		Audit: log, Quota: a.quota, Census: a.census, Random: a.random, MaxEntries: cfg.Cache.MaxEntries, Now: bootTime, ConfirmTimeout: confirmTimeout, Alarm: a.alarm,
 		Observe: a.operationEnded, Outage: a.outage,
 	})
 	if err != nil {
@@ -177,6 +180,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	err := a.serve(ctx)
 	a.service.Close()
 	stopBelow()
+	a.random.Close()
 	a.stopBackends()
 	err = errors.Join(err, ignoreEnd(lower.Wait()), a.census.Save(), a.quota.Close(), a.audit.Close())
 	a.tracing.close()

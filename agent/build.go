@@ -123,12 +123,11 @@ func (a *Agent) applyLocked(ctx context.Context, cfg *Config) error {
 		return err
 	}
 	old := a.backends
-	err = a.creds.SetStaticPeers(staticPeers(cfg))
-	if err == nil {
-		err = a.service.Apply(serviceConfig(cfg, next))
+	if err = a.refuseRandom(cfg, next); err == nil {
+		err = a.use(cfg, next)
 	}
 	if err != nil {
-		err = errors.Join(err, a.creds.SetStaticPeers(staticPeers(a.cfg)))
+		err = errors.Join(err, a.creds.SetStaticPeers(staticPeers(a.cfg)), a.useRandom(a.cfg, old))
 		for name, b := range next {
 			if old[name] != b {
 				b.stop()
@@ -152,6 +151,17 @@ func (a *Agent) applyLocked(ctx context.Context, cfg *Config) error {
 		}
 	}
 	return nil
+}
+
+// use switches to a configuration. On an error a part of it may be in use.
+func (a *Agent) use(cfg *Config, backends map[string]*backend) error {
+	if err := a.creds.SetStaticPeers(staticPeers(cfg)); err != nil {
+		return err
+	}
+	if err := a.useRandom(cfg, backends); err != nil {
+		return err
+	}
+	return a.service.Apply(serviceConfig(cfg, backends))
 }
 
 // eventConfiguration is on the audit record whenever a configuration has been

@@ -46,6 +46,7 @@ type Config struct {
 	Audit  AuditConfig                   `yaml:"audit"`
 	Limits LimitsConfig                  `yaml:"limits"`
 	Cache  CacheConfig                   `yaml:"cache"`
+	Random RandomConfig                  `yaml:"random"`
 	Log    LogConfig                     `yaml:"log"`
 
 	Metrics MetricsConfig `yaml:"metrics"`
@@ -264,6 +265,12 @@ type LimitsConfig struct {
 type CacheConfig struct {
 	// MaxEntries of both directions together.
 	MaxEntries int `yaml:"max_entries"`
+}
+
+// RandomConfig says whose random is mixed with the system's.
+type RandomConfig struct {
+	// Backend is one of Config.Backends; empty: the system's random alone.
+	Backend string `yaml:"backend"`
 }
 
 // LogConfig describes the log on standard error.

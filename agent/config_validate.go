@@ -64,6 +64,7 @@ func (l *loader) validate() {
 	l.validateIdentity()
 	l.validateBackends()
 	l.validateKeys()
+	l.validateRandom()
 	l.validateAudit()
 	l.validateLimits()
 	l.validateObservation()
@@ -174,6 +175,26 @@ func (l *loader) validateKeys() {
 		}
 		l.validateKeyCache(at+".cache", key.Cache)
 		l.validateGrace(at+".grace", key.Grace)
+	}
+}
+
+// validateRandom finds what can be known without the backend's process.
+func (l *loader) validateRandom() {
+	const path = "random.backend"
+	var known []string
+	for _, backend := range l.cfg.Backends {
+		if backend.Plugin != pluginLocal {
+			known = append(known, backend.Name)
+		}
+	}
+	switch name := l.cfg.Random.Backend; {
+	case name == "" && l.main.has("random"):
+		l.report(path, "is missing; write the name of a backend, or leave random out: without it the system's random is used")
+	case name == "" || slices.Contains(known, name):
+	case l.builtIn(name):
+		l.report(path, "%s gives no random: the built-in plugin has no other than the system's, which is used anyway; name the backend of an HSM", quote(name))
+	default:
+		l.report(path, "the backend %s", unknownWord(name, known))
 	}
 }
 

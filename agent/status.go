@@ -57,6 +57,7 @@ func (a *Agent) Status() *adminv1.StatusResponse {
 	}
 	r.Outages = a.outageStatus()
 	a.limitsStatus(cfg, r)
+	r.Random = a.randomStatus()
 	judge(r)
 	return r
 }
@@ -91,6 +92,9 @@ func judge(r *adminv1.StatusResponse) {
 	switch r.Identity.JwtBundles {
 	case "stale", "expired": // never heard is no problem: not every Workload API has them
 		r.Problems = append(r.Problems, "JWT bundles are "+r.Identity.JwtBundles+": "+r.Identity.JwtBundlesError)
+	}
+	if e := r.GetRandom().GetLastError(); e != "" {
+		r.Problems = append(r.Problems, "random is the system's alone: "+e)
 	}
 	r.Problems = append(r.Problems, auditProblems(r.Audit)...)
 	if r.LimitsError != "" {

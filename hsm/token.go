@@ -100,9 +100,10 @@ type Token struct {
 	// guarded is the attachment, also while it ends.
 	guarded atomic.Pointer[attachment]
 
-	keys keyring
-	used atomic.Pointer[Version] // the last, for the canary
-	last atomic.Int64            // when the module last did something good
+	keys   keyring
+	random generator
+	used   atomic.Pointer[Version] // the last, for the canary
+	last   atomic.Int64            // when the module last did something good
 
 	mu      sync.Mutex
 	current *attachment   // mu guards current and what follows; nil while there is none

@@ -53,7 +53,7 @@ func (t *transaction) generate(ctx context.Context, req GenerateDataKeyRequest, 
 	if err != nil {
 		return DataKeyResponse{}, err
 	}
-	material := newDataKey()
+	material := t.service.newDataKey()
 	edk, use, err := t.wrapBound(ctx, k, material, envelope.PurposeExported, req.Context)
 	if err != nil {
 		clear(material)

@@ -2,12 +2,12 @@ package kms
 
 import (
 	"context"
-	"crypto/rand"
 	"fmt"
 	"slices"
 	"time"
 
 	"github.com/kms-agent/kms-agent/agent/policy"
+	"github.com/kms-agent/kms-agent/agent/random"
 	"github.com/kms-agent/kms-agent/cache"
 	"github.com/kms-agent/kms-agent/identity"
 	"github.com/kms-agent/kms-agent/plugins"
@@ -97,8 +97,8 @@ func (s *Service) WhoAmI(ctx context.Context, call Call) (identity.Caller, error
 	})
 }
 
-// GenerateRandom returns 1 to MaxRandomSize bytes of the system's random. It
-// needs generate-random on any key, since it concerns none.
+// GenerateRandom returns 1 to MaxRandomSize bytes of random. It needs
+// generate-random on any key, since it concerns none.
 func (s *Service) GenerateRandom(ctx context.Context, call Call, length int) ([]byte, error) {
 	return perform(ctx, s, call, policy.GenerateRandom, func(ctx context.Context, t *transaction) ([]byte, error) {
 		decision := t.decide(t.state, nil, policy.GenerateRandom, nil)
@@ -112,10 +112,10 @@ func (s *Service) GenerateRandom(ctx context.Context, call Call, length int) ([]
 		if err := t.count(ctx, decision, "", uint64(length)); err != nil {
 			return nil, err
 		}
-		random := make([]byte, length)
-		_, _ = rand.Read(random) // never fails: crypto/rand
+		out := make([]byte, length)
+		s.random.Fill(out, random.GenerateRandom)
 		t.record.BytesOut = uint64(length)
-		return random, nil
+		return out, nil
 	})
 }
 

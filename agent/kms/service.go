@@ -13,6 +13,7 @@ import (
 	"github.com/kms-agent/kms-agent/agent/audit"
 	"github.com/kms-agent/kms-agent/agent/census"
 	"github.com/kms-agent/kms-agent/agent/quota"
+	"github.com/kms-agent/kms-agent/agent/random"
 	"github.com/kms-agent/kms-agent/cache"
 	"github.com/kms-agent/kms-agent/identity"
 )
@@ -50,6 +51,8 @@ type Options struct {
 	Quota *quota.Keeper
 	// Census counts which wraps messages carry; nil counts nothing.
 	Census *census.Census
+	// Random makes data keys, and what GenerateRandom gives. nil: the system's alone.
+	Random *random.Pool
 	// MaxEntries bounds the data-key cache, both directions together.
 	MaxEntries int
 	// Now is CLOCK_BOOTTIME: a suspended host does not stretch a limit.
@@ -77,6 +80,7 @@ type Service struct {
 	audit   *audit.Log
 	quota   *quota.Keeper // nil: no limits
 	census  *census.Census
+	random  *random.Pool
 	cache   *cache.Cache
 	now     func() time.Duration
 	recheck time.Duration
@@ -100,7 +104,7 @@ func New(o Options) (*Service, error) {
 		return nil, errors.New("kms: audit log and clock are required")
 	}
 	s := &Service{
-		audit: o.Audit, quota: o.Quota, census: o.Census, now: o.Now, recheck: o.RecheckInterval, alarm: o.Alarm, ended: o.Observe,
+		audit: o.Audit, quota: o.Quota, census: o.Census, random: o.Random, now: o.Now, recheck: o.RecheckInterval, alarm: o.Alarm, ended: o.Observe,
 		wrappings: map[wrappingID]*wrapping{}, groups: map[wrappingID]*group{}, frames: largeFrames{byCaller: map[string]uint64{}},
 	}
 	if s.recheck <= 0 {

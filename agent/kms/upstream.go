@@ -3,7 +3,6 @@ package kms
 import (
 	"context"
 	"crypto/hmac"
-	"crypto/rand"
 	"crypto/sha256"
 	"encoding/binary"
 	"errors"
@@ -11,6 +10,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/kms-agent/kms-agent/agent/random"
 	"github.com/kms-agent/kms-agent/cache"
 	"github.com/kms-agent/kms-agent/envelope"
 	"github.com/kms-agent/kms-agent/plugins"
@@ -119,7 +119,7 @@ func (t *transaction) encryptionKey(ctx context.Context, k *key, encryptionConte
 // newMessageKey makes a data key for messages and has it wrapped and proven.
 func (s *Service) newMessageKey(ctx context.Context, k *key, current versions, partition string, encryptionContext map[string]string) (cache.Material, error) {
 	began := s.now()
-	material := newDataKey()
+	material := s.newDataKey()
 	info := envelope.ProviderInfo{
 		Purpose: envelope.PurposeMessage, Key: k.Name,
 		ContextBound: k.BindContext, Partition: s.partitionID(partition),
@@ -146,9 +146,11 @@ func (s *Service) stillWanted(k *key, m cache.Material, err error) (cache.Materi
 	return m, err
 }
 
-func newDataKey() []byte {
+// newDataKey makes the bytes of a data key, of whatever use. It never fails, and does
+// not wait for a backend's random.
+func (s *Service) newDataKey() []byte {
 	material := make([]byte, envelope.DataKeySize)
-	_, _ = rand.Read(material) // never fails: crypto/rand
+	s.random.Fill(material, random.DataKey)
 	return material
 }
 

@@ -68,6 +68,10 @@ const (
 	cacheMisses      = "kms_agent_cache_misses_total"
 	cacheRefreshes   = "kms_agent_cache_refreshes_total"
 	cacheEvictions   = "kms_agent_cache_evictions_total"
+	randomRequests   = "kms_agent_random_requests_total"
+	randomBytes      = "kms_agent_random_bytes_total"
+	randomPool       = "kms_agent_random_pool_bytes"
+	randomFailing    = "kms_agent_random_failing"
 	limitCallers     = "kms_agent_limit_callers"
 	limitRefused     = "kms_agent_limit_refused_total"
 	limitFailing     = "kms_agent_limit_failing"
@@ -132,6 +136,10 @@ func statusMetrics() []Metric {
 		{cacheInGrace, Counter, nil, "Requests served in an outage with data keys whose confirmation is older than max_age."},
 		{cacheUnserved, Counter, nil, "Requests that an outage kept from being served."},
 		{cacheEvictions, Counter, nil, "Data keys destroyed before their limits: revoked, evicted, or more than there is room for."},
+		{randomRequests, Counter, []string{"use", "mixed"}, "Random that was made for a use, data-key or generate-random, by whether the backend's was mixed in: true, or false for the system's alone. Absent without random.backend, as the others of random are."},
+		{randomBytes, Counter, []string{"use", "mixed"}, "Bytes of that random."},
+		{randomPool, Gauge, nil, "Bytes of the backend's random at hand, each of which is used once."},
+		{randomFailing, Gauge, nil, "1 while the backend gives no random, so that the system's will be used alone; kms-agent status says why."},
 		{limitCallers, Gauge, []string{"rule"}, "Callers that are counted at present under a policy rule with limits."},
 		{limitRefused, Counter, []string{"rule", "limit"}, "Requests refused by a limit of a policy rule: rate, per_day, bytes_per_day, concurrency, callers. One that several rules refuse counts for each."},
 		{limitFailing, Gauge, nil, "1 while the counts of daily limits cannot be stored, so that requests that need more of one are refused."},

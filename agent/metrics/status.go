@@ -72,6 +72,7 @@ func (c *statusCollector) Collect(out chan<- prometheus.Metric) {
 		e.endurance(k)
 	}
 	e.cache(r.GetCache())
+	e.random(r.GetRandom())
 	e.limits(r)
 	e.emit(auditRecords, float64(r.GetAudit().GetSequence()))
 	e.emit(auditRefused, float64(r.GetAudit().GetRefused()))
@@ -134,6 +135,21 @@ func (e emitter) endurance(k *adminv1.KeyStatus) {
 	}
 	e.emit(keySpares, float64(k.GetSpares()), k.GetName())
 	e.emit(keySparesWanted, float64(k.GetSparesWanted()), k.GetName())
+}
+
+// random emits nothing where no backend is configured: nobody expects any of it then.
+func (e emitter) random(r *adminv1.RandomStatus) {
+	if r == nil {
+		return
+	}
+	for _, u := range r.GetUses() {
+		e.emit(randomRequests, float64(u.GetMixed()), u.GetUse(), "true")
+		e.emit(randomRequests, float64(u.GetUnmixed()), u.GetUse(), "false")
+		e.emit(randomBytes, float64(u.GetMixedBytes()), u.GetUse(), "true")
+		e.emit(randomBytes, float64(u.GetUnmixedBytes()), u.GetUse(), "false")
+	}
+	e.emit(randomPool, float64(r.GetPooledBytes()))
+	e.is(randomFailing, r.GetLastError() != "")
 }
 
 func (e emitter) limits(r *adminv1.StatusResponse) {

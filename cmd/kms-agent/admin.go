@@ -210,6 +210,7 @@ func statusTable(t *table, r *adminv1.StatusResponse) {
 		cache.GetEncryptionKeys(), cache.GetDecryptionKeys(), cache.GetMaxEntries(), cache.GetLockedBytes(), cache.GetMemory()))
 	t.row("", fmt.Sprintf("%d hits, %d misses, %d refreshes, %d evictions",
 		cache.GetHits(), cache.GetMisses(), cache.GetRefreshes(), cache.GetEvictions()))
+	randomRows(t, r.GetRandom())
 	limitsRows(t, r)
 	log := r.GetAudit()
 	t.row("audit", fmt.Sprintf("%s, %d records, %d refused", log.GetFile(), log.GetSequence(), log.GetRefused()))
@@ -246,6 +247,19 @@ func keysRows(t *table, r *adminv1.StatusResponse) {
 		if o.GetLastError() != "" {
 			t.row("", "last error: "+o.GetLastError())
 		}
+	}
+}
+
+func randomRows(t *table, r *adminv1.RandomStatus) {
+	if r == nil {
+		return
+	}
+	t.row("random", fmt.Sprintf("of %s mixed with the system's, %d of %d bytes at hand", r.GetBackend(), r.GetPooledBytes(), r.GetPoolSize()))
+	for _, u := range r.GetUses() {
+		t.row("", fmt.Sprintf("%s: %d mixed, %d of the system's alone", u.GetUse(), u.GetMixed(), u.GetUnmixed()))
+	}
+	if r.GetLastError() != "" {
+		t.row("", "last error: "+r.GetLastError())
 	}
 }
 

@@ -22,7 +22,7 @@ const (
 	maxNames = 10000
 )
 
-// backend implements plugins.Backend over one token.
+// backend implements plugins.Backend and plugins.RandomSource over one token.
 type backend struct {
 	token   *hsm.Token
 	counter *hsm.Counter
@@ -49,7 +49,7 @@ func (b *backend) Open(ctx context.Context, raw json.RawMessage) (plugins.Info, 
 		logLine(os.Stderr, "error", "the module hangs; the process ends", map[string]any{"error": b.token.Err().Error()})
 		b.exit(1)
 	}()
-	return plugins.Info{Name: backendName, Version: backendVersion, FIPS140: plugins.FIPS140Module()}, nil
+	return plugins.Info{Name: backendName, Version: backendVersion, FIPS140: plugins.FIPS140Module(), Capabilities: []string{plugins.CapabilityRandom}}, nil
 }
 
 // Wrap wraps under one version of a key on the token.
@@ -99,6 +99,12 @@ func (b *backend) Check(ctx context.Context) (plugins.Health, error) {
 		return plugins.Health{}, classified(err)
 	}
 	return plugins.Health{UpstreamLatency: time.Since(began), Detail: "the token answers"}, nil
+}
+
+// Random gives random of the token's own generator. Whether it has one is not known
+// before it is asked.
+func (b *backend) Random(ctx context.Context, dst []byte) error {
+	return classified(b.token.Random(ctx, dst))
 }
 
 // Close leaves the token.

@@ -118,6 +118,7 @@ func conform(t *testing.T, suite hsm.Suite, open func(t *testing.T, r *rig) plug
 			Key:     plugins.KeyRef{URI: "pkcs11:token=kms;object=orders", Version: "1"},
 			Other:   plugins.KeyRef{URI: "pkcs11:token=kms;object=other", Version: "1"},
 			Missing: "pkcs11:token=kms;object=missing",
+			Random:  true,
 			Disable: func(t *testing.T) {
 				r.must(request{Command: "disable", Key: "orders", Version: 1})
 				time.Sleep(1100 * time.Millisecond) // as long as what was read of the catalogue counts

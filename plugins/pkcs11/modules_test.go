@@ -51,6 +51,7 @@ func conformOn(t *testing.T, k *hsmtest.Token, suite hsm.Suite, open func(t *tes
 			Key:     plugins.KeyRef{URI: uri + orders, Version: "1"},
 			Other:   plugins.KeyRef{URI: uri + other, Version: "1"},
 			Missing: uri + "missing",
+			Random:  true,
 			Disable: func(t *testing.T) {
 				own.must(request{Command: "disable", Key: orders, Version: 1})
 				time.Sleep(1100 * time.Millisecond) // as long as what was read of the catalogue counts

@@ -795,6 +795,9 @@ type StatusResponse struct {
 	Limits []*LimitsStatus `protobuf:"bytes,14,rep,name=limits,proto3" json:"limits,omitempty"`
 	// Why the counts of daily limits cannot be stored; empty when they can.
 	LimitsError string `protobuf:"bytes,15,opt,name=limits_error,json=limitsError,proto3" json:"limits_error,omitempty"`
+	// Random of a backend that is mixed with the system's; absent where none is
+	// configured.
+	Random *RandomStatus `protobuf:"bytes,16,opt,name=random,proto3" json:"random,omitempty"`
 	// The backends that do not answer.
 	Outages       []*Outage `protobuf:"bytes,20,rep,name=outages,proto3" json:"outages,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -936,6 +939,13 @@ func (x *StatusResponse) GetLimitsError() string {
 	return ""
 }
 
+func (x *StatusResponse) GetRandom() *RandomStatus {
+	if x != nil {
+		return x.Random
+	}
+	return nil
+}
+
 func (x *StatusResponse) GetOutages() []*Outage {
 	if x != nil {
 		return x.Outages
@@ -1020,6 +1030,165 @@ func (x *Outage) GetLastError() string {
 	return ""
 }
 
+type RandomStatus struct {
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Backend string                 `protobuf:"bytes,1,opt,name=backend,proto3" json:"backend,omitempty"`
+	// Bytes of the backend's random at hand, and how many there is room for.
+	PooledBytes uint64 `protobuf:"varint,2,opt,name=pooled_bytes,json=pooledBytes,proto3" json:"pooled_bytes,omitempty"`
+	PoolSize    uint64 `protobuf:"varint,3,opt,name=pool_size,json=poolSize,proto3" json:"pool_size,omitempty"`
+	// Why the backend gave none when it was asked last; empty when it did.
+	LastError     string       `protobuf:"bytes,4,opt,name=last_error,json=lastError,proto3" json:"last_error,omitempty"`
+	Uses          []*RandomUse `protobuf:"bytes,5,rep,name=uses,proto3" json:"uses,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RandomStatus) Reset() {
+	*x = RandomStatus{}
+	mi := &file_admin_v1_admin_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RandomStatus) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RandomStatus) ProtoMessage() {}
+
+func (x *RandomStatus) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_v1_admin_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RandomStatus.ProtoReflect.Descriptor instead.
+func (*RandomStatus) Descriptor() ([]byte, []int) {
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *RandomStatus) GetBackend() string {
+	if x != nil {
+		return x.Backend
+	}
+	return ""
+}
+
+func (x *RandomStatus) GetPooledBytes() uint64 {
+	if x != nil {
+		return x.PooledBytes
+	}
+	return 0
+}
+
+func (x *RandomStatus) GetPoolSize() uint64 {
+	if x != nil {
+		return x.PoolSize
+	}
+	return 0
+}
+
+func (x *RandomStatus) GetLastError() string {
+	if x != nil {
+		return x.LastError
+	}
+	return ""
+}
+
+func (x *RandomStatus) GetUses() []*RandomUse {
+	if x != nil {
+		return x.Uses
+	}
+	return nil
+}
+
+// RandomUse counts the random that the agent made for one use while a backend
+// was configured, since the agent started.
+type RandomUse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// "data-key" or "generate-random".
+	Use string `protobuf:"bytes,1,opt,name=use,proto3" json:"use,omitempty"`
+	// With random of the backend mixed in.
+	Mixed      uint64 `protobuf:"varint,2,opt,name=mixed,proto3" json:"mixed,omitempty"`
+	MixedBytes uint64 `protobuf:"varint,3,opt,name=mixed_bytes,json=mixedBytes,proto3" json:"mixed_bytes,omitempty"`
+	// Of the system's random alone.
+	Unmixed       uint64 `protobuf:"varint,4,opt,name=unmixed,proto3" json:"unmixed,omitempty"`
+	UnmixedBytes  uint64 `protobuf:"varint,5,opt,name=unmixed_bytes,json=unmixedBytes,proto3" json:"unmixed_bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RandomUse) Reset() {
+	*x = RandomUse{}
+	mi := &file_admin_v1_admin_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RandomUse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RandomUse) ProtoMessage() {}
+
+func (x *RandomUse) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_v1_admin_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RandomUse.ProtoReflect.Descriptor instead.
+func (*RandomUse) Descriptor() ([]byte, []int) {
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *RandomUse) GetUse() string {
+	if x != nil {
+		return x.Use
+	}
+	return ""
+}
+
+func (x *RandomUse) GetMixed() uint64 {
+	if x != nil {
+		return x.Mixed
+	}
+	return 0
+}
+
+func (x *RandomUse) GetMixedBytes() uint64 {
+	if x != nil {
+		return x.MixedBytes
+	}
+	return 0
+}
+
+func (x *RandomUse) GetUnmixed() uint64 {
+	if x != nil {
+		return x.Unmixed
+	}
+	return 0
+}
+
+func (x *RandomUse) GetUnmixedBytes() uint64 {
+	if x != nil {
+		return x.UnmixedBytes
+	}
+	return 0
+}
+
 type LimitsStatus struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Rule  string                 `protobuf:"bytes,1,opt,name=rule,proto3" json:"rule,omitempty"`
@@ -1035,7 +1204,7 @@ type LimitsStatus struct {
 
 func (x *LimitsStatus) Reset() {
 	*x = LimitsStatus{}
-	mi := &file_admin_v1_admin_proto_msgTypes[17]
+	mi := &file_admin_v1_admin_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1047,7 +1216,7 @@ func (x *LimitsStatus) String() string {
 func (*LimitsStatus) ProtoMessage() {}
 
 func (x *LimitsStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[17]
+	mi := &file_admin_v1_admin_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1060,7 +1229,7 @@ func (x *LimitsStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LimitsStatus.ProtoReflect.Descriptor instead.
 func (*LimitsStatus) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{17}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *LimitsStatus) GetRule() string {
@@ -1105,7 +1274,7 @@ type Configuration struct {
 
 func (x *Configuration) Reset() {
 	*x = Configuration{}
-	mi := &file_admin_v1_admin_proto_msgTypes[18]
+	mi := &file_admin_v1_admin_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1117,7 +1286,7 @@ func (x *Configuration) String() string {
 func (*Configuration) ProtoMessage() {}
 
 func (x *Configuration) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[18]
+	mi := &file_admin_v1_admin_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1130,7 +1299,7 @@ func (x *Configuration) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Configuration.ProtoReflect.Descriptor instead.
 func (*Configuration) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{18}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Configuration) GetFile() string {
@@ -1180,7 +1349,7 @@ type Identity struct {
 
 func (x *Identity) Reset() {
 	*x = Identity{}
-	mi := &file_admin_v1_admin_proto_msgTypes[19]
+	mi := &file_admin_v1_admin_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1192,7 +1361,7 @@ func (x *Identity) String() string {
 func (*Identity) ProtoMessage() {}
 
 func (x *Identity) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[19]
+	mi := &file_admin_v1_admin_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1205,7 +1374,7 @@ func (x *Identity) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Identity.ProtoReflect.Descriptor instead.
 func (*Identity) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{19}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Identity) GetTrustDomain() string {
@@ -1287,7 +1456,7 @@ type BackendStatus struct {
 
 func (x *BackendStatus) Reset() {
 	*x = BackendStatus{}
-	mi := &file_admin_v1_admin_proto_msgTypes[20]
+	mi := &file_admin_v1_admin_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1299,7 +1468,7 @@ func (x *BackendStatus) String() string {
 func (*BackendStatus) ProtoMessage() {}
 
 func (x *BackendStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[20]
+	mi := &file_admin_v1_admin_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1312,7 +1481,7 @@ func (x *BackendStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BackendStatus.ProtoReflect.Descriptor instead.
 func (*BackendStatus) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{20}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *BackendStatus) GetName() string {
@@ -1429,7 +1598,7 @@ type KeyStatus struct {
 
 func (x *KeyStatus) Reset() {
 	*x = KeyStatus{}
-	mi := &file_admin_v1_admin_proto_msgTypes[21]
+	mi := &file_admin_v1_admin_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1441,7 +1610,7 @@ func (x *KeyStatus) String() string {
 func (*KeyStatus) ProtoMessage() {}
 
 func (x *KeyStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[21]
+	mi := &file_admin_v1_admin_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1454,7 +1623,7 @@ func (x *KeyStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeyStatus.ProtoReflect.Descriptor instead.
 func (*KeyStatus) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{21}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *KeyStatus) GetName() string {
@@ -1547,7 +1716,7 @@ type Endurance struct {
 
 func (x *Endurance) Reset() {
 	*x = Endurance{}
-	mi := &file_admin_v1_admin_proto_msgTypes[22]
+	mi := &file_admin_v1_admin_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1559,7 +1728,7 @@ func (x *Endurance) String() string {
 func (*Endurance) ProtoMessage() {}
 
 func (x *Endurance) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[22]
+	mi := &file_admin_v1_admin_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1572,7 +1741,7 @@ func (x *Endurance) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Endurance.ProtoReflect.Descriptor instead.
 func (*Endurance) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{22}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Endurance) GetDown() bool {
@@ -1619,7 +1788,7 @@ type CacheStatus struct {
 
 func (x *CacheStatus) Reset() {
 	*x = CacheStatus{}
-	mi := &file_admin_v1_admin_proto_msgTypes[23]
+	mi := &file_admin_v1_admin_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1631,7 +1800,7 @@ func (x *CacheStatus) String() string {
 func (*CacheStatus) ProtoMessage() {}
 
 func (x *CacheStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[23]
+	mi := &file_admin_v1_admin_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1644,7 +1813,7 @@ func (x *CacheStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CacheStatus.ProtoReflect.Descriptor instead.
 func (*CacheStatus) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{23}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *CacheStatus) GetEncryptionKeys() uint64 {
@@ -1755,7 +1924,7 @@ type AuditStatus struct {
 
 func (x *AuditStatus) Reset() {
 	*x = AuditStatus{}
-	mi := &file_admin_v1_admin_proto_msgTypes[24]
+	mi := &file_admin_v1_admin_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1767,7 +1936,7 @@ func (x *AuditStatus) String() string {
 func (*AuditStatus) ProtoMessage() {}
 
 func (x *AuditStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[24]
+	mi := &file_admin_v1_admin_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1780,7 +1949,7 @@ func (x *AuditStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditStatus.ProtoReflect.Descriptor instead.
 func (*AuditStatus) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{24}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *AuditStatus) GetFile() string {
@@ -1870,7 +2039,7 @@ type AuditSink struct {
 
 func (x *AuditSink) Reset() {
 	*x = AuditSink{}
-	mi := &file_admin_v1_admin_proto_msgTypes[25]
+	mi := &file_admin_v1_admin_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1882,7 +2051,7 @@ func (x *AuditSink) String() string {
 func (*AuditSink) ProtoMessage() {}
 
 func (x *AuditSink) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[25]
+	mi := &file_admin_v1_admin_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1895,7 +2064,7 @@ func (x *AuditSink) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditSink.ProtoReflect.Descriptor instead.
 func (*AuditSink) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{25}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *AuditSink) GetName() string {
@@ -1985,7 +2154,7 @@ const file_admin_v1_admin_proto_rawDesc = "" +
 	"\bduration\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\bduration\"%\n" +
 	"\x0fProfileResponse\x12\x12\n" +
 	"\x04data\x18\x01 \x01(\fR\x04data\"\x0f\n" +
-	"\rStatusRequest\"\xca\x05\n" +
+	"\rStatusRequest\"\x83\x06\n" +
 	"\x0eStatusResponse\x12\x14\n" +
 	"\x05state\x18\x01 \x01(\tR\x05state\x12\x1a\n" +
 	"\bproblems\x18\x02 \x03(\tR\bproblems\x12\x18\n" +
@@ -2002,7 +2171,8 @@ const file_admin_v1_admin_proto_rawDesc = "" +
 	"\x05audit\x18\f \x01(\v2\x1e.kmsagent.admin.v1.AuditStatusR\x05audit\x12\x1c\n" +
 	"\tlisteners\x18\r \x03(\tR\tlisteners\x127\n" +
 	"\x06limits\x18\x0e \x03(\v2\x1f.kmsagent.admin.v1.LimitsStatusR\x06limits\x12!\n" +
-	"\flimits_error\x18\x0f \x01(\tR\vlimitsError\x123\n" +
+	"\flimits_error\x18\x0f \x01(\tR\vlimitsError\x127\n" +
+	"\x06random\x18\x10 \x01(\v2\x1f.kmsagent.admin.v1.RandomStatusR\x06random\x123\n" +
 	"\aoutages\x18\x14 \x03(\v2\x19.kmsagent.admin.v1.OutageR\aoutages\"\xa9\x01\n" +
 	"\x06Outage\x12\x18\n" +
 	"\abackend\x18\x01 \x01(\tR\abackend\x12/\n" +
@@ -2010,7 +2180,21 @@ const file_admin_v1_admin_proto_rawDesc = "" +
 	"\bin_grace\x18\x03 \x01(\x04R\ainGrace\x12\x1a\n" +
 	"\bunserved\x18\x04 \x01(\x04R\bunserved\x12\x1d\n" +
 	"\n" +
-	"last_error\x18\x05 \x01(\tR\tlastError\"\xd8\x01\n" +
+	"last_error\x18\x05 \x01(\tR\tlastError\"\xb9\x01\n" +
+	"\fRandomStatus\x12\x18\n" +
+	"\abackend\x18\x01 \x01(\tR\abackend\x12!\n" +
+	"\fpooled_bytes\x18\x02 \x01(\x04R\vpooledBytes\x12\x1b\n" +
+	"\tpool_size\x18\x03 \x01(\x04R\bpoolSize\x12\x1d\n" +
+	"\n" +
+	"last_error\x18\x04 \x01(\tR\tlastError\x120\n" +
+	"\x04uses\x18\x05 \x03(\v2\x1c.kmsagent.admin.v1.RandomUseR\x04uses\"\x93\x01\n" +
+	"\tRandomUse\x12\x10\n" +
+	"\x03use\x18\x01 \x01(\tR\x03use\x12\x14\n" +
+	"\x05mixed\x18\x02 \x01(\x04R\x05mixed\x12\x1f\n" +
+	"\vmixed_bytes\x18\x03 \x01(\x04R\n" +
+	"mixedBytes\x12\x18\n" +
+	"\aunmixed\x18\x04 \x01(\x04R\aunmixed\x12#\n" +
+	"\runmixed_bytes\x18\x05 \x01(\x04R\funmixedBytes\"\xd8\x01\n" +
 	"\fLimitsStatus\x12\x12\n" +
 	"\x04rule\x18\x01 \x01(\tR\x04rule\x12\x16\n" +
 	"\x06limits\x18\x02 \x01(\tR\x06limits\x12\x18\n" +
@@ -2131,7 +2315,7 @@ func file_admin_v1_admin_proto_rawDescGZIP() []byte {
 	return file_admin_v1_admin_proto_rawDescData
 }
 
-var file_admin_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 27)
+var file_admin_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 29)
 var file_admin_v1_admin_proto_goTypes = []any{
 	(*EvictRequest)(nil),          // 0: kmsagent.admin.v1.EvictRequest
 	(*EvictResponse)(nil),         // 1: kmsagent.admin.v1.EvictResponse
@@ -2150,66 +2334,70 @@ var file_admin_v1_admin_proto_goTypes = []any{
 	(*StatusRequest)(nil),         // 14: kmsagent.admin.v1.StatusRequest
 	(*StatusResponse)(nil),        // 15: kmsagent.admin.v1.StatusResponse
 	(*Outage)(nil),                // 16: kmsagent.admin.v1.Outage
-	(*LimitsStatus)(nil),          // 17: kmsagent.admin.v1.LimitsStatus
-	(*Configuration)(nil),         // 18: kmsagent.admin.v1.Configuration
-	(*Identity)(nil),              // 19: kmsagent.admin.v1.Identity
-	(*BackendStatus)(nil),         // 20: kmsagent.admin.v1.BackendStatus
-	(*KeyStatus)(nil),             // 21: kmsagent.admin.v1.KeyStatus
-	(*Endurance)(nil),             // 22: kmsagent.admin.v1.Endurance
-	(*CacheStatus)(nil),           // 23: kmsagent.admin.v1.CacheStatus
-	(*AuditStatus)(nil),           // 24: kmsagent.admin.v1.AuditStatus
-	(*AuditSink)(nil),             // 25: kmsagent.admin.v1.AuditSink
-	nil,                           // 26: kmsagent.admin.v1.LimitsStatus.RefusedEntry
-	(*durationpb.Duration)(nil),   // 27: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil), // 28: google.protobuf.Timestamp
+	(*RandomStatus)(nil),          // 17: kmsagent.admin.v1.RandomStatus
+	(*RandomUse)(nil),             // 18: kmsagent.admin.v1.RandomUse
+	(*LimitsStatus)(nil),          // 19: kmsagent.admin.v1.LimitsStatus
+	(*Configuration)(nil),         // 20: kmsagent.admin.v1.Configuration
+	(*Identity)(nil),              // 21: kmsagent.admin.v1.Identity
+	(*BackendStatus)(nil),         // 22: kmsagent.admin.v1.BackendStatus
+	(*KeyStatus)(nil),             // 23: kmsagent.admin.v1.KeyStatus
+	(*Endurance)(nil),             // 24: kmsagent.admin.v1.Endurance
+	(*CacheStatus)(nil),           // 25: kmsagent.admin.v1.CacheStatus
+	(*AuditStatus)(nil),           // 26: kmsagent.admin.v1.AuditStatus
+	(*AuditSink)(nil),             // 27: kmsagent.admin.v1.AuditSink
+	nil,                           // 28: kmsagent.admin.v1.LimitsStatus.RefusedEntry
+	(*durationpb.Duration)(nil),   // 29: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil), // 30: google.protobuf.Timestamp
 }
 var file_admin_v1_admin_proto_depIdxs = []int32{
 	4,  // 0: kmsagent.admin.v1.KeysHealthResponse.counts:type_name -> kmsagent.admin.v1.WrapCount
 	5,  // 1: kmsagent.admin.v1.WrapCount.wraps:type_name -> kmsagent.admin.v1.KeyWrap
-	27, // 2: kmsagent.admin.v1.SetLogLevelRequest.for:type_name -> google.protobuf.Duration
-	27, // 3: kmsagent.admin.v1.ProfileRequest.duration:type_name -> google.protobuf.Duration
-	28, // 4: kmsagent.admin.v1.StatusResponse.started:type_name -> google.protobuf.Timestamp
-	18, // 5: kmsagent.admin.v1.StatusResponse.configuration:type_name -> kmsagent.admin.v1.Configuration
-	19, // 6: kmsagent.admin.v1.StatusResponse.identity:type_name -> kmsagent.admin.v1.Identity
-	20, // 7: kmsagent.admin.v1.StatusResponse.backends:type_name -> kmsagent.admin.v1.BackendStatus
-	21, // 8: kmsagent.admin.v1.StatusResponse.keys:type_name -> kmsagent.admin.v1.KeyStatus
-	23, // 9: kmsagent.admin.v1.StatusResponse.cache:type_name -> kmsagent.admin.v1.CacheStatus
-	24, // 10: kmsagent.admin.v1.StatusResponse.audit:type_name -> kmsagent.admin.v1.AuditStatus
-	17, // 11: kmsagent.admin.v1.StatusResponse.limits:type_name -> kmsagent.admin.v1.LimitsStatus
-	16, // 12: kmsagent.admin.v1.StatusResponse.outages:type_name -> kmsagent.admin.v1.Outage
-	27, // 13: kmsagent.admin.v1.Outage.lasts:type_name -> google.protobuf.Duration
-	26, // 14: kmsagent.admin.v1.LimitsStatus.refused:type_name -> kmsagent.admin.v1.LimitsStatus.RefusedEntry
-	28, // 15: kmsagent.admin.v1.Configuration.loaded:type_name -> google.protobuf.Timestamp
-	28, // 16: kmsagent.admin.v1.Identity.expires:type_name -> google.protobuf.Timestamp
-	28, // 17: kmsagent.admin.v1.Identity.updated:type_name -> google.protobuf.Timestamp
-	28, // 18: kmsagent.admin.v1.BackendStatus.since:type_name -> google.protobuf.Timestamp
-	27, // 19: kmsagent.admin.v1.KeyStatus.encrypt_confirmed:type_name -> google.protobuf.Duration
-	27, // 20: kmsagent.admin.v1.KeyStatus.decrypt_confirmed:type_name -> google.protobuf.Duration
-	22, // 21: kmsagent.admin.v1.KeyStatus.encrypt:type_name -> kmsagent.admin.v1.Endurance
-	22, // 22: kmsagent.admin.v1.KeyStatus.decrypt:type_name -> kmsagent.admin.v1.Endurance
-	27, // 23: kmsagent.admin.v1.Endurance.since:type_name -> google.protobuf.Duration
-	27, // 24: kmsagent.admin.v1.Endurance.left:type_name -> google.protobuf.Duration
-	25, // 25: kmsagent.admin.v1.AuditStatus.sinks:type_name -> kmsagent.admin.v1.AuditSink
-	25, // 26: kmsagent.admin.v1.AuditStatus.checkpoints:type_name -> kmsagent.admin.v1.AuditSink
-	14, // 27: kmsagent.admin.v1.Admin.Status:input_type -> kmsagent.admin.v1.StatusRequest
-	0,  // 28: kmsagent.admin.v1.Admin.Evict:input_type -> kmsagent.admin.v1.EvictRequest
-	6,  // 29: kmsagent.admin.v1.Admin.Reload:input_type -> kmsagent.admin.v1.ReloadRequest
-	8,  // 30: kmsagent.admin.v1.Admin.RestartPlugin:input_type -> kmsagent.admin.v1.RestartPluginRequest
-	10, // 31: kmsagent.admin.v1.Admin.SetLogLevel:input_type -> kmsagent.admin.v1.SetLogLevelRequest
-	2,  // 32: kmsagent.admin.v1.Admin.KeysHealth:input_type -> kmsagent.admin.v1.KeysHealthRequest
-	12, // 33: kmsagent.admin.v1.Admin.Profile:input_type -> kmsagent.admin.v1.ProfileRequest
-	15, // 34: kmsagent.admin.v1.Admin.Status:output_type -> kmsagent.admin.v1.StatusResponse
-	1,  // 35: kmsagent.admin.v1.Admin.Evict:output_type -> kmsagent.admin.v1.EvictResponse
-	7,  // 36: kmsagent.admin.v1.Admin.Reload:output_type -> kmsagent.admin.v1.ReloadResponse
-	9,  // 37: kmsagent.admin.v1.Admin.RestartPlugin:output_type -> kmsagent.admin.v1.RestartPluginResponse
-	11, // 38: kmsagent.admin.v1.Admin.SetLogLevel:output_type -> kmsagent.admin.v1.SetLogLevelResponse
-	3,  // 39: kmsagent.admin.v1.Admin.KeysHealth:output_type -> kmsagent.admin.v1.KeysHealthResponse
-	13, // 40: kmsagent.admin.v1.Admin.Profile:output_type -> kmsagent.admin.v1.ProfileResponse
-	34, // [34:41] is the sub-list for method output_type
-	27, // [27:34] is the sub-list for method input_type
-	27, // [27:27] is the sub-list for extension type_name
-	27, // [27:27] is the sub-list for extension extendee
-	0,  // [0:27] is the sub-list for field type_name
+	29, // 2: kmsagent.admin.v1.SetLogLevelRequest.for:type_name -> google.protobuf.Duration
+	29, // 3: kmsagent.admin.v1.ProfileRequest.duration:type_name -> google.protobuf.Duration
+	30, // 4: kmsagent.admin.v1.StatusResponse.started:type_name -> google.protobuf.Timestamp
+	20, // 5: kmsagent.admin.v1.StatusResponse.configuration:type_name -> kmsagent.admin.v1.Configuration
+	21, // 6: kmsagent.admin.v1.StatusResponse.identity:type_name -> kmsagent.admin.v1.Identity
+	22, // 7: kmsagent.admin.v1.StatusResponse.backends:type_name -> kmsagent.admin.v1.BackendStatus
+	23, // 8: kmsagent.admin.v1.StatusResponse.keys:type_name -> kmsagent.admin.v1.KeyStatus
+	25, // 9: kmsagent.admin.v1.StatusResponse.cache:type_name -> kmsagent.admin.v1.CacheStatus
+	26, // 10: kmsagent.admin.v1.StatusResponse.audit:type_name -> kmsagent.admin.v1.AuditStatus
+	19, // 11: kmsagent.admin.v1.StatusResponse.limits:type_name -> kmsagent.admin.v1.LimitsStatus
+	17, // 12: kmsagent.admin.v1.StatusResponse.random:type_name -> kmsagent.admin.v1.RandomStatus
+	16, // 13: kmsagent.admin.v1.StatusResponse.outages:type_name -> kmsagent.admin.v1.Outage
+	29, // 14: kmsagent.admin.v1.Outage.lasts:type_name -> google.protobuf.Duration
+	18, // 15: kmsagent.admin.v1.RandomStatus.uses:type_name -> kmsagent.admin.v1.RandomUse
+	28, // 16: kmsagent.admin.v1.LimitsStatus.refused:type_name -> kmsagent.admin.v1.LimitsStatus.RefusedEntry
+	30, // 17: kmsagent.admin.v1.Configuration.loaded:type_name -> google.protobuf.Timestamp
+	30, // 18: kmsagent.admin.v1.Identity.expires:type_name -> google.protobuf.Timestamp
+	30, // 19: kmsagent.admin.v1.Identity.updated:type_name -> google.protobuf.Timestamp
+	30, // 20: kmsagent.admin.v1.BackendStatus.since:type_name -> google.protobuf.Timestamp
+	29, // 21: kmsagent.admin.v1.KeyStatus.encrypt_confirmed:type_name -> google.protobuf.Duration
+	29, // 22: kmsagent.admin.v1.KeyStatus.decrypt_confirmed:type_name -> google.protobuf.Duration
+	24, // 23: kmsagent.admin.v1.KeyStatus.encrypt:type_name -> kmsagent.admin.v1.Endurance
+	24, // 24: kmsagent.admin.v1.KeyStatus.decrypt:type_name -> kmsagent.admin.v1.Endurance
+	29, // 25: kmsagent.admin.v1.Endurance.since:type_name -> google.protobuf.Duration
+	29, // 26: kmsagent.admin.v1.Endurance.left:type_name -> google.protobuf.Duration
+	27, // 27: kmsagent.admin.v1.AuditStatus.sinks:type_name -> kmsagent.admin.v1.AuditSink
+	27, // 28: kmsagent.admin.v1.AuditStatus.checkpoints:type_name -> kmsagent.admin.v1.AuditSink
+	14, // 29: kmsagent.admin.v1.Admin.Status:input_type -> kmsagent.admin.v1.StatusRequest
+	0,  // 30: kmsagent.admin.v1.Admin.Evict:input_type -> kmsagent.admin.v1.EvictRequest
+	6,  // 31: kmsagent.admin.v1.Admin.Reload:input_type -> kmsagent.admin.v1.ReloadRequest
+	8,  // 32: kmsagent.admin.v1.Admin.RestartPlugin:input_type -> kmsagent.admin.v1.RestartPluginRequest
+	10, // 33: kmsagent.admin.v1.Admin.SetLogLevel:input_type -> kmsagent.admin.v1.SetLogLevelRequest
+	2,  // 34: kmsagent.admin.v1.Admin.KeysHealth:input_type -> kmsagent.admin.v1.KeysHealthRequest
+	12, // 35: kmsagent.admin.v1.Admin.Profile:input_type -> kmsagent.admin.v1.ProfileRequest
+	15, // 36: kmsagent.admin.v1.Admin.Status:output_type -> kmsagent.admin.v1.StatusResponse
+	1,  // 37: kmsagent.admin.v1.Admin.Evict:output_type -> kmsagent.admin.v1.EvictResponse
+	7,  // 38: kmsagent.admin.v1.Admin.Reload:output_type -> kmsagent.admin.v1.ReloadResponse
+	9,  // 39: kmsagent.admin.v1.Admin.RestartPlugin:output_type -> kmsagent.admin.v1.RestartPluginResponse
+	11, // 40: kmsagent.admin.v1.Admin.SetLogLevel:output_type -> kmsagent.admin.v1.SetLogLevelResponse
+	3,  // 41: kmsagent.admin.v1.Admin.KeysHealth:output_type -> kmsagent.admin.v1.KeysHealthResponse
+	13, // 42: kmsagent.admin.v1.Admin.Profile:output_type -> kmsagent.admin.v1.ProfileResponse
+	36, // [36:43] is the sub-list for method output_type
+	29, // [29:36] is the sub-list for method input_type
+	29, // [29:29] is the sub-list for extension type_name
+	29, // [29:29] is the sub-list for extension extendee
+	0,  // [0:29] is the sub-list for field type_name
 }
 
 func init() { file_admin_v1_admin_proto_init() }
@@ -2223,7 +2411,7 @@ func file_admin_v1_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_admin_v1_admin_proto_rawDesc), len(file_admin_v1_admin_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   27,
+			NumMessages:   29,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
