@@ -39,12 +39,14 @@ type Agent struct {
 	quota   *quota.Keeper
 	census  *census.Census // nil where its file cannot be read
 	random  *random.Pool
-	service *kms.Service
-	source  *identity.Source // nil without a Workload API
-	creds   *identity.Credentials
-	metrics *metrics.Metrics
-	tracing *tracing // nil without
-	level   logLevel
+	// prewarmed is what is held ready.
+	prewarmed prewarmer
+	service   *kms.Service
+	source    *identity.Source // nil without a Workload API
+	creds     *identity.Credentials
+	metrics   *metrics.Metrics
+	tracing   *tracing // nil without
+	level     logLevel
 	// descriptors are what the service manager handed to this process.
 	descriptors Descriptors
 	// metricsAddress is where they are read once that is open.
@@ -75,7 +77,7 @@ func New(cfg *Config, path string, logger *zap.Logger) (*Agent, error) {
 	if err != nil {
 		return nil, fmt.Errorf("log level: %w", err)
 	}
-	a := &Agent{path: path, logger: logger, cfg: cfg, started: time.Now(), backends: map[string]*backend{}, ready: func() {}}
+	a := &Agent{path: path, logger: logger, cfg: cfg, started: time.Now(), backends: map[string]*backend{}, ready: func() {}, prewarmed: newPrewarmer()}
 	a.UseLevel(zap.NewAtomicLevelAt(configured))
 	a.metrics = metrics.New(cfg.Metrics.MaxCallers, a.Status)
 	if err := a.buildIdentity(cfg); err != nil {
@@ -224,6 +226,7 @@ func (a *Agent) serve(ctx context.Context) error {
 		upper.Go(func() error { return d.run(ctx) })
 	}
 	upper.Go(func() error { return a.watch(ctx) })
+	upper.Go(func() error { return a.prewarm(ctx) })
 	upper.Go(func() error { return a.tellHealth(ctx, doors) })
 	a.logger.Info("agent ready", zap.String("config", a.path), zap.String("native", cfg.Listen.Native.Socket),
 		zap.Int("keys", len(cfg.Keys)), zap.Int("backends", len(cfg.Backends)))

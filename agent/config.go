@@ -186,7 +186,9 @@ type KeyConfig struct {
 	// something new; 0 is no limit.
 	MaxVersionAge time.Duration  `yaml:"max_version_age"`
 	Cache         KeyCacheConfig `yaml:"cache"`
-	Grace         GraceConfig    `yaml:"grace"`
+	// Prewarm are files, or patterns of their names, whose data keys are held ready.
+	Prewarm []string    `yaml:"prewarm"`
+	Grace   GraceConfig `yaml:"grace"`
 }
 
 // WrapConfig names a wrapping key in a backend.

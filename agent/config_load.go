@@ -155,6 +155,11 @@ func (l *loader) resolvePaths() {
 	for i := range c.PolicyFiles {
 		l.resolve(&c.PolicyFiles[i])
 	}
+	for i := range c.Keys {
+		for j := range c.Keys[i].Prewarm {
+			l.resolve(&c.Keys[i].Prewarm[j])
+		}
+	}
 	for i := range c.Backends {
 		l.resolve(&c.Backends[i].Path)
 		for name, path := range c.Backends[i].EnvFromFiles {

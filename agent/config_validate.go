@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
@@ -175,6 +176,11 @@ func (l *loader) validateKeys() {
 		}
 		l.validateKeyCache(at+".cache", key.Cache)
 		l.validateGrace(at+".grace", key.Grace)
+		for j, pattern := range key.Prewarm {
+			if _, err := filepath.Match(pattern, ""); err != nil || pattern == "" {
+				l.report(fmt.Sprintf("%s.prewarm[%d]", at, j), "must be a file's path, with * ? [] as in a shell where several are meant")
+			}
+		}
 	}
 }
 

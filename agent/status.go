@@ -53,7 +53,10 @@ func (a *Agent) Status() *adminv1.StatusResponse {
 		r.Backends = append(r.Backends, backends[name].status())
 	}
 	for _, h := range a.service.Health() {
-		r.Keys = append(r.Keys, keyStatus(h))
+		k := keyStatus(h)
+		ready, wanted := a.prewarmed.of(h.Name)
+		k.Held, k.HeldWanted = uint32(ready), uint32(wanted)
+		r.Keys = append(r.Keys, k)
 	}
 	r.Outages = a.outageStatus()
 	a.limitsStatus(cfg, r)

@@ -132,7 +132,10 @@ type EncryptRequest struct {
 // DecryptRequest asks for the data key behind an encrypted data key. Its fields
 // are those of EncryptRequest.
 type DecryptRequest struct {
-	Caller    string
+	Caller string
+	// Hold keeps the data key from giving way to others, for as long as it is asked
+	// for again within MaxIdle. Its caller must be "", which is the agent itself.
+	Hold      bool
 	Key       string
 	ID        DecryptID
 	Authority Authority

@@ -74,6 +74,9 @@ func (e *entry) bytesLeft(l Limits) uint64 {
 	return l.MaxBytes - e.bytes
 }
 
+// own is the caller that the agent itself is: what it holds ready.
+const own = ""
+
 // share is what one caller has of the cache.
 type share struct {
 	caller string
@@ -117,7 +120,7 @@ func (c *Cache) coverLocked(e *entry) {
 // the caller itself over its own bound, in a full cache the one that has the
 // most. So nobody can flush another's data keys.
 func (c *Cache) makeRoomLocked(owner *share) {
-	if owner.entries.Len() >= c.cfg.MaxEntriesPerCaller {
+	if owner.caller != own && owner.entries.Len() >= c.cfg.MaxEntriesPerCaller {
 		c.evictOldestLocked(owner)
 	}
 	c.shrinkLocked(owner)
@@ -131,9 +134,13 @@ func (c *Cache) shrinkLocked(owner *share) {
 	}
 	// The newcomer counts what it is about to have: with equal shares it is the
 	// one to give way.
+	// What is held gives way to nothing else.
 	most, has := owner, owner.entries.Len()+1
+	if owner.caller == own {
+		has = 0
+	}
 	for _, s := range c.callers {
-		if n := s.entries.Len(); n > has || most.entries.Len() == 0 && n > 0 {
+		if n := s.entries.Len(); s.caller != own && (n > has || most.entries.Len() == 0 && n > 0) {
 			most, has = s, n
 		}
 	}
@@ -163,9 +170,14 @@ func (c *Cache) handOverLocked(e *entry) bool {
 	if s.entries.Len()+1 >= e.owner.entries.Len() {
 		return false
 	}
+	c.handToLocked(e, s)
+	return true
+}
+
+// handToLocked makes an entry another share's.
+func (c *Cache) handToLocked(e *entry, s *share) {
 	e.owner.entries.Remove(e.element)
 	e.owner, e.element = s, s.entries.PushFront(e)
-	return true
 }
 
 // removeLocked takes an entry out. Its data key is destroyed when it is no

@@ -14,7 +14,9 @@ type request struct {
 	bytes  uint64
 	// reserve: GiveBack will follow.
 	reserve bool
-	fill    Fill
+	// hold: the data key becomes the agent's own.
+	hold bool
+	fill Fill
 	// began is when the cache was asked. notBefore is the time that max_stale
 	// wants the last confirmation not to be before.
 	began, notBefore time.Duration
@@ -57,6 +59,7 @@ func (c *Cache) Encrypt(ctx context.Context, r EncryptRequest) (*Use, error) {
 func (c *Cache) Decrypt(ctx context.Context, r DecryptRequest) (*Use, error) {
 	p := place{Slot: Slot{Key: r.Key, Authority: r.Authority}, id: r.ID}
 	req := newRequest(p, r.Caller, r.Limits, 0, r.Fill, c.cfg.Now(), r.MaxStale, r.Arrived)
+	req.hold = r.Hold
 	return c.get(ctx, &req)
 }
 
@@ -158,7 +161,11 @@ func (c *Cache) serveLocked(r *request, now time.Duration) *Use {
 		c.stats.InGrace++
 		a.reach.upstream.grace++
 	}
-	if e.owner.caller != r.caller {
+	switch {
+	case e.owner.caller == r.caller:
+	case r.hold:
+		c.handToLocked(e, c.shareLocked(r.caller))
+	default:
 		e.other = r.caller
 	}
 	e.owner.entries.MoveToFront(e.element)

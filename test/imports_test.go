@@ -52,7 +52,7 @@ func allowed() map[string][]string {
 		"agent/serve/admin":  {"agent/kms", "agent/serve", "api/admin/v1"},
 		"agent": {
 			"agent/audit", "agent/census", "agent/kms", "agent/metrics", "agent/policy", "agent/quota", "agent/random", "agent/serve", "agent/serve/*", "api/admin/v1", "api/kmsagent/v1",
-			"cache", "identity", "identity/issuer", "plugins", "plugins/host", "plugins/local",
+			"cache", "envelope", "identity", "identity/issuer", "plugins", "plugins/host", "plugins/local",
 		},
 		"client":        {"api/*", "envelope"},
 		"cmd/kms-agent": {"agent", "agent/audit", "agent/kms", "agent/policy", "api/*", "client", "identity", "plugins", "plugins/local"},

@@ -214,7 +214,7 @@ func (t *transaction) decryptionKey(ctx context.Context, k *key, edks sealedKey)
 	t.record.KeyVersion = v.String()
 	began := time.Now()
 	use, err := t.service.cache.Decrypt(t.upstream(ctx), cache.DecryptRequest{
-		Caller: t.call.Caller.ID.String(), Key: k.Name, ID: decryptID(k, known),
+		Caller: t.call.Caller.ID.String(), Hold: t.holds, Key: k.Name, ID: decryptID(k, known),
 		Authority: authority,
 		Limits:    k.limits(cache.Decrypt), MaxStale: t.maxStale, Arrived: t.arrived,
 		Fill: func(ctx context.Context) (cache.Material, error) {

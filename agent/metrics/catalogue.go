@@ -58,6 +58,8 @@ const (
 	keyEndurance     = "kms_agent_key_endurance_seconds"
 	keyDown          = "kms_agent_key_upstream_down"
 	keySpares        = "kms_agent_key_spares"
+	keyHeld          = "kms_agent_key_held"
+	keyHeldWanted    = "kms_agent_key_held_wanted"
 	keySparesWanted  = "kms_agent_key_spares_wanted"
 	cacheInGrace     = "kms_agent_cache_served_in_grace_total"
 	cacheUnserved    = "kms_agent_cache_not_served_total"
@@ -126,6 +128,8 @@ func statusMetrics() []Metric {
 		{keyDown, Gauge, []string{"key", "direction"}, "1 while the backend does not answer for a key."},
 		{keySpares, Gauge, []string{"key"}, "Data keys that stand ready for when the present ones are used up."},
 		{keySparesWanted, Gauge, []string{"key"}, "How many should."},
+		{keyHeld, Gauge, []string{"key"}, "Data keys that are held ready for decryption."},
+		{keyHeldWanted, Gauge, []string{"key"}, "How many prewarm names."},
 		{keyProblem, Gauge, []string{"key"}, "1 while something is wrong with a key; kms-agent status says what."},
 		{cacheEntries, Gauge, []string{"direction"}, "Data keys in protected memory, by direction: encrypt, decrypt."},
 		{cacheCapacity, Gauge, nil, "How many data keys fit: cache.max_entries."},

@@ -135,6 +135,8 @@ func (e emitter) endurance(k *adminv1.KeyStatus) {
 	}
 	e.emit(keySpares, float64(k.GetSpares()), k.GetName())
 	e.emit(keySparesWanted, float64(k.GetSparesWanted()), k.GetName())
+	e.emit(keyHeld, float64(k.GetHeld()), k.GetName())
+	e.emit(keyHeldWanted, float64(k.GetHeldWanted()), k.GetName())
 }
 
 // random emits nothing where no backend is configured: nobody expects any of it then.

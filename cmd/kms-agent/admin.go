@@ -324,6 +324,9 @@ func enduranceLine(k *adminv1.KeyStatus) string {
 	if k.GetSparesWanted() > 0 {
 		parts = append(parts, fmt.Sprintf("%d of %d spares", k.GetSpares(), k.GetSparesWanted()))
 	}
+	if k.GetHeldWanted() > 0 {
+		parts = append(parts, fmt.Sprintf("%d of %d data keys held", k.GetHeld(), k.GetHeldWanted()))
+	}
 	for _, direction := range []struct {
 		name      string
 		confirmed bool

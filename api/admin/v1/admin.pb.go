@@ -1590,8 +1590,11 @@ type KeyStatus struct {
 	Decrypt *Endurance `protobuf:"bytes,9,opt,name=decrypt,proto3" json:"decrypt,omitempty"`
 	// Data keys that are ready for the time when the present ones are used up, and
 	// how many there should be.
-	Spares        uint32 `protobuf:"varint,10,opt,name=spares,proto3" json:"spares,omitempty"`
-	SparesWanted  uint32 `protobuf:"varint,11,opt,name=spares_wanted,json=sparesWanted,proto3" json:"spares_wanted,omitempty"`
+	Spares       uint32 `protobuf:"varint,10,opt,name=spares,proto3" json:"spares,omitempty"`
+	SparesWanted uint32 `protobuf:"varint,11,opt,name=spares_wanted,json=sparesWanted,proto3" json:"spares_wanted,omitempty"`
+	// Data keys that are held ready for decryption, of those that prewarm names.
+	Held          uint32 `protobuf:"varint,12,opt,name=held,proto3" json:"held,omitempty"`
+	HeldWanted    uint32 `protobuf:"varint,13,opt,name=held_wanted,json=heldWanted,proto3" json:"held_wanted,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1699,6 +1702,20 @@ func (x *KeyStatus) GetSpares() uint32 {
 func (x *KeyStatus) GetSparesWanted() uint32 {
 	if x != nil {
 		return x.SparesWanted
+	}
+	return 0
+}
+
+func (x *KeyStatus) GetHeld() uint32 {
+	if x != nil {
+		return x.Held
+	}
+	return 0
+}
+
+func (x *KeyStatus) GetHeldWanted() uint32 {
+	if x != nil {
+		return x.HeldWanted
 	}
 	return 0
 }
@@ -2236,7 +2253,7 @@ const file_admin_v1_admin_proto_rawDesc = "" +
 	" \x01(\tR\rpluginVersion\x12\x18\n" +
 	"\afips140\x18\v \x01(\tR\afips140\x12\x16\n" +
 	"\x06sha256\x18\f \x01(\tR\x06sha256\x12\x1a\n" +
-	"\bconfined\x18\r \x01(\bR\bconfined\"\xdc\x03\n" +
+	"\bconfined\x18\r \x01(\bR\bconfined\"\x91\x04\n" +
 	"\tKeyStatus\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
 	"\abackend\x18\x02 \x01(\tR\abackend\x12!\n" +
@@ -2249,7 +2266,10 @@ const file_admin_v1_admin_proto_rawDesc = "" +
 	"\adecrypt\x18\t \x01(\v2\x1c.kmsagent.admin.v1.EnduranceR\adecrypt\x12\x16\n" +
 	"\x06spares\x18\n" +
 	" \x01(\rR\x06spares\x12#\n" +
-	"\rspares_wanted\x18\v \x01(\rR\fsparesWanted\"\x7f\n" +
+	"\rspares_wanted\x18\v \x01(\rR\fsparesWanted\x12\x12\n" +
+	"\x04held\x18\f \x01(\rR\x04held\x12\x1f\n" +
+	"\vheld_wanted\x18\r \x01(\rR\n" +
+	"heldWanted\"\x7f\n" +
 	"\tEndurance\x12\x12\n" +
 	"\x04down\x18\x01 \x01(\bR\x04down\x12/\n" +
 	"\x05since\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\x05since\x12-\n" +
