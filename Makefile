@@ -14,7 +14,7 @@ COUNT    ?= 5
 EXAMPLES := examples/rows
 each_example = set -e; for dir in $(EXAMPLES); do (cd $$dir && $(1)); done
 
-.PHONY: build build-fips build-hsm quickstart quickstart-hsm test test-fips test-hsm-all race lint generate generate-check fmt-check vet tidy-check check fuzz soak bench interop deps clean help
+.PHONY: build build-fips build-hsm drill quickstart quickstart-hsm test test-fips test-hsm-all race lint generate generate-check fmt-check vet tidy-check check fuzz soak bench interop deps clean help
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -30,6 +30,9 @@ build-hsm: build ## build bin/kms-agent-pkcs11, the backend for HSMs; needs a C 
 
 quickstart-hsm: build-hsm deps ## see it work with an HSM: SoftHSM, in a private directory
 	@scripts/quickstart-hsm
+
+drill: build ## see what an outage and a revocation look like, on a key of its own
+	@scripts/drill
 
 quickstart: build ## see it work: encrypt, decrypt, a refusal, the audit trail
 	@scripts/quickstart

@@ -18,9 +18,12 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kms-agent/kms-agent/agent/audit"
+	"github.com/kms-agent/kms-agent/agent/census"
 	"github.com/kms-agent/kms-agent/agent/kms"
 	"github.com/kms-agent/kms-agent/agent/metrics"
 	"github.com/kms-agent/kms-agent/agent/quota"
+	"github.com/kms-agent/kms-agent/agent/random"
+	"github.com/kms-agent/kms-agent/cache"
 	"github.com/kms-agent/kms-agent/identity"
 )
 
@@ -34,12 +37,18 @@ type Agent struct {
 	started time.Time
 	audit   *audit.Log
 	quota   *quota.Keeper
-	service *kms.Service
-	source  *identity.Source // nil without a Workload API
-	creds   *identity.Credentials
-	metrics *metrics.Metrics
-	tracing *tracing // nil without
-	level   logLevel
+	census  *census.Census // nil where its file cannot be read
+	random  *random.Pool
+	// prewarmed is what is held ready.
+	prewarmed prewarmer
+	service   *kms.Service
+	source    *identity.Source // nil without a Workload API
+	creds     *identity.Credentials
+	metrics   *metrics.Metrics
+	tracing   *tracing // nil without
+	level     logLevel
+	// descriptors are what the service manager handed to this process.
+	descriptors Descriptors
 	// metricsAddress is where they are read once that is open.
 	metricsAddress atomic.Pointer[string]
 
@@ -68,7 +77,7 @@ func New(cfg *Config, path string, logger *zap.Logger) (*Agent, error) {
 	if err != nil {
 		return nil, fmt.Errorf("log level: %w", err)
 	}
-	a := &Agent{path: path, logger: logger, cfg: cfg, started: time.Now(), backends: map[string]*backend{}, ready: func() {}}
+	a := &Agent{path: path, logger: logger, cfg: cfg, started: time.Now(), backends: map[string]*backend{}, ready: func() {}, prewarmed: newPrewarmer()}
 	a.UseLevel(zap.NewAtomicLevelAt(configured))
 	a.metrics = metrics.New(cfg.Metrics.MaxCallers, a.Status)
 	if err := a.buildIdentity(cfg); err != nil {
@@ -86,9 +95,14 @@ func New(cfg *Config, path string, logger *zap.Logger) (*Agent, error) {
 	if a.quota, err = quota.Open(cfg.StateDir, bootTime, time.Now); err != nil {
 		return nil, errors.Join(err, log.Close())
 	}
+	if a.census, err = census.Open(cfg.StateDir, time.Now); err != nil {
+		logger.Warn("messages are not counted by their wraps", zap.Error(err))
+		a.census = nil
+	}
+	a.random = random.New(a.randomChanged)
 	a.service, err = kms.New(kms.Options{
-		Audit: log, Quota: a.quota, MaxEntries: cfg.Cache.MaxEntries, Now: bootTime, ConfirmTimeout: confirmTimeout, Alarm: a.alarm,
-		Observe: a.operationEnded,
+		Audit: log, Quota: a.quota, Census: a.census, Random: a.random, MaxEntries: cfg.Cache.MaxEntries, Now: bootTime, ConfirmTimeout: confirmTimeout, Alarm: a.alarm,
+		Observe: a.operationEnded, Outage: a.outage,
 	})
 	if err != nil {
 		return nil, errors.Join(err, log.Close())
@@ -133,6 +147,23 @@ func (a *Agent) alarm(message string, err error, backend, wrappingKey string) {
 	a.logger.Error(message, zap.String("backend", backend), zap.String("wrapping_key", wrappingKey), zap.Error(err))
 }
 
+// UseDescriptors sets what backends may be handed. Call it before Run.
+func (a *Agent) UseDescriptors(d Descriptors) { a.descriptors = d }
+
+// outage writes one line when an outage begins and one when it is over, with what it
+// has cost.
+func (a *Agent) outage(o cache.Outage) {
+	fields := []zap.Field{
+		zap.String("backend", o.Backend), zap.Duration("lasts", o.Lasts.Round(time.Second)),
+		zap.Uint64("served_in_grace", o.Grace), zap.Uint64("not_served", o.Refused), zap.Error(o.Err),
+	}
+	if o.Over {
+		a.logger.Info("outage of a backend is over", fields...)
+		return
+	}
+	a.logger.Warn("backend does not answer: keys serve within their grace", fields...)
+}
+
 // OnReady sets what is called once, when every door is open. Call it before Run.
 func (a *Agent) OnReady(f func()) { a.ready = f }
 
@@ -142,14 +173,18 @@ func (a *Agent) Run(ctx context.Context) error {
 	below, stopBelow := context.WithCancel(context.WithoutCancel(ctx))
 	var lower errgroup.Group
 	lower.Go(func() error { return a.service.Run(below) })
+	if a.census != nil {
+		lower.Go(func() error { return a.census.Run(below) })
+	}
 	if a.source != nil {
 		lower.Go(func() error { return a.source.Run(below) })
 	}
 	err := a.serve(ctx)
 	a.service.Close()
 	stopBelow()
+	a.random.Close()
 	a.stopBackends()
-	err = errors.Join(err, ignoreEnd(lower.Wait()), a.quota.Close(), a.audit.Close())
+	err = errors.Join(err, ignoreEnd(lower.Wait()), a.census.Save(), a.quota.Close(), a.audit.Close())
 	a.tracing.close()
 	a.level.close()
 	a.logger.Info("agent stopped", zap.Error(err))
@@ -191,6 +226,7 @@ func (a *Agent) serve(ctx context.Context) error {
 		upper.Go(func() error { return d.run(ctx) })
 	}
 	upper.Go(func() error { return a.watch(ctx) })
+	upper.Go(func() error { return a.prewarm(ctx) })
 	upper.Go(func() error { return a.tellHealth(ctx, doors) })
 	a.logger.Info("agent ready", zap.String("config", a.path), zap.String("native", cfg.Listen.Native.Socket),
 		zap.Int("keys", len(cfg.Keys)), zap.Int("backends", len(cfg.Backends)))

@@ -37,7 +37,12 @@ type backend struct {
 
 // startBackend starts a plugin process and goes on supervising it.
 func (a *Agent) startBackend(cfg BackendConfig, env []string) (*backend, error) {
-	s, err := host.New(a.hostConfig(cfg, env))
+	hc := a.hostConfig(cfg, env)
+	var err error
+	if hc.Descriptors, err = a.descriptors.named(cfg.Descriptors); err != nil {
+		return nil, fmt.Errorf("backend %q: %w", cfg.Name, err)
+	}
+	s, err := host.New(hc)
 	if err != nil {
 		return nil, fmt.Errorf("backend %q: %w", cfg.Name, err)
 	}
@@ -68,6 +73,11 @@ func (a *Agent) hostConfig(cfg BackendConfig, env []string) host.Config {
 	}
 	hc.Breaker = host.Breaker{
 		Failures: cfg.Breaker.Failures, Rate: float64(cfg.Breaker.FailureRate), Slow: cfg.Breaker.Slow, MaxWait: cfg.Breaker.MaxWait,
+	}
+	hc.OnState = func(s host.Status) {
+		if s.State == host.Up {
+			a.service.Reached(s.Name)
+		}
 	}
 	hc.Confine, hc.Access = host.Confinement(cfg.Confine), cfg.Access.access()
 	if dir, ok := os.LookupEnv("CREDENTIALS_DIRECTORY"); ok {
@@ -102,17 +112,24 @@ func pluginDebug(own string) string {
 	return own + "," + noSignals
 }
 
-// PluginEnv is the whole environment of a backend's plugin. systemd's credentials
-// are passed on: they are how a plugin is given its own secrets. So is GODEBUG: a
-// FIPS 140-3 mode is for the agent as a whole (see pluginDebug).
+// PluginEnv is the whole environment of a backend's plugin, whose directory for its
+// state it makes.
 func (c *Config) PluginEnv(cfg BackendConfig) ([]string, error) {
-	env := make([]string, 0, len(cfg.Env)+len(cfg.EnvFromFiles)+1)
 	if cfg.Path != "" {
-		dir := c.PluginState(cfg.Name)
-		if err := os.MkdirAll(dir, stateMode); err != nil {
+		if err := os.MkdirAll(c.PluginState(cfg.Name), stateMode); err != nil {
 			return nil, fmt.Errorf("the plugin's directory for its state: %w", err)
 		}
-		env = append(env, plugins.StateVariable+"="+dir)
+	}
+	return c.PluginVariables(cfg)
+}
+
+// PluginVariables are what PluginEnv returns. systemd's credentials are passed on: they
+// are how a plugin is given its own secrets. So is GODEBUG: a FIPS 140-3 mode is for the
+// agent as a whole (see pluginDebug).
+func (c *Config) PluginVariables(cfg BackendConfig) ([]string, error) {
+	env := make([]string, 0, len(cfg.Env)+len(cfg.EnvFromFiles)+3)
+	if cfg.Path != "" {
+		env = append(env, plugins.StateVariable+"="+c.PluginState(cfg.Name))
 	}
 	if value, ok := os.LookupEnv("CREDENTIALS_DIRECTORY"); ok {
 		env = append(env, "CREDENTIALS_DIRECTORY="+value)
@@ -203,13 +220,13 @@ func (a *Agent) takesOver(next *Config, name string) bool {
 	if a.backends[name].runs() {
 		return true
 	}
-	before := map[string]string{}
+	before := map[string][]WrapConfig{}
 	for _, k := range a.cfg.Keys {
-		before[k.Name] = k.Backend
+		before[k.Name] = k.wraps()
 	}
 	return slices.ContainsFunc(next.Keys, func(k KeyConfig) bool {
-		return k.Backend == name && slices.ContainsFunc(append([]string{k.Name}, k.FormerNames...), func(key string) bool {
-			return a.backends[before[key]].runs()
+		return k.in(name) && slices.ContainsFunc(append([]string{k.Name}, k.FormerNames...), func(key string) bool {
+			return slices.ContainsFunc(before[key], func(w WrapConfig) bool { return a.backends[w.Backend].runs() })
 		})
 	})
 }

@@ -94,15 +94,24 @@ func serviceConfig(cfg *Config, backends map[string]*backend) kms.Config {
 	for _, k := range cfg.Keys {
 		c.Keys = append(c.Keys, kms.Key{
 			Name: k.Name, FormerNames: k.FormerNames, Labels: k.Labels,
-			Backend: k.Backend, WrappingKey: k.WrappingKey, BindContext: k.BindContext, MaxVersionAge: k.MaxVersionAge,
+			Wraps: wraps(k), MinWraps: k.MinWraps, BindContext: k.BindContext, MaxVersionAge: k.MaxVersionAge,
 			Partition: kms.Partition(k.Cache.Partition),
 			Limits: cache.Limits{
 				MaxAge: k.Cache.MaxAge, MaxLifetime: k.Cache.MaxLifetime, MaxIdle: k.Cache.MaxIdle,
-				MaxMessages: k.Cache.MaxMessages, MaxBytes: uint64(k.Cache.MaxBytes),
+				MaxMessages: k.Cache.MaxMessages, MaxBytes: uint64(k.Cache.MaxBytes), Spares: k.Cache.Spares,
 			},
+			Grace: kms.Grace{Encrypt: k.Grace.Encrypt, Decrypt: k.Grace.Decrypt},
 		})
 	}
 	return c
+}
+
+func wraps(k KeyConfig) []kms.Wrap {
+	var all []kms.Wrap
+	for _, w := range k.wraps() {
+		all = append(all, kms.Wrap{Backend: w.Backend, WrappingKey: w.WrappingKey})
+	}
+	return all
 }
 
 // applyLocked puts a configuration to use: build, switch, close old. What did
@@ -114,12 +123,11 @@ func (a *Agent) applyLocked(ctx context.Context, cfg *Config) error {
 		return err
 	}
 	old := a.backends
-	err = a.creds.SetStaticPeers(staticPeers(cfg))
-	if err == nil {
-		err = a.service.Apply(serviceConfig(cfg, next))
+	if err = a.refuseRandom(cfg, next); err == nil {
+		err = a.use(cfg, next)
 	}
 	if err != nil {
-		err = errors.Join(err, a.creds.SetStaticPeers(staticPeers(a.cfg)))
+		err = errors.Join(err, a.creds.SetStaticPeers(staticPeers(a.cfg)), a.useRandom(a.cfg, old))
 		for name, b := range next {
 			if old[name] != b {
 				b.stop()
@@ -146,6 +154,17 @@ func (a *Agent) applyLocked(ctx context.Context, cfg *Config) error {
 		}
 	}
 	return nil
+}
+
+// use switches to a configuration. On an error a part of it may be in use.
+func (a *Agent) use(cfg *Config, backends map[string]*backend) error {
+	if err := a.creds.SetStaticPeers(staticPeers(cfg)); err != nil {
+		return err
+	}
+	if err := a.useRandom(cfg, backends); err != nil {
+		return err
+	}
+	return a.service.Apply(serviceConfig(cfg, backends))
 }
 
 // eventConfiguration is on the audit record whenever a configuration has been

@@ -25,6 +25,19 @@ type Check struct {
 	Faults Faults
 	// Warnings do not, but something will not work, or is not as safe as meant.
 	Warnings Faults
+
+	places map[string]location
+}
+
+// Add adds a fault, or a warning, that somebody else found at a path.
+func (c *Check) Add(warning bool, path, message string) {
+	to := &c.Faults
+	if warning {
+		to = &c.Warnings
+	}
+	d := &document{file: c.Config.files[0], places: c.places}
+	d.report(path, "%s", message)
+	*to = append(*to, d.faults...).sorted()
 }
 
 // CheckConfig checks a configuration as ParseConfig does and, where that finds
@@ -40,10 +53,11 @@ func CheckConfig(name string, data []byte, elsewhere bool) Check {
 		return Check{Faults: faults}
 	}
 	h := &hostCheck{cfg: l.cfg, faults: l.main, warnings: &document{file: name, places: l.main.places}}
+	h.grace()
 	if !elsewhere {
 		h.run()
 	}
-	return Check{Config: l.cfg, Faults: h.faults.faults.sorted(), Warnings: h.warnings.faults.sorted()}
+	return Check{Config: l.cfg, Faults: h.faults.faults.sorted(), Warnings: h.warnings.faults.sorted(), places: l.main.places}
 }
 
 // hostCheck looks at what a configuration without faults names on this host.
@@ -69,6 +83,19 @@ func (h *hostCheck) run() {
 	h.initialKey()
 	for i := range h.cfg.Backends {
 		h.backend(fmt.Sprintf("backends[%d]", i), &h.cfg.Backends[i])
+	}
+}
+
+// grace warns of limits that end in the midst of an outage what its grace promises.
+func (h *hostCheck) grace() {
+	for i, k := range h.cfg.Keys {
+		at := fmt.Sprintf("keys[%d].", i)
+		if k.Cache.MaxIdle < max(k.Grace.Encrypt, k.Grace.Decrypt) {
+			h.warn(at+"cache.max_idle", "is shorter than the key's grace: data keys that are not in use are dropped before an outage that they could outlive; make it longer")
+		}
+		if k.Grace.Encrypt > 0 && k.Cache.Spares == 0 {
+			h.warn(at+"grace.encrypt", "without cache.spares nothing is encrypted any more when the data key reaches a limit in an outage; set cache.spares to 1 or more")
+		}
 	}
 }
 

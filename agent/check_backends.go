@@ -57,7 +57,8 @@ func (h *hostCheck) backend(at string, b *BackendConfig) {
 	}
 }
 
-// reach warns of files in a confined plugin's settings that it will not reach.
+// reach warns of files in a confined plugin's settings and environment that it will
+// not reach.
 func (h *hostCheck) reach(at string, b *BackendConfig) {
 	var settings map[string]any
 	if b.Confine == Confinement(host.ConfineNever) || json.Unmarshal(b.Settings, &settings) != nil {
@@ -65,18 +66,29 @@ func (h *hostCheck) reach(at string, b *BackendConfig) {
 	}
 	named := slices.Concat(b.Access.Read, b.Access.Write)
 	for _, setting := range slices.Sorted(maps.Keys(settings)) {
-		path, ok := settings[setting].(string)
-		if !ok || !filepath.IsAbs(path) || host.ReachesBySystem(path) {
-			continue
+		if path, ok := settings[setting].(string); ok {
+			h.reaches(at+".settings."+setting, path, named)
 		}
-		info, err := os.Stat(path)
-		switch {
-		case slices.Contains(named, path) && err == nil && !info.IsDir():
-			h.warn(at+".settings."+setting, "access names the file %s alone: once it is replaced, as editors and Kubernetes do, it is out of the running plugin's reach; "+
-				"put it into a directory of its own and name that", path)
-		case !slices.ContainsFunc(named, func(dir string) bool { return path == dir || strings.HasPrefix(path, strings.TrimSuffix(dir, "/")+"/") }):
-			h.warn(at+".settings."+setting, "%s is out of the confined plugin's reach; name its directory in access.read", path)
+	}
+	for _, variable := range slices.Sorted(maps.Keys(b.Env)) {
+		if _, err := os.Stat(b.Env[variable]); err == nil { // else it may be no path at all
+			h.reaches(join(at+".env", variable), b.Env[variable], named)
 		}
+	}
+}
+
+// reaches warns where a path is not, or not for long, in what access names.
+func (h *hostCheck) reaches(at, path string, named []string) {
+	if !filepath.IsAbs(path) || host.ReachesBySystem(path) {
+		return
+	}
+	info, err := os.Stat(path)
+	switch {
+	case slices.Contains(named, path) && err == nil && !info.IsDir():
+		h.warn(at, "access names the file %s alone: once it is replaced, as editors and Kubernetes do, it is out of the running plugin's reach; "+
+			"put it into a directory of its own and name that", path)
+	case !slices.ContainsFunc(named, func(dir string) bool { return path == dir || strings.HasPrefix(path, strings.TrimSuffix(dir, "/")+"/") }):
+		h.warn(at, "%s is out of the confined plugin's reach; name its directory in access.read", path)
 	}
 }
 
@@ -155,19 +167,20 @@ func (h *hostCheck) keystore(at string, b *BackendConfig) {
 }
 
 func (h *hostCheck) wrappingKeys(backend string, ks *local.Keystore) {
-	for i, key := range h.cfg.Keys {
-		if key.Backend != backend {
-			continue
+	for place, wrap := range h.cfg.Wraps() {
+		if wrap.Backend == backend {
+			h.wrappingKey(place+".wrapping_key", strings.TrimPrefix(wrap.WrappingKey, local.Scheme), ks)
 		}
-		at := fmt.Sprintf("keys[%d].wrapping_key", i)
-		name := strings.TrimPrefix(key.WrappingKey, local.Scheme)
-		info, err := ks.Key(name)
-		if err != nil {
-			h.warn(at, "%v; kms-agent keys local create %s --config %s makes it", err, name, h.cfg.files[0])
-			continue
-		}
-		if newest := info.Versions[len(info.Versions)-1]; newest.State != local.Enabled {
-			h.warn(at, "its newest version, %s, is %v: nothing can be encrypted; enable it, or rotate the key", newest.Version, newest.State)
-		}
+	}
+}
+
+func (h *hostCheck) wrappingKey(at, name string, ks *local.Keystore) {
+	info, err := ks.Key(name)
+	if err != nil {
+		h.warn(at, "%v; kms-agent keys local create %s --config %s makes it", err, name, h.cfg.files[0])
+		return
+	}
+	if newest := info.Versions[len(info.Versions)-1]; newest.State != local.Enabled {
+		h.warn(at, "its newest version, %s, is %v: nothing can be encrypted; enable it, or rotate the key", newest.Version, newest.State)
 	}
 }

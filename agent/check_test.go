@@ -132,6 +132,7 @@ func TestCheckConfigOfAHostThatLacks(t *testing.T) {
 		{name: "token for all", spoil: mode("token", 0o644), warning: "backends[1].env_from_files.ACCESS: everybody has access to DIR/token"},
 		{name: "nothing to read", spoil: remove("vendor.conf"), warning: "backends[1].access.read[0]: DIR/vendor.conf does not exist"},
 		{name: "settings out of reach", config: "module: /usr/lib|module: DIR/lib", warning: "backends[1].settings.module: DIR/lib/module.so is out of the confined plugin's reach; name its directory in access.read"},
+		{name: "environment out of reach", config: "    env_from_files|    env: { VENDOR_CONF: DIR/token, LIST: /a:/b, NONE: /not/there }\n    env_from_files", warning: "backends[1].env.VENDOR_CONF: DIR/token is out of the confined plugin's reach; name its directory in access.read"},
 		{name: "settings without confinement", config: "module: /usr/lib/module.so|module: /opt/module.so }\n    confine: off #"},
 		{name: "a file that may be replaced", config: "conf: DIR/vendor/conf|conf: DIR/vendor.conf", warning: "backends[1].settings.conf: access names the file DIR/vendor.conf alone"},
 		{name: "no Workload API", spoil: remove("api.sock"), warning: ":6:17: identity.workload_api: DIR/api.sock is not there"},

@@ -2,6 +2,8 @@ package agent
 
 import (
 	"hash"
+	"iter"
+	"slices"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -44,6 +46,7 @@ type Config struct {
 	Audit  AuditConfig                   `yaml:"audit"`
 	Limits LimitsConfig                  `yaml:"limits"`
 	Cache  CacheConfig                   `yaml:"cache"`
+	Random RandomConfig                  `yaml:"random"`
 	Log    LogConfig                     `yaml:"log"`
 
 	Metrics MetricsConfig `yaml:"metrics"`
@@ -149,6 +152,9 @@ type BackendConfig struct {
 	Env map[string]string `yaml:"env"`
 	// EnvFromFiles are variables that take the content of a file.
 	EnvFromFiles map[string]string `yaml:"env_from_files"`
+	// Descriptors are the names of those that the plugin is handed, of what the agent
+	// itself was by its service manager.
+	Descriptors []string `yaml:"descriptors"`
 
 	CallTimeout   time.Duration `yaml:"call_timeout"`
 	StartTimeout  time.Duration `yaml:"start_timeout"`
@@ -185,15 +191,59 @@ type KeyConfig struct {
 	Backend     string            `yaml:"backend"`
 	// WrappingKey is the URI inside Backend. It belongs to no other key.
 	WrappingKey string `yaml:"wrapping_key"`
+	// MoreWraps are further backends, each of which wraps every data key too.
+	MoreWraps []WrapConfig `yaml:"more_wraps"`
+	// MinWraps is how many of all must wrap a new data key.
+	MinWraps int `yaml:"min_wraps"`
 	// BindContext makes the wrapping key bind the encryption context.
 	BindContext bool `yaml:"bind_context"`
 	// MaxVersionAge is how old a version of the wrapping key may be that encrypts
 	// something new; 0 is no limit.
 	MaxVersionAge time.Duration  `yaml:"max_version_age"`
 	Cache         KeyCacheConfig `yaml:"cache"`
+	// Prewarm are files, or patterns of their names, whose data keys are held ready.
+	Prewarm []string    `yaml:"prewarm"`
+	Grace   GraceConfig `yaml:"grace"`
 }
 
-// KeyCacheConfig bounds the data keys of one key. No field is zero.
+// WrapConfig names a wrapping key in a backend.
+type WrapConfig struct {
+	Backend     string `yaml:"backend"`
+	WrappingKey string `yaml:"wrapping_key"`
+}
+
+// wraps are all the wrapping keys of the key.
+func (k *KeyConfig) wraps() []WrapConfig {
+	return append([]WrapConfig{{k.Backend, k.WrappingKey}}, k.MoreWraps...)
+}
+
+// Wraps gives all wrapping keys of the configuration with the places where they
+// stand, such as "keys[0].more_wraps[1]".
+func (c *Config) Wraps() iter.Seq2[string, WrapConfig] {
+	return func(yield func(string, WrapConfig) bool) {
+		for i := range c.Keys {
+			for j, wrap := range c.Keys[i].wraps() {
+				if !yield(placeOfWrap(i, j), wrap) {
+					return
+				}
+			}
+		}
+	}
+}
+
+// in tells whether the key has a wrapping key in a backend.
+func (k *KeyConfig) in(backend string) bool {
+	return slices.ContainsFunc(k.wraps(), func(w WrapConfig) bool { return w.Backend == backend })
+}
+
+// GraceConfig is how long an outage upstream may last, from its first failed call,
+// before a key is of no use any more; 0 is none.
+type GraceConfig struct {
+	Encrypt time.Duration `yaml:"encrypt"`
+	Decrypt time.Duration `yaml:"decrypt"`
+}
+
+// KeyCacheConfig bounds the data keys of one key. No field but Spares is zero.
 type KeyCacheConfig struct {
 	// MaxAge of an upstream confirmation: the revocation window.
 	MaxAge time.Duration `yaml:"max_age"`
@@ -206,6 +256,8 @@ type KeyCacheConfig struct {
 	MaxBytes    Size   `yaml:"max_bytes"`
 	// Partition says who shares an encryption data key.
 	Partition Partition `yaml:"partition"`
+	// Spares is how many encryption data keys of each partition stand ready.
+	Spares int `yaml:"spares"`
 }
 
 // LimitsConfig bounds what callers may ask of the agent. No field is zero.
@@ -230,6 +282,12 @@ type LimitsConfig struct {
 type CacheConfig struct {
 	// MaxEntries of both directions together.
 	MaxEntries int `yaml:"max_entries"`
+}
+
+// RandomConfig says whose random is mixed with the system's.
+type RandomConfig struct {
+	// Backend is one of Config.Backends; empty: the system's random alone.
+	Backend string `yaml:"backend"`
 }
 
 // LogConfig describes the log on standard error.

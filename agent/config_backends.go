@@ -10,6 +10,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"github.com/kms-agent/kms-agent/plugins/host"
 )
 
 // pluginLocal is the plugin inside the agent's own binary.
@@ -32,6 +34,7 @@ func (l *loader) validateBackends() {
 		between(l, at+".max_concurrent", b.MaxConcurrent, 1, maxBackendCalls)
 		l.validateBreaker(at+".breaker", b)
 		l.validateEnvironment(at, b)
+		l.validateDescriptors(at+".descriptors", b.Descriptors)
 		l.validateAccess(at+".access", b.Access)
 		l.validateProgram(at, b)
 		l.refuseInlineSecrets(at+".settings", b.Settings)
@@ -73,7 +76,7 @@ func (l *loader) validateProgram(at string, b *BackendConfig) {
 	case b.Plugin != pluginLocal:
 		l.report(at+".plugin", "the plugin %s", unknownWord(b.Plugin, []string{pluginLocal}))
 	default:
-		for field, given := range map[string]bool{"sha256": b.SHA256 != "", "args": len(b.Args) > 0} {
+		for field, given := range map[string]bool{"sha256": b.SHA256 != "", "args": len(b.Args) > 0, "descriptors": len(b.Descriptors) > 0} {
 			if given {
 				l.report(at+"."+field, "is for a plugin with a path; the built-in one needs none")
 			}
@@ -102,6 +105,22 @@ func (l *loader) validateEnvironment(at string, b *BackendConfig) {
 		}
 		if !name.MatchString(variable) || file == "" {
 			l.report(path, "must be the name of an environment variable, and the path of the file with its value")
+		}
+	}
+}
+
+// validateDescriptors checks names as systemd has them (FileDescriptorName=).
+func (l *loader) validateDescriptors(at string, names []string) {
+	valid := regexp.MustCompile(`^[!-9;-~]{1,255}$`)
+	if len(names) > host.MaxDescriptors {
+		l.report(at, "are %d; %d are possible", len(names), host.MaxDescriptors)
+	}
+	for i, name := range names {
+		switch {
+		case !valid.MatchString(name):
+			l.report(fmt.Sprintf("%s[%d]", at, i), "must be the name of a descriptor: visible ASCII characters without a colon, as OpenFile=PATH:NAME:read-only of the unit has it")
+		case slices.Contains(names[:i], name):
+			l.report(fmt.Sprintf("%s[%d]", at, i), "stands there twice")
 		}
 	}
 }

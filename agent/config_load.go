@@ -156,6 +156,11 @@ func (l *loader) resolvePaths() {
 	for i := range c.PolicyFiles {
 		l.resolve(&c.PolicyFiles[i])
 	}
+	for i := range c.Keys {
+		for j := range c.Keys[i].Prewarm {
+			l.resolve(&c.Keys[i].Prewarm[j])
+		}
+	}
 	for i := range c.Backends {
 		l.resolve(&c.Backends[i].Path)
 		for name, path := range c.Backends[i].EnvFromFiles {
@@ -302,6 +307,7 @@ func (b *BackendConfig) setDefaults() {
 }
 
 func (k *KeyConfig) setDefaults() {
+	k.MinWraps = 1
 	k.Cache = KeyCacheConfig{
 		MaxAge: 5 * time.Minute, MaxLifetime: 24 * time.Hour, MaxIdle: 6 * time.Hour,
 		MaxMessages: 1e9, MaxBytes: 1 << 40, Partition: PartitionCaller,

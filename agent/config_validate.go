@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
@@ -64,6 +65,7 @@ func (l *loader) validate() {
 	l.validateIdentity()
 	l.validateBackends()
 	l.validateKeys()
+	l.validateRandom()
 	l.validateAudit()
 	l.validateLimits()
 	l.validateObservation()
@@ -84,7 +86,7 @@ func (l *loader) positive(path string, d time.Duration) {
 }
 
 // between reports a number outside its bounds.
-func between[T int | uint64 | Size](l *loader, path string, n, least, most T) {
+func between[T int | uint64 | Size | time.Duration](l *loader, path string, n, least, most T) {
 	if n < least || n > most {
 		l.report(path, "must be between %v and %v", least, most)
 	}
@@ -168,16 +170,37 @@ func (l *loader) validateKeys() {
 			l.keyName(names, fmt.Sprintf("%s.former_names[%d]", at, j), former)
 		}
 		l.validateLabels(at+".labels", key.Labels)
-		if key.Backend == "" {
-			l.report(at+".backend", "is missing; write the name of one of backends")
-		} else if !slices.Contains(backends, key.Backend) {
-			l.report(at+".backend", "the backend %s", unknownWord(key.Backend, backends))
-		}
-		l.validateWrappingKey(wrapping, at, key)
+		l.validateWraps(wrapping, backends, i, &key)
 		if key.MaxVersionAge < 0 {
 			l.report(at+".max_version_age", "must not be less than zero; leave it out where versions have no end")
 		}
 		l.validateKeyCache(at+".cache", key.Cache)
+		l.validateGrace(at+".grace", key.Grace)
+		for j, pattern := range key.Prewarm {
+			if _, err := filepath.Match(pattern, ""); err != nil || pattern == "" {
+				l.report(fmt.Sprintf("%s.prewarm[%d]", at, j), "must be a file's path, with * ? [] as in a shell where several are meant")
+			}
+		}
+	}
+}
+
+// validateRandom finds what can be known without the backend's process.
+func (l *loader) validateRandom() {
+	const path = "random.backend"
+	var known []string
+	for _, backend := range l.cfg.Backends {
+		if backend.Plugin != pluginLocal {
+			known = append(known, backend.Name)
+		}
+	}
+	switch name := l.cfg.Random.Backend; {
+	case name == "" && l.main.has("random"):
+		l.report(path, "is missing; write the name of a backend, or leave random out: without it the system's random is used")
+	case name == "" || slices.Contains(known, name):
+	case l.builtIn(name):
+		l.report(path, "%s gives no random: the built-in plugin has no other than the system's, which is used anyway; name the backend of an HSM", quote(name))
+	default:
+		l.report(path, "the backend %s", unknownWord(name, known))
 	}
 }
 
@@ -222,7 +245,44 @@ func (l *loader) validateLabels(at string, labels map[string]string) {
 	}
 }
 
-func (l *loader) validateWrappingKey(taken map[[2]string]string, at string, key KeyConfig) {
+// placeOfWrap is where the jth wrapping key of the ith key stands.
+func placeOfWrap(i, j int) string {
+	if j == 0 {
+		return fmt.Sprintf("keys[%d]", i)
+	}
+	return fmt.Sprintf("keys[%d].more_wraps[%d]", i, j-1)
+}
+
+// maxWraps is how many backends wrap the data keys of one key at most: as many EDKs
+// stand in each message.
+const maxWraps = 8
+
+func (l *loader) validateWraps(taken map[[2]string]string, backends []string, i int, key *KeyConfig) {
+	wraps := key.wraps()
+	uris, names := map[string]bool{}, map[string]bool{}
+	for j, wrap := range wraps {
+		at := placeOfWrap(i, j)
+		switch {
+		case wrap.Backend == "":
+			l.report(at+".backend", "is missing; write the name of one of backends")
+		case !slices.Contains(backends, wrap.Backend):
+			l.report(at+".backend", "the backend %s", unknownWord(wrap.Backend, backends))
+		case names[wrap.Backend]:
+			l.report(at+".backend", "wraps this key already; another wrap is for another backend")
+		}
+		l.validateWrappingKey(taken, at, wrap)
+		if uris[wrap.WrappingKey] && wrap.WrappingKey != "" {
+			l.report(at+".wrapping_key", "is that of another wrap of this key; a message tells them apart by their URIs alone: add the token's serial number, or name the wrapping key otherwise")
+		}
+		uris[wrap.WrappingKey], names[wrap.Backend] = true, true
+	}
+	if len(wraps) > maxWraps {
+		l.report(fmt.Sprintf("keys[%d].more_wraps", i), "are %d; %d at most", len(wraps)-1, maxWraps-1)
+	}
+	between(l, fmt.Sprintf("keys[%d].min_wraps", i), key.MinWraps, 1, len(wraps))
+}
+
+func (l *loader) validateWrappingKey(taken map[[2]string]string, at string, key WrapConfig) {
 	path := at + ".wrapping_key"
 	visible := !strings.ContainsFunc(key.WrappingKey, func(r rune) bool { return r <= ' ' || r >= 0x7f })
 	switch {
@@ -256,6 +316,20 @@ func (l *loader) validateKeyCache(at string, c KeyCacheConfig) {
 	l.positive(at+".max_idle", c.MaxIdle)
 	between(l, at+".max_messages", c.MaxMessages, 1, maxMessagesPerKey)
 	between(l, at+".max_bytes", c.MaxBytes, 1, 1<<60)
+	between(l, at+".spares", c.Spares, 0, maxSpares)
+}
+
+const (
+	// maxSpares is how many data keys a partition has ready at most.
+	maxSpares = 16
+	// maxGrace is how long an outage may be outlived at most: what upstream forbids
+	// meanwhile is not heard.
+	maxGrace = 30 * 24 * time.Hour
+)
+
+func (l *loader) validateGrace(at string, g GraceConfig) {
+	between(l, at+".encrypt", g.Encrypt, 0, maxGrace)
+	between(l, at+".decrypt", g.Decrypt, 0, maxGrace)
 }
 
 // validatePolicy compiles the rules; what is wrong with one is told where it is

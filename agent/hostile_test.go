@@ -1,6 +1,7 @@
 package agent_test
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -90,7 +91,20 @@ func (f *faulty) Open(ctx context.Context, config json.RawMessage) (plugins.Info
 	if err := f.goWrong(ctx, "open"); err != nil {
 		return plugins.Info{}, err
 	}
-	return f.Backend.Open(ctx, config)
+	info, err := f.Backend.Open(ctx, config)
+	if f.fault() != "no random" {
+		info.Capabilities = append(info.Capabilities, plugins.CapabilityRandom)
+	}
+	return info, err
+}
+
+// Random is the same byte for ever.
+func (f *faulty) Random(ctx context.Context, dst []byte) error {
+	if err := f.goWrong(ctx, "random"); err != nil {
+		return err
+	}
+	copy(dst, bytes.Repeat([]byte{0xc5}, len(dst)))
+	return nil
 }
 
 func (f *faulty) Describe(ctx context.Context, uri string) (plugins.Description, error) {

@@ -53,9 +53,14 @@ func (a *Agent) Status() *adminv1.StatusResponse {
 		r.Backends = append(r.Backends, backends[name].status())
 	}
 	for _, h := range a.service.Health() {
-		r.Keys = append(r.Keys, keyStatus(h))
+		k := keyStatus(h)
+		ready, wanted := a.prewarmed.of(h.Name)
+		k.Held, k.HeldWanted = uint32(ready), uint32(wanted)
+		r.Keys = append(r.Keys, k)
 	}
+	r.Outages = a.outageStatus()
 	a.limitsStatus(cfg, r)
+	r.Random = a.randomStatus()
 	judge(r)
 	return r
 }
@@ -90,6 +95,9 @@ func judge(r *adminv1.StatusResponse) {
 	switch r.Identity.JwtBundles {
 	case "stale", "expired": // never heard is no problem: not every Workload API has them
 		r.Problems = append(r.Problems, "JWT bundles are "+r.Identity.JwtBundles+": "+r.Identity.JwtBundlesError)
+	}
+	if e := r.GetRandom().GetLastError(); e != "" {
+		r.Problems = append(r.Problems, "random is the system's alone: "+e)
 	}
 	r.Problems = append(r.Problems, auditProblems(r.Audit)...)
 	if r.LimitsError != "" {
@@ -133,7 +141,17 @@ func keyStatus(h kms.KeyHealth) *adminv1.KeyStatus {
 	if h.DecryptConfirmed >= 0 {
 		k.DecryptConfirmed = durationpb.New(h.DecryptConfirmed)
 	}
+	k.Encrypt, k.Decrypt = endurance(h.Encrypt), endurance(h.Decrypt)
+	k.Spares, k.SparesWanted = uint32(h.Spares), uint32(h.SparesWanted)
 	return k
+}
+
+func endurance(e kms.Endurance) *adminv1.Endurance {
+	out := &adminv1.Endurance{Down: e.Down, Left: durationpb.New(e.Left)}
+	if e.Down {
+		out.Since = durationpb.New(e.Since)
+	}
+	return out
 }
 
 func (a *Agent) identityStatus(cfg *Config) *adminv1.Identity {
@@ -171,8 +189,21 @@ func (a *Agent) cacheStatus() *adminv1.CacheStatus {
 	return &adminv1.CacheStatus{
 		EncryptionKeys: s.EncryptionKeys, DecryptionKeys: s.DecryptionKeys, MaxEntries: s.MaxEntries,
 		LockedBytes: s.LockedBytes, Hits: s.Hits, Misses: s.Misses, Refreshes: s.Refreshes, Evictions: s.Evictions,
-		Memory: s.Memory,
+		Memory: s.Memory, Spares: s.Spares, InGrace: s.InGrace, Unserved: s.Unserved,
 	}
+}
+
+// outageStatus tells of the backends that do not answer.
+func (a *Agent) outageStatus() []*adminv1.Outage {
+	var out []*adminv1.Outage
+	for _, o := range a.service.Outages() {
+		s := &adminv1.Outage{Backend: o.Backend, Lasts: durationpb.New(o.Lasts), InGrace: o.Grace, Unserved: o.Refused}
+		if o.Err != nil {
+			s.LastError = o.Err.Error()
+		}
+		out = append(out, s)
+	}
+	return out
 }
 
 // limitsStatus adds what is known of the rules with limits.

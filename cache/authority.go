@@ -2,6 +2,7 @@ package cache
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"time"
@@ -31,6 +32,7 @@ const (
 // Cache.mu.
 type authority struct {
 	Authority
+	reach *reach
 	// confirmed is when the last call that upstream said yes to began.
 	confirmed time.Duration
 	known     bool
@@ -48,8 +50,12 @@ type authority struct {
 	// the part of the spread of refreshes at which this one is.
 	used                bool
 	usedAt, nextRefresh time.Duration
-	maxAge              time.Duration
-	jitter              float64
+	// grace is the largest of the limits that it was used with.
+	grace time.Duration
+	// tries counts the confirmations that failed in a row.
+	tries  int
+	maxAge time.Duration
+	jitter float64
 
 	// entries are the data keys that it covers; hand is where the sweep of them
 	// goes on. sample is the origin of the last one that came.
@@ -65,7 +71,8 @@ type authority struct {
 func (c *Cache) authorityLocked(name Authority) *authority {
 	a := c.authorities[name]
 	if a == nil {
-		a = &authority{Authority: name}
+		a = &authority{Authority: name, reach: c.reachLocked(name)}
+		a.reach.authorities++
 		c.authorities[name] = a
 	}
 	a.touched = c.cfg.Now()
@@ -78,10 +85,11 @@ func (c *Cache) confirmLocked(a *authority, began time.Duration) {
 	if a.standing != good && began < a.refusedAt {
 		return
 	}
+	a.reach.answeredLocked(began)
 	a.standing, a.refusal, a.nextProbe = good, nil, 0
 	if !a.known || began > a.confirmed {
 		a.known, a.confirmed = true, began
-		a.used, a.jitter, a.nextRefresh = false, c.cfg.Rand(), 0
+		a.used, a.jitter, a.nextRefresh, a.tries = false, c.cfg.Rand(), 0, 0
 	}
 }
 
@@ -132,10 +140,19 @@ func (c *Cache) Observe(a Authority, v Verdict, began time.Duration) {
 	case Yes:
 		c.confirmLocked(c.authorityLocked(a), began)
 	case No:
-		c.refuseLocked(c.authorityLocked(a), nil)
-	case Unreachable, Other:
+		known := c.authorityLocked(a)
+		known.reach.answeredLocked(began)
+		c.refuseLocked(known, nil)
+	case Unreachable:
+		if known := c.authorities[a]; known != nil {
+			known.reach.failedLocked(began, errObserved)
+		}
+	case Other:
 	}
 }
+
+// errObserved: the error is known to who made the call.
+var errObserved = errors.New("a call past the cache failed")
 
 // Recheck tells whether an Authority may still be used: it returns ErrSuspended
 // or ErrRevoked from when upstream says no until it says yes.
@@ -165,30 +182,35 @@ func (c *Cache) Confirmed(name Authority) (age time.Duration, ok bool) {
 	return max(0, c.cfg.Now()-a.confirmed), true
 }
 
-// Renew returns nil when upstream confirmed an Authority no longer than maxAge
-// ago, and asks where it did not. It is for a Use that lasts: what keeps one for
-// longer than maxAge asks now and then. Its error is ErrSuspended, ErrRevoked,
+// Renew returns how fresh an Authority is when upstream confirmed it no longer
+// than l.MaxAge ago, or may be used in grace, and asks where neither is so. It is
+// for a Use that lasts: what keeps one for longer than MaxAge asks now and then.
+// maxStale is as in EncryptRequest. Its error is ErrSuspended, ErrRevoked,
 // ErrClosed, that of Config.Confirm, or of ctx.
-func (c *Cache) Renew(ctx context.Context, name Authority, maxAge time.Duration) error {
+func (c *Cache) Renew(ctx context.Context, name Authority, l Limits, maxStale *time.Duration) (Freshness, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	began := c.cfg.Now()
+	r := newRequest(place{Slot: Slot{Authority: name}}, "", l, 0, nil, c.cfg.Now(), maxStale, 0)
 	for {
 		if c.closed {
-			return ErrClosed
+			return Freshness{}, ErrClosed
 		}
 		a, now := c.authorityLocked(name), c.cfg.Now()
 		if a.standing != good {
-			return a.suspension()
+			return Freshness{}, a.suspension()
 		}
-		// A confirmation that began after the question is always good enough.
-		if a.known && a.confirmed >= min(now-max(0, maxAge), began) {
-			a.usedLocked(maxAge, now)
-			return nil
+		if f, ok := c.freshnessLocked(a, &r, now); ok {
+			a.usedLocked(l, now)
+			return f, nil
 		}
-		if err := c.awaitLocked(ctx, c.askLocked(ctx, a)); err != nil {
-			return err
+		err := c.awaitLocked(ctx, c.askLocked(ctx, a))
+		if err == nil {
+			continue
 		}
+		if f, ok := c.freshnessLocked(a, &r, c.cfg.Now()); ok && ctx.Err() == nil && a.standing == good && !c.closed {
+			return f, nil
+		}
+		return Freshness{}, err
 	}
 }
 
@@ -241,15 +263,36 @@ func (c *Cache) answeredLocked(a *authority, v Verdict, err error, began time.Du
 			c.probeLocked(context.Background(), a)
 		}
 	case No:
+		a.reach.answeredLocked(began)
 		if a.standing != good && began >= a.suspendedAt {
 			c.revokeLocked(a, err)
 		} else {
 			c.refuseLocked(a, err)
 		}
 	case Unreachable, Other:
-		a.nextRefresh = c.cfg.Now() + refreshPause(a.maxAge, c.cfg.Rand())
+		if v == Unreachable {
+			a.reach.failedLocked(began, err)
+		}
+		a.tries++
+		a.nextRefresh = c.cfg.Now() + refreshPause(a.maxAge, a.tries, c.cfg.Rand())
 		if a.standing == suspended && began < a.suspendedAt {
 			c.probeLocked(context.Background(), a)
 		}
+	}
+}
+
+// Refuse tells the cache that upstream said no, in a call that began then, to all that
+// match accepts of the authorities of a wrapping key.
+func (c *Cache) Refuse(backend, wrappingKey string, match func(Authority) bool, began time.Duration) {
+	c.mu.Lock()
+	var names []Authority
+	for name := range c.authorities {
+		if name.Backend == backend && name.WrappingKey == wrappingKey && match(name) {
+			names = append(names, name)
+		}
+	}
+	c.mu.Unlock()
+	for _, name := range names {
+		c.Observe(name, No, began)
 	}
 }

@@ -73,6 +73,15 @@ type Limits struct {
 	// MaxMessages and MaxBytes bound what one data key encrypts. They are hard:
 	// counted before use. Zero is MaxMessages messages, and no limit of bytes.
 	MaxMessages, MaxBytes uint64
+	// Grace is how long, from the first failed call of an outage, the data key may
+	// be used though its confirmation is older than MaxAge; zero is not at all.
+	// MaxIdle does not count meanwhile.
+	Grace time.Duration
+	// Spares is how many data keys are kept ready for the time when the current one
+	// is used up, or was dropped, and upstream cannot be asked for another. A spare
+	// that is not used for MaxLifetime is replaced; its own MaxLifetime begins when
+	// it is taken.
+	Spares int
 }
 
 // Material is a data key on its way into the cache.
@@ -123,7 +132,10 @@ type EncryptRequest struct {
 // DecryptRequest asks for the data key behind an encrypted data key. Its fields
 // are those of EncryptRequest.
 type DecryptRequest struct {
-	Caller    string
+	Caller string
+	// Hold keeps the data key from giving way to others, for as long as it is asked
+	// for again within MaxIdle. Its caller must be "", which is the agent itself.
+	Hold      bool
 	Key       string
 	ID        DecryptID
 	Authority Authority
@@ -147,7 +159,8 @@ var (
 	// ErrMemory: protected memory is used up by data keys in use.
 	ErrMemory = errors.New("no protected memory left for another data key")
 	// ErrClosed: the cache is closed.
-	ErrClosed = errors.New("the cache is closed")
+	ErrClosed   = errors.New("the cache is closed")
+	errUnwanted = errors.New("the data key is not wanted any more")
 )
 
 // Config is what a Cache needs.
@@ -172,8 +185,15 @@ type Config struct {
 	// ConfirmTimeout bounds one Confirm or Fill; 0 is 10 s. Until then a call
 	// goes on, even when nobody waits for it any more: its answer is worth having.
 	ConfirmTimeout time.Duration
+	// Patience is how long a request waits for a confirmation that does not come,
+	// where it can be served in grace: upstream is taken to be out of reach then,
+	// until the answer comes. 0 is 1 s.
+	Patience time.Duration
 	// Rand gives numbers in [0, 1) for jitter; nil is math/rand/v2.
 	Rand func() float64
+	// OnOutage is told by Run when an outage has begun, and when it is over. It
+	// may be nil.
+	OnOutage func(Outage)
 }
 
 func (c *Config) setDefaults() error {
@@ -195,6 +215,9 @@ func (c *Config) setDefaults() error {
 	if c.ConfirmTimeout <= 0 {
 		c.ConfirmTimeout = 10 * time.Second
 	}
+	if c.Patience <= 0 {
+		c.Patience = time.Second
+	}
 	if c.Rand == nil {
 		c.Rand = rand.Float64 // jitter, no secret
 	}
@@ -211,8 +234,13 @@ type Cache struct {
 	fills       map[place]*flight    // that more requests may wait for
 	filling     map[*flight]struct{} // all that are under way
 	authorities map[Authority]*authority
+	reaches     map[span]*reach
+	upstreams   map[string]*upstream
+	pools       map[place]*pool
+	spares      int // in all pools
 	callers     map[string]*share
 	asking      map[string]int // confirmations in flight, by backend
+	preparing   map[string]int // fills of spares in flight, by backend
 	misses      int            // fills in flight
 	closed      bool
 	stats       Stats
@@ -233,7 +261,8 @@ func New(cfg Config) (*Cache, error) {
 	}
 	return &Cache{
 		cfg: cfg, arena: a, entries: map[place]*entry{}, fills: map[place]*flight{}, filling: map[*flight]struct{}{},
-		authorities: map[Authority]*authority{}, callers: map[string]*share{}, asking: map[string]int{},
+		authorities: map[Authority]*authority{}, reaches: map[span]*reach{}, upstreams: map[string]*upstream{}, pools: map[place]*pool{},
+		callers: map[string]*share{}, asking: map[string]int{}, preparing: map[string]int{},
 	}, nil
 }
 
@@ -270,10 +299,12 @@ type Stats struct {
 	// which kind: "memfd_secret" or "mlock".
 	LockedBytes uint64
 	Memory      string
+	// Spares are data keys that are ready and not used yet.
+	Spares uint64
 	// Hits were served without waiting for upstream; Misses are fills begun;
 	// Refreshes are confirmations asked for; Evictions are data keys destroyed
-	// before their limits.
-	Hits, Misses, Refreshes, Evictions uint64
+	// before their limits. InGrace were served in an outage, Unserved could not be.
+	Hits, Misses, Refreshes, Evictions, InGrace, Unserved uint64
 }
 
 // Stats returns the present counts.
@@ -282,7 +313,7 @@ func (c *Cache) Stats() Stats {
 	defer c.mu.Unlock()
 	s := c.stats
 	s.MaxEntries, s.LockedBytes, s.Memory = uint64(c.cfg.MaxEntries), uint64(c.arena.size), c.arena.kind
-	s.Authorities = uint64(len(c.authorities))
+	s.Authorities, s.Spares = uint64(len(c.authorities)), uint64(c.spares)
 	for _, a := range c.authorities {
 		if a.standing != good {
 			s.Suspended++
@@ -293,5 +324,6 @@ func (c *Cache) Stats() Stats {
 			s.DecryptionKeys += uint64(len(a.entries))
 		}
 	}
+	s.EncryptionKeys -= s.Spares
 	return s
 }

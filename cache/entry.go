@@ -30,15 +30,30 @@ type entry struct {
 	element  *list.Element // of owner.entries
 	// other is the last caller that used it and is not the owner.
 	other string
+	// pool is where the spares of its place are; nil while there were none.
+	// spare: it is one of them, and has no owner yet.
+	pool  *pool
+	spare bool
 }
 
 // over tells whether an entry may serve nobody any more, by the limits.
 func (e *entry) over(l Limits, now time.Duration) bool {
-	if l.MaxIdle != 0 && now-e.used > l.MaxIdle {
+	if !e.authority.reach.down && l.MaxIdle != 0 && now-e.lastUsed() > l.MaxIdle {
 		return true
+	}
+	if e.spare {
+		return !e.authority.reach.down && l.MaxLifetime != 0 && now-e.created >= l.MaxLifetime
 	}
 	return e.place.Authority.Direction == Encrypt &&
 		(l.MaxLifetime != 0 && now-e.created >= l.MaxLifetime || e.messages >= l.messages() || e.bytesLeft(l) == 0 && e.reserved == 0)
+}
+
+// lastUsed is when an entry was used last, or what it is a spare of.
+func (e *entry) lastUsed() time.Duration {
+	if e.spare {
+		return e.pool.used
+	}
+	return e.used
 }
 
 // messages is the number of messages that one data key may encrypt.
@@ -58,6 +73,9 @@ func (e *entry) bytesLeft(l Limits) uint64 {
 	}
 	return l.MaxBytes - e.bytes
 }
+
+// own is the caller that the agent itself is: what it holds ready.
+const own = ""
 
 // share is what one caller has of the cache.
 type share struct {
@@ -87,7 +105,13 @@ func (c *Cache) insertLocked(e *entry, owner *share) {
 	}
 	c.makeRoomLocked(owner)
 	c.entries[e.place] = e
+	e.pool = c.pools[e.place]
 	e.owner, e.element = owner, owner.entries.PushFront(e)
+	c.coverLocked(e)
+}
+
+// coverLocked puts an entry under its authority.
+func (c *Cache) coverLocked(e *entry) {
 	a := e.authority
 	e.index, a.entries, a.sample = len(a.entries), append(a.entries, e), e.origin
 }
@@ -96,17 +120,27 @@ func (c *Cache) insertLocked(e *entry, owner *share) {
 // the caller itself over its own bound, in a full cache the one that has the
 // most. So nobody can flush another's data keys.
 func (c *Cache) makeRoomLocked(owner *share) {
-	if owner.entries.Len() >= c.cfg.MaxEntriesPerCaller {
+	if owner.caller != own && owner.entries.Len() >= c.cfg.MaxEntriesPerCaller {
 		c.evictOldestLocked(owner)
 	}
-	if len(c.entries) < c.cfg.MaxEntries {
+	c.shrinkLocked(owner)
+}
+
+// shrinkLocked makes room for one more data key of a share in a full cache. Spares
+// stay.
+func (c *Cache) shrinkLocked(owner *share) {
+	if len(c.entries)+c.spares < c.cfg.MaxEntries {
 		return
 	}
 	// The newcomer counts what it is about to have: with equal shares it is the
 	// one to give way.
+	// What is held gives way to nothing else.
 	most, has := owner, owner.entries.Len()+1
+	if owner.caller == own {
+		has = 0
+	}
 	for _, s := range c.callers {
-		if n := s.entries.Len(); n > has || most.entries.Len() == 0 && n > 0 {
+		if n := s.entries.Len(); s.caller != own && (n > has || most.entries.Len() == 0 && n > 0) {
 			most, has = s, n
 		}
 	}
@@ -136,16 +170,25 @@ func (c *Cache) handOverLocked(e *entry) bool {
 	if s.entries.Len()+1 >= e.owner.entries.Len() {
 		return false
 	}
+	c.handToLocked(e, s)
+	return true
+}
+
+// handToLocked makes an entry another share's.
+func (c *Cache) handToLocked(e *entry, s *share) {
 	e.owner.entries.Remove(e.element)
 	e.owner, e.element = s, s.entries.PushFront(e)
-	return true
 }
 
 // removeLocked takes an entry out. Its data key is destroyed when it is no
 // longer in use.
 func (c *Cache) removeLocked(e *entry) {
-	delete(c.entries, e.place)
-	e.owner.entries.Remove(e.element)
+	if e.spare {
+		c.unprepareLocked(e)
+	} else {
+		delete(c.entries, e.place)
+		e.owner.entries.Remove(e.element)
+	}
 	a, last := e.authority, len(e.authority.entries)-1
 	a.entries[e.index] = a.entries[last]
 	a.entries[e.index].index = e.index
@@ -196,4 +239,36 @@ func (c *Cache) EvictAll() int {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.evictLocked(func(Slot) bool { return true })
+}
+
+// Retire destroys the data keys for encryption of a wrapping key, in whatever version,
+// whose Origin match accepts, and returns how many. Those in use are destroyed when
+// they are released.
+func (c *Cache) Retire(backend, wrappingKey string, match func(origin any) bool) int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	n := 0
+	for name, a := range c.authorities {
+		if name.Backend != backend || name.WrappingKey != wrappingKey || name.Direction != Encrypt {
+			continue
+		}
+		for _, e := range slices.Backward(a.entries) {
+			if match(e.origin) {
+				c.removeLocked(e)
+				n++
+			}
+		}
+	}
+	return n
+}
+
+// EvictVersions destroys the data keys for encryption of a wrapping key in every
+// version but one.
+func (c *Cache) EvictVersions(backend, wrappingKey, but string) int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.evictLocked(func(s Slot) bool {
+		a := s.Authority
+		return a.Backend == backend && a.WrappingKey == wrappingKey && a.Direction == Encrypt && a.Version != but
+	})
 }

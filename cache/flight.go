@@ -3,6 +3,7 @@ package cache
 import (
 	"container/list"
 	"context"
+	"errors"
 	"time"
 )
 
@@ -47,7 +48,7 @@ func (c *Cache) landLocked(f *flight, err error) {
 	for el := f.waiters.Front(); el != nil && err == nil; el = el.Next() {
 		w, _ := el.Value.(*waiter)
 		w.use = c.serveLocked(w.request, now)
-		if w.use != nil {
+		if w.use != nil && w.use.freshness.Source == Cached {
 			w.use.freshness.Source = Upstream
 		}
 	}
@@ -60,17 +61,33 @@ func (c *Cache) landLocked(f *flight, err error) {
 func (c *Cache) waitLocked(ctx context.Context, f *flight, r *request) (*Use, error) {
 	w := &waiter{request: r}
 	el := f.waiters.PushBack(w)
+	patience, stop := timer(c.patienceLocked(f, r))
+	defer stop()
 	c.mu.Unlock()
 	select {
 	case <-f.done:
 	case <-ctx.Done():
+	case <-patience:
 	}
 	c.mu.Lock()
 	if f.landed {
 		return w.use, f.err
 	}
 	f.waiters.Remove(el)
-	return nil, ctx.Err()
+	if ctx.Err() != nil {
+		return nil, ctx.Err()
+	}
+	c.authorityLocked(r.place.Authority).reach.failedLocked(f.began, errSlow)
+	return nil, errSlow
+}
+
+// timer fires after d; never, where d is negative.
+func timer(d time.Duration) (<-chan time.Time, func() bool) {
+	if d < 0 {
+		return nil, func() bool { return false }
+	}
+	t := time.NewTimer(d)
+	return t.C, t.Stop
 }
 
 // awaitLocked is waitLocked for those who want no data key.
@@ -87,8 +104,11 @@ func (c *Cache) awaitLocked(ctx context.Context, f *flight) error {
 
 // verdict is what an answer of Fill or Confirm means.
 func (c *Cache) verdict(err error) Verdict {
-	if err == nil {
+	switch {
+	case err == nil:
 		return Yes
+	case errors.Is(err, errSlow):
+		return Unreachable
 	}
 	return c.cfg.Classify(err)
 }

@@ -14,7 +14,11 @@ func TestRenew(t *testing.T) {
 	bubble(t, func(r *rig) {
 		f, n, err := r.decrypt(1)
 		served(r.t, f, n, err)
-		ask := func() error { return r.Renew(r.t.Context(), unwraps, 5*time.Minute) }
+		renew := func(ctx context.Context, maxAge time.Duration) error {
+			_, err := r.Renew(ctx, unwraps, cache.Limits{MaxAge: maxAge}, nil)
+			return err
+		}
+		ask := func() error { return renew(r.t.Context(), 5*time.Minute) }
 		if err := ask(); err != nil {
 			r.t.Errorf("within max_age: %v", err)
 		}
@@ -25,7 +29,7 @@ func TestRenew(t *testing.T) {
 		}
 		r.wantCalls(1, 1)
 		time.Sleep(time.Second)
-		if err := r.Renew(r.t.Context(), unwraps, 0); err != nil {
+		if err := renew(r.t.Context(), 0); err != nil {
 			r.t.Errorf("with no age allowed: %v", err)
 		}
 		r.wantCalls(1, 2)
@@ -41,7 +45,7 @@ func TestRenew(t *testing.T) {
 		ended, cancel := context.WithCancel(r.t.Context())
 		cancel()
 		r.Close()
-		refused(r.t, r.Renew(ended, unwraps, 0), cache.ErrClosed)
+		refused(r.t, renew(ended, 0), cache.ErrClosed)
 	})
 }
 
@@ -51,6 +55,7 @@ func TestRenewWaitsNoLongerThanItsContext(t *testing.T) {
 		r.up.takes(5 * time.Second)
 		ctx, cancel := context.WithTimeout(r.t.Context(), time.Second)
 		defer cancel()
-		refused(r.t, r.Renew(ctx, unwraps, time.Minute), context.DeadlineExceeded)
+		_, err := r.Renew(ctx, unwraps, cache.Limits{MaxAge: time.Minute}, nil)
+		refused(r.t, err, context.DeadlineExceeded)
 	})
 }

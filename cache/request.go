@@ -2,6 +2,7 @@ package cache
 
 import (
 	"context"
+	"errors"
 	"time"
 )
 
@@ -13,7 +14,9 @@ type request struct {
 	bytes  uint64
 	// reserve: GiveBack will follow.
 	reserve bool
-	fill    Fill
+	// hold: the data key becomes the agent's own.
+	hold bool
+	fill Fill
 	// began is when the cache was asked. notBefore is the time that max_stale
 	// wants the last confirmation not to be before.
 	began, notBefore time.Duration
@@ -56,6 +59,7 @@ func (c *Cache) Encrypt(ctx context.Context, r EncryptRequest) (*Use, error) {
 func (c *Cache) Decrypt(ctx context.Context, r DecryptRequest) (*Use, error) {
 	p := place{Slot: Slot{Key: r.Key, Authority: r.Authority}, id: r.ID}
 	req := newRequest(p, r.Caller, r.Limits, 0, r.Fill, c.cfg.Now(), r.MaxStale, r.Arrived)
+	req.hold = r.Hold
 	return c.get(ctx, &req)
 }
 
@@ -93,16 +97,33 @@ func (c *Cache) fetchLocked(ctx context.Context, r *request) (*Use, error) {
 		if err != nil && c.anothersLocked(ctx, f, r, err) {
 			r.alone, err = true, nil
 		}
-		if err != nil {
-			return nil, c.explainLocked(ctx, r, err)
-		}
-		if u == nil {
+		switch {
+		case err != nil:
+			u, err = c.unansweredLocked(ctx, r, err)
+		case u == nil:
 			u = c.serveLocked(r, c.cfg.Now())
 		}
-		if u != nil {
-			return u, nil
+		if u != nil || err != nil {
+			return u, err
 		}
 	}
+}
+
+// unansweredLocked serves a request in grace whose question failed, or says why it
+// is not served; neither where it has to wait on.
+func (c *Cache) unansweredLocked(ctx context.Context, r *request, err error) (*Use, error) {
+	if ctx.Err() != nil || c.closed || c.verdict(err) != Unreachable {
+		return nil, c.explainLocked(ctx, r, err)
+	}
+	if u := c.serveLocked(r, c.cfg.Now()); u != nil {
+		return u, nil
+	}
+	if errors.Is(err, errSlow) {
+		return nil, nil
+	}
+	c.stats.Unserved++
+	c.upstreamLocked(r.place.Authority.Backend).refused++
+	return nil, c.explainLocked(ctx, r, err)
 }
 
 // usableLocked returns the entry that stands for the request, when its limits
@@ -111,15 +132,17 @@ func (c *Cache) usableLocked(r *request, now time.Duration) *entry {
 	e := c.entries[r.place]
 	switch {
 	case e == nil:
-		return nil
 	case e.over(r.limits, now):
 		c.removeLocked(e)
-		return nil
-	case r.bytes > e.bytesLeft(r.limits):
-		// It stays for smaller messages until there is another.
-		return nil
+	case r.bytes <= e.bytesLeft(r.limits):
+		return e
 	}
-	return e
+	// One that is too small for this message stays for others until there is
+	// another.
+	if r.place.Authority.Direction == Encrypt {
+		return c.takeSpareLocked(r, now)
+	}
+	return nil
 }
 
 // serveLocked hands out the data key that stands for the request, and counts
@@ -130,10 +153,19 @@ func (c *Cache) serveLocked(r *request, now time.Duration) *Use {
 		return nil
 	}
 	a := e.authority
-	if a.standing != good || !a.known || a.confirmed < r.needed(now) {
+	freshness, ok := c.freshnessLocked(a, r, now)
+	if !ok {
 		return nil
 	}
-	if e.owner.caller != r.caller {
+	if freshness.Source == Grace {
+		c.stats.InGrace++
+		a.reach.upstream.grace++
+	}
+	switch {
+	case e.owner.caller == r.caller:
+	case r.hold:
+		c.handToLocked(e, c.shareLocked(r.caller))
+	default:
 		e.other = r.caller
 	}
 	e.owner.entries.MoveToFront(e.element)
@@ -141,18 +173,39 @@ func (c *Cache) serveLocked(r *request, now time.Duration) *Use {
 	if r.place.Authority.Direction == Encrypt {
 		e.messages++
 		e.bytes += r.bytes
+		c.prepareLocked(e, r, now)
 	}
 	if r.reserve {
 		e.reserved++
 	}
-	a.usedLocked(r.limits.MaxAge, now)
+	a.usedLocked(r.limits, now)
 	e.secret.hold()
-	return &Use{entry: e, bytes: r.bytes, reserved: r.reserve, freshness: Freshness{Source: Cached, Age: max(0, now-a.confirmed)}}
+	return &Use{entry: e, bytes: r.bytes, reserved: r.reserve, freshness: freshness}
 }
 
-func (a *authority) usedLocked(maxAge, now time.Duration) {
-	if !a.used || maxAge < a.maxAge {
-		a.maxAge = maxAge
+// freshnessLocked returns how fresh an authority is; false where it is not fresh
+// enough for the request.
+func (c *Cache) freshnessLocked(a *authority, r *request, now time.Duration) (Freshness, bool) {
+	if a.standing != good || !a.known {
+		return Freshness{}, false
+	}
+	age := max(0, now-a.confirmed)
+	if a.confirmed >= r.needed(now) {
+		return Freshness{Source: Cached, Age: age}, true
+	}
+	left := a.graceLeft(r.limits, now)
+	if left <= 0 || a.confirmed < r.notBefore {
+		return Freshness{}, false
+	}
+	return Freshness{Source: Grace, Age: age, GraceLeft: left}, true
+}
+
+func (a *authority) usedLocked(l Limits, now time.Duration) {
+	if !a.used || l.MaxAge < a.maxAge {
+		a.maxAge = l.MaxAge
+	}
+	if !a.used || l.Grace > a.grace {
+		a.grace = l.Grace
 	}
 	a.used, a.usedAt, a.touched = true, now, now
 }
@@ -215,8 +268,11 @@ func (c *Cache) fillLocked(ctx context.Context, a *authority, r *request) (*flig
 		case Yes:
 			err = c.filledLocked(a, s, r, f, material)
 		case No:
+			a.reach.answeredLocked(f.began)
 			c.refuseLocked(a, err)
-		case Unreachable, Other:
+		case Unreachable:
+			a.reach.failedLocked(f.began, err)
+		case Other:
 		}
 		s.misses--
 		c.misses--

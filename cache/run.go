@@ -16,6 +16,9 @@ const (
 	// renewed ahead; jitter adds up to refreshJitter of it.
 	refreshFrom   = 0.8
 	refreshJitter = 0.1
+	// outageSpread and outageJitter shape the pause between refreshes in an outage.
+	outageSpread = 0.7
+	outageJitter = 0.6
 	// sweepProbePause is how often the sweep asks about a suspended authority.
 	sweepProbePause = 10 * time.Second
 	// forgetAfter is how long what is known of an authority outlives its last
@@ -35,16 +38,25 @@ func (c *Cache) Run(ctx context.Context) error {
 		case <-ctx.Done():
 			return nil
 		case <-tick.C:
-			c.sweep()
+			c.tell(c.sweep())
 		}
 	}
 }
 
-func (c *Cache) sweep() {
+// tell tells of outages.
+func (c *Cache) tell(news []Outage) {
+	for _, o := range news {
+		if c.cfg.OnOutage != nil {
+			c.cfg.OnOutage(o)
+		}
+	}
+}
+
+func (c *Cache) sweep() []Outage {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.closed {
-		return
+		return nil
 	}
 	now := c.cfg.Now()
 	for name, a := range c.authorities {
@@ -58,13 +70,24 @@ func (c *Cache) sweep() {
 		case a.due(now):
 			c.askLocked(context.Background(), a)
 		case a.forgettable(now):
-			delete(c.authorities, name)
+			c.forgetLocked(name, a)
 		}
 	}
+	c.sweepPoolsLocked()
 	for caller, s := range c.callers {
 		if s.entries.Len() == 0 && s.misses == 0 && now >= s.nextTry {
 			delete(c.callers, caller)
 		}
+	}
+	return c.outagesLocked(now)
+}
+
+// forgetLocked forgets an authority, and with the last one of its span whether
+// upstream can be reached for it.
+func (c *Cache) forgetLocked(name Authority, a *authority) {
+	delete(c.authorities, name)
+	if a.reach.authorities--; a.reach.authorities == 0 {
+		delete(c.reaches, span{name.Backend, name.WrappingKey, name.Direction})
 	}
 }
 
@@ -83,16 +106,31 @@ func (c *Cache) sweepEntriesLocked(a *authority, now time.Duration) {
 }
 
 // due tells whether a confirmation should be renewed ahead of its age: one that
-// was used since, and lately.
+// was used since, and lately; in an outage, of everything that waits for its end.
 func (a *authority) due(now time.Duration) bool {
+	if a.reach.down {
+		return a.standing == good && a.known && len(a.entries) > 0 && now >= a.nextRefresh && a.servesUntil() > now
+	}
 	part := refreshFrom + refreshJitter*a.jitter
 	return a.standing == good && a.used && a.known && a.maxAge > 0 && now >= a.nextRefresh && now-a.usedAt <= a.maxAge &&
 		now-a.confirmed >= time.Duration(part*float64(a.maxAge))
 }
 
-// refreshPause is how long after a failed refresh the next one is tried.
-func refreshPause(maxAge time.Duration, jitter float64) time.Duration {
-	return time.Duration((1 + jitter) * float64(max(sweepEvery, maxAge/64)))
+// servesUntil is until when what an authority covers serves somebody in an outage,
+// by the limits that it was used with.
+func (a *authority) servesUntil() time.Duration {
+	l := Limits{MaxAge: a.maxAge, Grace: a.grace}
+	return max(a.confirmed+a.maxAge, a.graceEnd(l, a.reach.since))
+}
+
+// refreshPause is how long after so many refreshes that failed in a row the next
+// one is tried: twice as long each time. At its longest it spreads the refreshes
+// after a long outage over outageSpread of the time that they take as a rule, so
+// that an upstream that comes back meets less than twice its usual load.
+func refreshPause(maxAge time.Duration, tries int, jitter float64) time.Duration {
+	first := (1 + jitter) * float64(max(sweepEvery, maxAge/64))
+	longest := (1 + outageJitter*(jitter-0.5)) * outageSpread * refreshFrom * float64(maxAge)
+	return time.Duration(min(first*float64(uint64(1)<<min(max(tries, 1)-1, 32)), max(longest, first)))
 }
 
 // forgettable tells whether an authority is not worth remembering.

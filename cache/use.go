@@ -56,6 +56,9 @@ func (u *Use) DataKey() []byte { return u.entry.secret.bytes }
 // Origin returns what came with the data key's Material.
 func (u *Use) Origin() any { return u.entry.origin }
 
+// Authority returns what upstream said yes to.
+func (u *Use) Authority() Authority { return u.entry.place.Authority }
+
 // Freshness returns how fresh the data key was when it was handed out.
 func (u *Use) Freshness() Freshness { return u.freshness }
 

@@ -2,6 +2,7 @@ package hsm
 
 import (
 	"context"
+	"errors"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -137,6 +138,26 @@ func (a *attachment) breaks(why error) {
 	a.idle = nil
 	if len(a.live) == 0 {
 		close(a.empty)
+	}
+}
+
+// errRenewed is why an attachment ends that is well.
+var errRenewed = errors.New("the module is initialised again, to see what is on the token")
+
+// renew ends an attachment that is well, so that the next one begins at once: what a
+// module keeps to itself, or does not see, may go with it. It returns the outage that
+// this is until then.
+func (t *Token) renew(a *attachment) error {
+	a.worked.Store(true)
+	outage := errorf(Unavailable, errRenewed, "the token is attached again")
+	a.breaks(outage)
+	return outage
+}
+
+// renewNow renews the attachment there is.
+func (t *Token) renewNow(ctx context.Context) {
+	if a, err := t.attached(ctx); err == nil {
+		_ = t.renew(a)
 	}
 }
 

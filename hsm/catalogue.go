@@ -191,6 +191,9 @@ func (r *keyring) keep(k *Key) *Key {
 	if r.read == nil {
 		r.read = map[string]read{}
 	}
+	for _, v := range k.Versions {
+		v.seen = r.token.now()
+	}
 	if old, ok := r.read[k.Name]; ok {
 		if old.key.revision > k.revision {
 			k = old.key // somebody read later than we did
@@ -363,7 +366,9 @@ func (t *Token) manage(ctx context.Context, f func(*worker) error) error {
 				return errorf(Broken, err, "the token refuses this, and is well otherwise")
 			}
 		default:
-			return errorf(Broken, err, "the token refuses this")
+			if !a.over() {
+				return errorf(Broken, err, "the token refuses this")
+			}
 		}
 	}
 	return errorf(Unavailable, last, "tried %d times", attempts)

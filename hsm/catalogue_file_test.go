@@ -103,3 +103,18 @@ func TestCatalogueIsAuthenticated(t *testing.T) {
 		t.Error("a catalogue whose key is gone began anew")
 	}
 }
+
+// A key that is in the file and not on the token is looked for in a new connection,
+// once: some modules see only what was there at their start.
+func TestKeyThatOnlyTheFileHas(t *testing.T) {
+	r := newRig(t, inFile)
+	v := r.key("orders", hsm.GCM)
+	wrapped := r.wrap(v, material(32))
+	r.tool("--delete-object", "--type", "secrkey", "--label", "kmsagent/orders/v1")
+	for range 3 {
+		_ = r.fails(v, wrapped, hsm.KeyNotFound)
+	}
+	if n := r.attached(); n != 2 {
+		t.Errorf("attached %d times, want 2", n)
+	}
+}

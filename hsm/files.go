@@ -76,6 +76,11 @@ func syncDirectory(path string) error {
 // stamp is what changes when a file does, its content, mode or owner.
 func stamp(path string) string {
 	info, err := os.Stat(path) // through the links of Kubernetes and systemd
+	return stampOf(info, err)
+}
+
+// stampOf is the stamp of a file that is known already, or of its absence.
+func stampOf(info fs.FileInfo, err error) string {
 	if err != nil {
 		return err.Error()
 	}

@@ -1,6 +1,7 @@
 package hsm
 
 import (
+	"bytes"
 	"crypto/rand"
 	"errors"
 	"fmt"
@@ -10,26 +11,47 @@ import (
 	"github.com/kms-agent/kms-agent/hsm/internal/cryptoki"
 )
 
-// rsaBits is the size of new RSA keys: 128 bits of strength, SP 800-57 part 1.
-const rsaBits = 3072
+// recipe says how keys are made, where tokens differ.
+type recipe struct {
+	label   string
+	onToken bool // else they end with the session
+	rsaBits int
+	signs   bool // the private key may sign, too
+}
+
+// recipes returns how the keys of a suite may be made, the best first. RSA of 3072
+// bits has 128 bits of strength, of 2048 bits 112 (SP 800-57 part 1): many TPMs have
+// no more. Some tokens make no private key that decrypts and cannot sign: that it may
+// sign opens nothing to anybody, since who may sign with it may decrypt with it.
+func (s Suite) recipes() []recipe {
+	if !s.asymmetric() {
+		return []recipe{{}}
+	}
+	return []recipe{{rsaBits: 3072}, {rsaBits: 3072, signs: true}, {rsaBits: 2048}, {rsaBits: 2048, signs: true}}
+}
+
+// errRefused says that the token does not make keys by a recipe.
+var errRefused = errors.New("the token makes no such key")
+
+// refused tells whether the token answered, and does not make keys by a recipe.
+func refused(err error) bool { return errors.Is(err, errRefused) && KindOf(err) == Broken }
 
 func newID() (id ID, err error) {
 	_, err = rand.Read(id[:])
 	return id, err
 }
 
-// generate makes the keys of v on the token, or for the length of the session.
-func generate(s cryptoki.Session, v *Version, onToken bool) (keys handles, err error) {
-	label := fmt.Sprintf("%s%s/v%d", labelPrefix, v.Key, v.Number)
+// generate makes the keys of v.
+func generate(s cryptoki.Session, v *Version, r recipe) (keys handles, err error) {
 	if v.Suite.asymmetric() {
-		return generatePair(s, v, label, onToken)
+		return generatePair(s, v, r)
 	}
 	use := []uint{pkcs11.CKA_ENCRYPT, pkcs11.CKA_DECRYPT}
-	if keys.key, err = generateSecret(s, pkcs11.CKM_AES_KEY_GEN, pkcs11.CKK_AES, v.ID, label, onToken, use); err != nil || v.Suite != CBCHMAC {
+	if keys.key, err = generateSecret(s, pkcs11.CKM_AES_KEY_GEN, pkcs11.CKK_AES, v.ID, r.label, r.onToken, use); err != nil || v.Suite != CBCHMAC {
 		return keys, err
 	}
 	use = []uint{pkcs11.CKA_SIGN, pkcs11.CKA_VERIFY}
-	keys.mac, err = generateSecret(s, pkcs11.CKM_GENERIC_SECRET_KEY_GEN, pkcs11.CKK_GENERIC_SECRET, v.macID, label+"/mac", onToken, use)
+	keys.mac, err = generateSecret(s, pkcs11.CKM_GENERIC_SECRET_KEY_GEN, pkcs11.CKK_GENERIC_SECRET, v.macID, r.label+"/mac", r.onToken, use)
 	return keys, err
 }
 
@@ -69,12 +91,20 @@ func generateSecret(s cryptoki.Session, mechanism, kind uint, id ID, label strin
 		key, err = s.GenerateKey(mechanism, needed)
 	}
 	if err != nil {
-		return 0, err
+		return 0, asRefused(err)
 	}
 	return key, errors.Join(verify(s, key, use))
 }
 
-// tooMuch tells errors that an attribute too many may cause.
+// asRefused marks what a token answers to a template that it does not take.
+func asRefused(err error) error {
+	if tooMuch(err) {
+		return fmt.Errorf("%w: %w", errRefused, err)
+	}
+	return err
+}
+
+// tooMuch tells errors that an attribute too many may cause, or a value of one.
 func tooMuch(err error) bool {
 	var code cryptoki.Error
 	if !errors.As(err, &code) {
@@ -82,7 +112,7 @@ func tooMuch(err error) bool {
 	}
 	switch uint(code) {
 	case pkcs11.CKR_ATTRIBUTE_TYPE_INVALID, pkcs11.CKR_ATTRIBUTE_VALUE_INVALID, pkcs11.CKR_TEMPLATE_INCOMPLETE,
-		pkcs11.CKR_TEMPLATE_INCONSISTENT, pkcs11.CKR_GENERAL_ERROR:
+		pkcs11.CKR_TEMPLATE_INCONSISTENT, pkcs11.CKR_KEY_SIZE_RANGE, pkcs11.CKR_GENERAL_ERROR:
 		return true
 	}
 	return false
@@ -106,36 +136,57 @@ func verify(s cryptoki.Session, key cryptoki.Object, use []cryptoki.Attribute) e
 	return nil
 }
 
-func generatePair(s cryptoki.Session, v *Version, label string, onToken bool) (keys handles, err error) {
+func generatePair(s cryptoki.Session, v *Version, r recipe) (keys handles, err error) {
+	mayPublic, mayPrivate := []uint{pkcs11.CKA_ENCRYPT}, []uint{pkcs11.CKA_DECRYPT}
+	if r.signs {
+		mayPublic, mayPrivate = append(mayPublic, pkcs11.CKA_VERIFY), append(mayPrivate, pkcs11.CKA_SIGN)
+	}
 	public := append([]cryptoki.Attribute{
 		cryptoki.Number(pkcs11.CKA_CLASS, pkcs11.CKO_PUBLIC_KEY), cryptoki.Number(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_RSA),
-		cryptoki.Number(pkcs11.CKA_MODULUS_BITS, rsaBits), {Type: pkcs11.CKA_PUBLIC_EXPONENT, Value: []byte{1, 0, 1}},
-		cryptoki.Bool(pkcs11.CKA_TOKEN, onToken), cryptoki.Text(pkcs11.CKA_LABEL, label), {Type: pkcs11.CKA_ID, Value: v.ID[:]},
-	}, uses([]uint{pkcs11.CKA_ENCRYPT}, pkcs11.CKA_ENCRYPT, pkcs11.CKA_VERIFY, pkcs11.CKA_WRAP)...)
-	use := uses([]uint{pkcs11.CKA_DECRYPT}, pkcs11.CKA_DECRYPT, pkcs11.CKA_SIGN, pkcs11.CKA_UNWRAP)
+		cryptoki.Number(pkcs11.CKA_MODULUS_BITS, uint(r.rsaBits)), {Type: pkcs11.CKA_PUBLIC_EXPONENT, Value: []byte{1, 0, 1}},
+		cryptoki.Bool(pkcs11.CKA_TOKEN, r.onToken), cryptoki.Text(pkcs11.CKA_LABEL, r.label), {Type: pkcs11.CKA_ID, Value: v.ID[:]},
+	}, uses(mayPublic, pkcs11.CKA_ENCRYPT, pkcs11.CKA_VERIFY, pkcs11.CKA_WRAP)...)
+	use := uses(mayPrivate, pkcs11.CKA_DECRYPT, pkcs11.CKA_SIGN, pkcs11.CKA_UNWRAP)
 	private := append([]cryptoki.Attribute{
 		cryptoki.Number(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY), cryptoki.Number(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_RSA),
-		cryptoki.Bool(pkcs11.CKA_TOKEN, onToken), cryptoki.Bool(pkcs11.CKA_PRIVATE, true), cryptoki.Bool(pkcs11.CKA_SENSITIVE, true),
-		cryptoki.Bool(pkcs11.CKA_EXTRACTABLE, false), cryptoki.Text(pkcs11.CKA_LABEL, label), {Type: pkcs11.CKA_ID, Value: v.ID[:]},
+		cryptoki.Bool(pkcs11.CKA_TOKEN, r.onToken), cryptoki.Bool(pkcs11.CKA_PRIVATE, true), cryptoki.Bool(pkcs11.CKA_SENSITIVE, true),
+		cryptoki.Bool(pkcs11.CKA_EXTRACTABLE, false), cryptoki.Text(pkcs11.CKA_LABEL, r.label), {Type: pkcs11.CKA_ID, Value: v.ID[:]},
 	}, use...)
 	keys.public, keys.key, err = s.GenerateKeyPair(pkcs11.CKM_RSA_PKCS_KEY_PAIR_GEN, public, private)
 	if err != nil {
+		return keys, asRefused(err)
+	}
+	if keys.modulus, err = modulus(s, keys.public); err != nil {
 		return keys, err
 	}
 	return keys, verify(s, keys.key, use)
 }
 
-// destroy removes the keys of a version from the token.
+// destroy removes the keys of a version from the token, as far as they are there.
 func destroy(s cryptoki.Session, v *Version) error {
-	keys, err := v.find(s)
 	var errs []error
-	for _, o := range []cryptoki.Object{keys.key, keys.mac, keys.public} {
-		if o != 0 {
-			errs = append(errs, s.Destroy(o))
+	for _, p := range v.parts() {
+		o, err := one(s, p.class, p.id)
+		if errors.Is(err, errNoKey) {
+			continue
 		}
+		if err == nil {
+			err = destroyOne(s, o, p.id)
+		}
+		errs = append(errs, err)
 	}
-	if errors.Is(err, errNoKey) {
-		err = nil // gone already, or half gone
+	return errors.Join(errs...)
+}
+
+// destroyOne destroys the object with an ID. There are modules that give one handle
+// to two objects and destroy the other one.
+func destroyOne(s cryptoki.Session, o cryptoki.Object, id ID) error {
+	got, err := s.Attribute(o, pkcs11.CKA_ID)
+	if err != nil {
+		return err
 	}
-	return errors.Join(append(errs, err)...)
+	if !bytes.Equal(got, id[:]) {
+		return fmt.Errorf("the module mistakes the object with the ID %x for another one, %x: nothing is destroyed", id, got)
+	}
+	return s.Destroy(o)
 }

@@ -9,6 +9,7 @@ import (
 	"crypto/subtle"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -112,7 +113,7 @@ func (l *Ledger) attempt(token TokenInfo, pin []byte, log func(pin []byte) error
 		// An answer that somebody is logged in says nothing of the PIN.
 		a.Accepted, a.Refused = a.Accepted || err == nil, a.Refused && err != nil
 	case stepFor(err) == fixPIN:
-		a.Refused = true
+		a.Refused, err = true, fmt.Errorf("that of %v: %w", l.PIN, err)
 	default:
 		return err // the token did not say anything of the PIN
 	}
@@ -138,8 +139,8 @@ func (l *Ledger) allowed(token TokenInfo, a *attempt, ours bool) error {
 	case known:
 		return nil
 	case a.Refused:
-		return errorf(Unauthenticated, nil, "the token %q has refused this PIN on %s; it is not tried again, so that the token does not lock: put the right PIN in its place, or, if the token was given this one meanwhile, run 'kms-agent hsm probe --retry-pin'",
-			token.Label, a.Tried.Format(time.RFC3339))
+		return errorf(Unauthenticated, nil, "the token %q has refused this PIN on %s; it is not tried again, so that the token does not lock: put the right PIN in its place (%v), or, if the token was given this one meanwhile, run 'kms-agent hsm probe --retry-pin'",
+			token.Label, a.Tried.Format(time.RFC3339), l.PIN)
 	case !a.Tried.IsZero():
 		return errorf(Unauthenticated, nil, "this PIN was tried with token %q on %s, and the outcome is not known; it is not tried again, so that the token does not lock: "+
 			"make sure that it is right and run 'kms-agent hsm probe --retry-pin'", token.Label, a.Tried.Format(time.RFC3339))

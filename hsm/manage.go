@@ -6,6 +6,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"sync"
 	"time"
 
 	"github.com/miekg/pkcs11"
@@ -64,7 +65,7 @@ func (t *Token) addVersion(ctx context.Context, k *Key, suite Suite) (*Key, erro
 			next := &Key{Name: k.Name, Current: number, Versions: append(append([]*Version(nil), k.Versions...), v), revision: k.revision, object: k.object}
 			written, err := t.write(ctx, next)
 			if kind := KindOf(err); err != nil && (kind == Invalid || kind == Broken) { // it certainly is not
-				_ = t.manage(context.WithoutCancel(ctx), func(w *worker) error { return destroy(w.session, v) })
+				t.undo(ctx, v)
 			}
 			return written, err
 		}
@@ -73,11 +74,13 @@ func (t *Token) addVersion(ctx context.Context, k *Key, suite Suite) (*Key, erro
 		}
 		tried = append(tried, fmt.Errorf("%v: %w", s, err))
 	}
+	if suite != 0 {
+		return nil, errorf(Broken, errors.Join(tried...), "the token cannot do this suite")
+	}
 	return nil, errorf(Broken, errors.Join(tried...), "the token can do none of the suites")
 }
 
-// newVersion tries a suite with keys that end with the session, then makes the real
-// ones and their canary.
+// newVersion tries a suite, then makes keys that stay and their canary.
 func (t *Token) newVersion(ctx context.Context, key string, number uint32, suite Suite) (*Version, error) {
 	trial, err := t.trial(ctx, suite)
 	if err != nil {
@@ -85,7 +88,7 @@ func (t *Token) newVersion(ctx context.Context, key string, number uint32, suite
 	}
 	v := &Version{
 		Key: key, Number: number, Suite: suite, State: Enabled, Created: time.Now().UTC().Truncate(time.Second),
-		style: trial.style, takes: suite.takes(rsaBits / 8), search: make(chan struct{}, 1),
+		style: trial.style, takes: suite.takes(trial.RSABits / 8), search: make(chan struct{}, 1),
 	}
 	if v.ID, err = newID(); err != nil {
 		return nil, err
@@ -95,24 +98,69 @@ func (t *Token) newVersion(ctx context.Context, key string, number uint32, suite
 			return nil, err
 		}
 	}
-	err = t.manage(ctx, func(w *worker) error {
-		if err := destroy(w.session, v); err != nil { // of an attempt that was cut off
-			return err
-		}
-		_, err := generate(w.session, v, true)
-		if err != nil {
-			_ = destroy(w.session, v)
-		}
-		return err
-	})
-	if err == nil {
+	if err = t.makeKeys(ctx, v, trial); err == nil {
 		err = t.setCanary(ctx, v)
 	}
 	if err != nil {
-		_ = t.manage(context.WithoutCancel(ctx), func(w *worker) error { return destroy(w.session, v) })
+		t.undo(ctx, v)
 		return nil, err
 	}
 	return v, nil
+}
+
+// undo destroys the keys of a version that nobody will know of.
+func (t *Token) undo(ctx context.Context, v *Version) {
+	whole, end := t.toTheEnd(ctx)
+	defer end()
+	_ = t.remove(whole, v)
+}
+
+// toTheEnd returns a context for what leaves something on the token where it is cut
+// off: it ends with end, or where the token is dead.
+func (t *Token) toTheEnd(ctx context.Context) (_ context.Context, end func()) {
+	whole, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
+	var watch sync.WaitGroup
+	watch.Go(func() {
+		select {
+		case <-t.dead:
+			cancel(t.Err())
+		case <-whole.Done():
+		}
+	})
+	return whole, func() { cancel(nil); watch.Wait() }
+}
+
+// makeKeys makes the keys of v on the token. They may sign only if the token refuses
+// others now, too: what it answered to the trial may have been a mishap.
+func (t *Token) makeKeys(ctx context.Context, v *Version, like Trial) error {
+	r := recipe{label: fmt.Sprintf("%s%s/v%d", labelPrefix, v.Key, v.Number), onToken: true, rsaBits: like.RSABits}
+	try := func(w *worker) error {
+		if err := destroy(w.session, v); err != nil { // of an attempt that was cut off
+			return err
+		}
+		_, err := generate(w.session, v, r)
+		return err
+	}
+	err := t.manage(ctx, try)
+	if !like.Signs || !refused(err) {
+		return err
+	}
+	t.renewNow(ctx) // the module may keep what it has of the key that it refused
+	r.signs = true
+	return t.manage(ctx, try)
+}
+
+// remove destroys the keys of a version. There are modules that hold a key with which
+// something failed, give its handle to others when it is gone, and keep what they had
+// of it in the HSM, where there is little room: until they are initialised again.
+func (t *Token) remove(ctx context.Context, v *Version) error {
+	gone := func(w *worker) error { return destroy(w.session, v) }
+	err := t.manage(ctx, gone)
+	t.renewNow(ctx)
+	if err == nil || KindOf(err) != Broken {
+		return err
+	}
+	return t.manage(ctx, gone)
 }
 
 // setCanary wraps a random secret under a new version, and tests the version.
@@ -283,7 +331,7 @@ func (t *Token) Destroy(ctx context.Context, name string, number uint32) (*Key, 
 	if err != nil {
 		return nil, err
 	}
-	if err := t.manage(ctx, func(w *worker) error { return destroy(w.session, gone) }); err != nil {
+	if err := t.remove(ctx, gone); err != nil {
 		return nil, err
 	}
 	return k, nil

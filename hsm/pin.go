@@ -23,6 +23,22 @@ type PINSource struct {
 	// Variable is the name of an environment variable: who may read the process's
 	// environment reads it, so the others are better.
 	Variable string
+	// Descriptor is an open file of this process.
+	Descriptor *PINDescriptor
+}
+
+// String says where the PIN is.
+func (s PINSource) String() string {
+	switch {
+	case s.Descriptor != nil:
+		return "descriptor " + s.Descriptor.name
+	case s.Variable != "":
+		return "environment variable " + s.Variable
+	case s.Credential != "":
+		return "credential " + s.Credential
+	default:
+		return s.File
+	}
 }
 
 // path returns the file that holds the PIN, "" where none does.
@@ -47,26 +63,38 @@ func (s PINSource) read(use func(pin []byte) error) error {
 		return err
 	}
 	defer memory.free()
-	n := 0
-	if s.Variable != "" {
-		value, ok := os.LookupEnv(s.Variable)
-		if !ok {
-			return fmt.Errorf("the environment variable %s, which should hold the PIN, is not set", s.Variable)
-		}
-		n = copy(memory, value)
-	} else if n, err = s.readFile(memory); err != nil {
+	n, err := s.copyTo(memory)
+	if err != nil {
 		return err
 	}
 	pin := bytes.TrimSuffix(bytes.TrimSuffix(memory[:n], []byte("\n")), []byte("\r"))
 	switch {
 	case len(pin) == 0:
-		return errors.New("the PIN is empty")
+		return fmt.Errorf("the PIN is empty: %v", s)
 	case n > maxPIN+1:
-		return fmt.Errorf("the PIN is longer than %d bytes: is this the right file?", maxPIN)
+		return fmt.Errorf("the PIN is longer than %d bytes: is %v the right place?", maxPIN, s)
 	case bytes.ContainsAny(pin, "\n\x00"):
-		return errors.New("the PIN has more than one line: is this the right file?")
+		return fmt.Errorf("the PIN has more than one line: is %v the right place?", s)
 	}
 	return use(pin)
+}
+
+// Check tells whether there is something that can be a PIN. No token is asked.
+func (s PINSource) Check() error { return s.read(func([]byte) error { return nil }) }
+
+func (s PINSource) copyTo(memory slab) (int, error) {
+	switch {
+	case s.Descriptor != nil:
+		return s.Descriptor.copyTo(memory)
+	case s.Variable != "":
+		value, ok := os.LookupEnv(s.Variable)
+		if !ok {
+			return 0, fmt.Errorf("the environment variable %s, which should hold the PIN, is not set", s.Variable)
+		}
+		return copy(memory, value), nil
+	default:
+		return s.readFile(memory)
+	}
 }
 
 // readFile reads the file of the PIN.
@@ -85,6 +113,9 @@ func (s PINSource) readFile(into []byte) (int, error) {
 // stamp is what changes when the PIN does, or who may read it. An environment
 // variable never does.
 func (s PINSource) stamp() string {
+	if s.Descriptor != nil {
+		return s.Descriptor.stamp()
+	}
 	path, err := s.path()
 	if path == "" || err != nil {
 		return ""

@@ -18,6 +18,13 @@ type Trial struct {
 	IV string
 	// Pair is how long a wrap and an unwrap of 32 bytes took.
 	Pair time.Duration
+	// RSABits is the size of the RSA keys that the token makes, 0 for other suites.
+	RSABits int
+	// Signs says that the token makes no private key which decrypts and cannot sign.
+	Signs bool
+	// OnToken says that the token makes no keys that end with their session: the
+	// trial had one of another kind, and destroyed it.
+	OnToken bool
 
 	style IVStyle
 }
@@ -34,7 +41,7 @@ type Probe struct {
 	Use Suite
 }
 
-// Probe tries every suite with keys that end with their session.
+// Probe tries every suite. It leaves nothing on the token.
 func (t *Token) Probe(ctx context.Context) (Probe, error) {
 	a, err := t.attached(ctx)
 	if err != nil {
@@ -57,7 +64,10 @@ func (t *Token) Probe(ctx context.Context) (Probe, error) {
 	p.Manufacturer, p.Library, p.Cryptoki, p.Mechanisms = info.Manufacturer, info.Library, info.Cryptoki, info.Mechanisms
 	for _, s := range append(Suites(), OAEPSHA1) {
 		trial, err := t.trial(ctx, s)
-		if KindOf(err) == Unavailable || ctx.Err() != nil {
+		if ctx.Err() != nil {
+			return p, context.Cause(ctx)
+		}
+		if err != nil && KindOf(err) == Unavailable {
 			return p, err
 		}
 		if trial.Err = err; err == nil && p.Use == 0 && s != OAEPSHA1 {
@@ -68,40 +78,82 @@ func (t *Token) Probe(ctx context.Context) (Probe, error) {
 	return p, nil
 }
 
-// trial tests a suite: what it wraps opens, and nothing else does.
+// trialLabel is that of trial keys on the token. No key's has one slash only.
+const trialLabel = labelPrefix + "trial"
+
+// trial tests a suite: what it wraps opens, and nothing else does. Keys on the token
+// are tried only where it makes none that end with their session.
 func (t *Token) trial(ctx context.Context, s Suite) (Trial, error) {
-	result := &Trial{Suite: s}
-	v := &Version{Key: "probe", Number: 1, Suite: s, State: Enabled, takes: s.takes(rsaBits / 8)}
-	var err error
-	if v.ID, err = newID(); err == nil {
-		v.macID, err = newID()
+	result, err := t.tryRecipes(ctx, s, false)
+	if refused(err) {
+		whole, end := t.toTheEnd(ctx)
+		defer end()
+		result, err = t.tryRecipes(whole, s, true)
 	}
-	if err != nil {
-		return *result, err
-	}
-	err = t.manage(ctx, func(w *worker) error {
-		w.spoiled = true
-		keys, err := generate(w.session, v, false)
-		if err != nil {
-			return err
-		}
-		if s == GCM {
-			if result.style, err = ivStyle(w, keys); err != nil {
-				return err
-			}
-			result.IV = result.style.String()
-		}
-		began := time.Now()
-		if err := roundTrip(w, s, result.style, keys); err != nil {
-			return err
-		}
-		result.Pair = time.Since(began)
-		return refuses(w, s, result.style, keys)
-	})
 	if err != nil {
 		return Trial{Suite: s}, err
 	}
-	return *result, nil
+	return result, nil
+}
+
+// tryRecipes tests a suite with the first recipe that the token takes.
+func (t *Token) tryRecipes(ctx context.Context, s Suite, onToken bool) (result Trial, err error) {
+	for _, r := range s.recipes() {
+		r.label, r.onToken = trialLabel, onToken
+		if result, err = t.tryRecipe(ctx, s, r); !refused(err) {
+			break
+		}
+	}
+	return result, err
+}
+
+func (t *Token) tryRecipe(ctx context.Context, s Suite, r recipe) (Trial, error) {
+	v := &Version{Suite: s}
+	var errs [2]error
+	v.ID, errs[0] = newID()
+	v.macID, errs[1] = newID()
+	if err := errors.Join(errs[:]...); err != nil {
+		return Trial{}, err
+	}
+	result := &Trial{Suite: s, RSABits: r.rsaBits, Signs: r.signs, OnToken: r.onToken}
+	err := t.manage(ctx, func(w *worker) error {
+		w.spoiled = true
+		if r.onToken {
+			defer w.hangUp() // or the session may hold the key when it is destroyed
+			// There may be one of an attempt that was cut off.
+			if err := destroy(w.session, v); err != nil {
+				return err
+			}
+		}
+		return result.run(w, v, r)
+	})
+	if !r.onToken {
+		return *result, err
+	}
+	if left := t.remove(ctx, v); left != nil {
+		return Trial{}, errorf(KindOf(left), left, "the key of a trial, %s with the ID %x, may still be on the token: delete it", trialLabel, v.ID)
+	}
+	return *result, err
+}
+
+// run makes the keys of v and wraps with them.
+func (result *Trial) run(w *worker, v *Version, r recipe) error {
+	keys, err := generate(w.session, v, r)
+	if err != nil {
+		return err
+	}
+	if v.Suite == GCM {
+		if result.style, err = ivStyle(w, keys); err != nil {
+			return err
+		}
+		result.IV = result.style.String()
+	}
+	began := time.Now()
+	if err := roundTrip(w, v.Suite, result.style, keys); err != nil {
+		return err
+	}
+	result.Pair = time.Since(began)
+	return refuses(w, v.Suite, result.style, keys)
 }
 
 // trialMaterial is what a trial wraps.

@@ -123,6 +123,8 @@ type handles struct {
 	key    cryptoki.Object // secret or private
 	mac    cryptoki.Object // of CBCHMAC
 	public cryptoki.Object // of OAEP
+	// modulus is the length of the public key's in bytes, and so of a ciphertext.
+	modulus int
 }
 
 // errOpen says that key material does not open.
@@ -140,7 +142,8 @@ func (s Suite) seal(w *worker, style IVStyle, k handles, n int) (int, error) {
 		return sealCBC(w, k, n)
 	case OAEP, OAEPSHA1:
 		p := s.oaep()
-		return w.session.Encrypt(k.public, &p, w.in[:w.pack(n, true)], w.out)
+		// There are modules that say how much room they had, not how much they wrote.
+		return w.session.Encrypt(k.public, &p, w.in[:w.pack(n, true)], w.out[:k.modulus])
 	}
 	return 0, fmt.Errorf("%v is not known", s)
 }
@@ -161,6 +164,9 @@ func (s Suite) open(w *worker, k handles, n int) (int, error) {
 	case CBCHMAC:
 		return openCBC(w, k, n)
 	case OAEP, OAEPSHA1:
+		if n != k.modulus { // some modules take that for a fault of ours
+			return 0, errOpen
+		}
 		p := s.oaep()
 		return w.unpack(w.session.Decrypt(k.key, &p, w.in[:n], w.out))
 	}

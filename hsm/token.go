@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -99,9 +100,10 @@ type Token struct {
 	// guarded is the attachment, also while it ends.
 	guarded atomic.Pointer[attachment]
 
-	keys keyring
-	used atomic.Pointer[Version] // the last, for the canary
-	last atomic.Int64            // when the module last did something good
+	keys   keyring
+	random generator
+	used   atomic.Pointer[Version] // the last, for the canary
+	last   atomic.Int64            // when the module last did something good
 
 	mu      sync.Mutex
 	current *attachment   // mu guards current and what follows; nil while there is none
@@ -274,6 +276,9 @@ func (t *Token) keep(ctx context.Context) {
 			if !t.detach(a) {
 				return
 			}
+			if errors.Is(err, errRenewed) {
+				continue
+			}
 			if a.proved() {
 				pause = 0
 			}
@@ -380,8 +385,12 @@ func (t *Token) find() (slot uint, info cryptoki.Token, err error) {
 			seen = append(seen, fmt.Sprintf("slot %d: %v", s, err))
 			continue
 		}
+		if i.Flags&pkcs11.CKF_TOKEN_INITIALIZED == 0 {
+			seen = append(seen, fmt.Sprintf("slot %d, whose token is not initialised", s))
+			continue
+		}
 		seen = append(seen, fmt.Sprintf("%q (serial %s)", i.Label, i.Serial))
-		if i.Flags&pkcs11.CKF_TOKEN_INITIALIZED != 0 && t.cfg.Token.MatchesToken(i.Label, i.Manufacturer, i.Model, i.Serial, s) {
+		if t.cfg.Token.MatchesToken(i.Label, i.Manufacturer, i.Model, i.Serial, s) {
 			slot, info = s, i
 			found++
 		}
@@ -392,9 +401,9 @@ func (t *Token) find() (slot uint, info cryptoki.Token, err error) {
 	case len(slots) == 0:
 		return 0, info, errorf(Unavailable, nil, "the module shows no token: is the HSM reachable, and the module's own configuration right?")
 	case found == 0:
-		return 0, info, errorf(Unavailable, nil, "no token matches %s; there are %v", t.cfg.Token, seen)
+		return 0, info, errorf(Unavailable, nil, "no token matches %s; there are: %s", t.cfg.Token, strings.Join(seen, ", "))
 	}
-	return 0, info, errorf(Invalid, nil, "%d tokens match %s; add the serial number: %v", found, t.cfg.Token, seen)
+	return 0, info, errorf(Invalid, nil, "%d tokens match %s; add the serial number, as in %s;serial=...: %s", found, t.cfg.Token, t.cfg.Token, strings.Join(seen, ", "))
 }
 
 // Info returns what the token says of itself, once it is attached.

@@ -64,7 +64,8 @@ type Version struct {
 	macID     ID     // of CBCHMAC
 	canary    []byte // wrapped when the version was made
 	canarySum [32]byte
-	takes     int // bytes of material that the token wraps itself
+	takes     int   // bytes of material that the token wraps itself
+	seen      int64 // by the token's now; 0 for one that is being made
 
 	handles atomic.Pointer[binding]
 	search  chan struct{} // has room for the one that looks for the keys
@@ -139,6 +140,24 @@ func (t *Token) bind(ctx context.Context, a *attachment, v *Version) (handles, e
 	return keys, nil
 }
 
+// Verify tells why a version is not what its record says: its keys are gone from the
+// token, or others. Those of a disabled version are looked for alone.
+func (t *Token) Verify(ctx context.Context, v *Version) error {
+	if v.State == Destroyed {
+		return nil
+	}
+	a, err := t.attached(ctx)
+	if err != nil {
+		return err
+	}
+	if v.State == Enabled {
+		_, err = t.bind(ctx, a, v)
+	} else {
+		_, err = t.locate(ctx, a, v)
+	}
+	return err
+}
+
 // locate finds the keys of a version on the token.
 func (t *Token) locate(ctx context.Context, a *attachment, v *Version) (handles, error) {
 	found := new(handles) // the worker's, until it is done
@@ -154,6 +173,11 @@ func (t *Token) locate(ctx context.Context, a *attachment, v *Version) (handles,
 	}
 	if err := t.there(ctx, a); err != nil { // no key, or no token?
 		return handles{}, err
+	}
+	if t.cfg.Catalogue != nil && a.since < v.seen {
+		// Another process may have made it, and some modules see only what was there
+		// when they were initialised.
+		return handles{}, t.renew(a)
 	}
 	return handles{}, errorf(KeyNotFound, nil, "the token has no key with the ID %x of version %d of key %s", v.ID, v.Number, v.Key)
 }
@@ -186,18 +210,51 @@ func (t *Token) sure(ctx context.Context) error {
 	return context.Cause(ctx)
 }
 
+// part is one of the keys of a version.
+type part struct {
+	class uint
+	id    ID
+}
+
+// parts returns what a version consists of on the token.
+func (v *Version) parts() []part {
+	switch {
+	case v.Suite.asymmetric():
+		return []part{{pkcs11.CKO_PRIVATE_KEY, v.ID}, {pkcs11.CKO_PUBLIC_KEY, v.ID}}
+	case v.Suite == CBCHMAC:
+		return []part{{pkcs11.CKO_SECRET_KEY, v.ID}, {pkcs11.CKO_SECRET_KEY, v.macID}}
+	}
+	return []part{{pkcs11.CKO_SECRET_KEY, v.ID}}
+}
+
 // find returns the keys of the version.
 func (v *Version) find(s cryptoki.Session) (keys handles, err error) {
-	if !v.Suite.asymmetric() {
-		if keys.key, err = one(s, pkcs11.CKO_SECRET_KEY, v.ID); err == nil && v.Suite == CBCHMAC {
-			keys.mac, err = one(s, pkcs11.CKO_SECRET_KEY, v.macID)
-		}
-		return keys, err
+	places := []*cryptoki.Object{&keys.key, &keys.mac}
+	if v.Suite.asymmetric() {
+		places[1] = &keys.public
 	}
-	if keys.key, err = one(s, pkcs11.CKO_PRIVATE_KEY, v.ID); err == nil {
-		keys.public, err = one(s, pkcs11.CKO_PUBLIC_KEY, v.ID)
+	for i, p := range v.parts() {
+		if *places[i], err = one(s, p.class, p.id); err != nil {
+			return keys, err
+		}
+	}
+	if keys.public != 0 {
+		keys.modulus, err = modulus(s, keys.public)
 	}
 	return keys, err
+}
+
+// modulus returns the length of a public key's modulus in bytes.
+func modulus(s cryptoki.Session, public cryptoki.Object) (int, error) {
+	value, err := s.Attribute(public, pkcs11.CKA_MODULUS)
+	if err != nil {
+		return 0, fmt.Errorf("read the modulus of a public key: %w", err)
+	}
+	n := len(bytes.TrimLeft(value, "\x00"))
+	if !OAEP.fits(n) {
+		return 0, errorf(KeyUnusable, nil, "a public key whose modulus has %d bytes", n)
+	}
+	return n, nil
 }
 
 // present tells whether the token is still the one that was attached.

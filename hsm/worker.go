@@ -113,13 +113,19 @@ func (w *worker) loop() {
 		}
 		w.a.release(w)
 	}
-	if w.open {
-		w.began.Store(w.a.token.now())
-		_ = w.session.Close() // mostly lost already
-		w.began.Store(0)
-	}
+	w.began.Store(w.a.token.now())
+	w.hangUp()
+	w.began.Store(0)
 	w.memory.free()
 	w.a.gone(w)
+}
+
+// hangUp closes the session.
+func (w *worker) hangUp() {
+	if w.open {
+		_ = w.session.Close() // mostly lost already
+	}
+	w.open = false
 }
 
 // clean erases key material.

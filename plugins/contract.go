@@ -82,7 +82,7 @@ type Description struct {
 // Info tells what a backend is.
 type Info struct {
 	Name, Version string
-	// Capabilities name optional services; none are defined yet.
+	// Capabilities name optional services: CapabilityRandom.
 	Capabilities []string
 	// FIPS140 is Go's FIPS 140-3 module of the process: NoFIPS140 or its version.
 	FIPS140 string

@@ -41,6 +41,8 @@ func TestDocumentation(t *testing.T) {
 		fmt.Sprintf("%d versions;", MaxVersions), fmt.Sprintf("1 to %d bytes of UTF-8", MaxNameSize),
 		fmt.Sprintf("at most %d MiB", MaxMessageSize>>20), fmt.Sprintf("plugin protocol %d", protocolVersion),
 		fmt.Sprintf("at most %d ms", answerMargin.Milliseconds()), vectorNonce, vectorCiphertext,
+		fmt.Sprintf("1 to %d bytes, exactly as many", MaxRandomSize), fmt.Sprintf("capability `%s`", CapabilityRandom),
+		fmt.Sprintf("the %d random bytes of a RandomRequest", randomNonceSize),
 	} {
 		if !strings.Contains(doc, want) {
 			t.Errorf("the documentation lacks %q", want)

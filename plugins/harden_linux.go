@@ -11,10 +11,10 @@ import (
 )
 
 // Harden takes from the process what a holder of keys has no use for: core dumps,
-// being read by other processes of its user, new privileges, and files that others
-// read. It may execute the program again, so it comes first in main. Serve does it by
-// itself. The
-// kernel resets PR_SET_DUMPABLE at execve, so each process does it by itself.
+// being read by other processes of its user, new privileges, files that others read,
+// and handing on the descriptors that it was handed. It may execute the program again,
+// so it comes first in main. Serve does it by itself. The kernel
+// resets PR_SET_DUMPABLE at execve, so each process does it by itself.
 func Harden() error {
 	if err := noNewPrivileges(); err != nil {
 		return err
@@ -26,6 +26,7 @@ func Harden() error {
 		return fmt.Errorf("forbid core dumps: %w", err)
 	}
 	unix.Umask(0o077)
+	keepDescriptors() // not before: the program that is executed again needs them
 	return nil
 }
 

@@ -23,6 +23,7 @@ type Remote struct {
 	health  grpc_health_v1.HealthClient
 	session atomic.Pointer[session]
 	calls   atomic.Pointer[caller] // nil where each call is an RPC of its own
+	random  atomic.Bool            // the plugin has CapabilityRandom
 	alone   bool
 }
 
@@ -59,6 +60,7 @@ func (r *Remote) Open(ctx context.Context, config json.RawMessage) (Info, error)
 	if answer.GetCalls() && !r.alone {
 		r.calls.Store(&caller{service: r.service})
 	}
+	r.random.Store(info.Gives(CapabilityRandom))
 	r.session.Store(s)
 	return info, nil
 }

@@ -18,6 +18,9 @@ type server struct {
 
 	backend Backend
 	session atomic.Pointer[session]
+	// random is written before session, and read after it; nil without the
+	// capability.
+	random RandomSource
 	// each is around every call that comes by the stream. It may be nil.
 	each grpc.UnaryServerInterceptor
 
@@ -48,6 +51,11 @@ func (s *server) Open(ctx context.Context, r *pluginv1.OpenRequest) (*pluginv1.O
 	if err := info.check(); err != nil {
 		return nil, toStatus(err)
 	}
+	source, noSource := randomOf(s.backend, info)
+	if noSource != nil {
+		return nil, toStatus(noSource)
+	}
+	s.random = source
 	s.session.Store(session)
 	return &pluginv1.OpenResponse{
 		Name: info.Name, Version: info.Version, PluginPublicKey: own.PublicKey().Bytes(),

@@ -26,11 +26,14 @@ import (
 type liar struct {
 	pluginv1.UnimplementedBackendServer
 
-	open     *pluginv1.OpenResponse
-	wrap     *pluginv1.WrapResponse
-	unwrap   *pluginv1.UnwrapResponse
-	describe *pluginv1.DescribeResponse
-	check    *pluginv1.CheckResponse
+	open *pluginv1.OpenResponse
+	// capabilities are what opened makes it name.
+	capabilities []string
+	wrap         *pluginv1.WrapResponse
+	unwrap       *pluginv1.UnwrapResponse
+	describe     *pluginv1.DescribeResponse
+	check        *pluginv1.CheckResponse
+	random       *pluginv1.RandomResponse // nil: a plugin from before the RPC
 }
 
 func (l *liar) Open(context.Context, *pluginv1.OpenRequest) (*pluginv1.OpenResponse, error) {
@@ -51,6 +54,13 @@ func (l *liar) Describe(context.Context, *pluginv1.DescribeRequest) (*pluginv1.D
 
 func (l *liar) Check(context.Context, *pluginv1.CheckRequest) (*pluginv1.CheckResponse, error) {
 	return l.check, nil
+}
+
+func (l *liar) Random(ctx context.Context, q *pluginv1.RandomRequest) (*pluginv1.RandomResponse, error) {
+	if l.random == nil {
+		return l.UnimplementedBackendServer.Random(ctx, q)
+	}
+	return l.random, nil
 }
 
 func dial(t *testing.T, service pluginv1.BackendServer) *plugins.Remote {
@@ -117,7 +127,7 @@ func TestOpenRefusesMalformedAnswers(t *testing.T) {
 
 func opened(t *testing.T, l *liar) *plugins.Remote {
 	t.Helper()
-	l.open = &pluginv1.OpenResponse{Name: "liar", PluginPublicKey: publicKey(t)}
+	l.open = &pluginv1.OpenResponse{Name: "liar", PluginPublicKey: publicKey(t), Capabilities: l.capabilities}
 	r := dial(t, l)
 	if _, err := r.Open(bounded(t), nil); err != nil {
 		t.Fatal(err)
@@ -255,5 +265,34 @@ func (s *spy) Wrap(_ context.Context, r *pluginv1.WrapRequest) (*pluginv1.WrapRe
 func TestServeByHand(t *testing.T) {
 	if err := plugins.Serve(nil); !errors.Is(err, plugins.ErrByHand) {
 		t.Errorf("got %v, want ErrByHand", err)
+	}
+}
+
+// A plugin that does not have the capability is not asked, whatever its age; one that has
+// it is not believed.
+func TestRandomAnswersAreChecked(t *testing.T) {
+	random := []string{plugins.CapabilityRandom}
+	for name, c := range map[string]struct {
+		l    *liar
+		want plugins.Class
+	}{
+		"without the capability":    {&liar{random: &pluginv1.RandomResponse{}}, plugins.Invalid},
+		"a plugin from before":      {&liar{}, plugins.Invalid},
+		"a capability alone":        {&liar{capabilities: random}, plugins.Internal},
+		"an empty answer":           {&liar{capabilities: random, random: &pluginv1.RandomResponse{}}, plugins.Internal},
+		"an answer that is no seal": {&liar{capabilities: random, random: &pluginv1.RandomResponse{Random: sealed(12, 48).GetPlaintext()}}, plugins.Internal},
+	} {
+		dst := []byte("as it was")
+		if err := opened(t, c.l).Random(bounded(t), dst); plugins.ClassOf(err) != c.want || string(dst) != "as it was" {
+			t.Errorf("%s: got %q and %v, want %s", name, dst, err, c.want)
+		}
+	}
+	for _, n := range []int{0, plugins.MaxRandomSize + 1} {
+		if err := opened(t, &liar{capabilities: random}).Random(bounded(t), make([]byte, n)); plugins.ClassOf(err) != plugins.Invalid {
+			t.Errorf("%d bytes: got %v, want Invalid", n, err)
+		}
+	}
+	if err := dial(t, &liar{}).Random(bounded(t), make([]byte, 1)); plugins.ClassOf(err) != plugins.Internal {
+		t.Errorf("before Open: got %v, want Internal", err)
 	}
 }

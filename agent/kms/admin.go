@@ -109,7 +109,7 @@ func (s *Service) Evict(name string) (int, bool) {
 	state := s.state.Load()
 	if name == "" {
 		for _, k := range state.keys {
-			k.wrapping.askAgain()
+			k.group.askAgain()
 		}
 		return s.cache.EvictAll(), true
 	}
@@ -117,6 +117,6 @@ func (s *Service) Evict(name string) (int, bool) {
 	if k == nil {
 		return 0, false
 	}
-	k.wrapping.askAgain()
+	k.group.askAgain()
 	return s.cache.EvictKey(k.Name), true
 }

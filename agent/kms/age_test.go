@@ -6,7 +6,37 @@ import (
 	"time"
 
 	"github.com/kms-agent/kms-agent/agent/kms"
+	"github.com/kms-agent/kms-agent/plugins"
 )
+
+// A wrapping key that was never there is told to the operator too, until it is.
+func TestHealthOfAMissingWrappingKey(t *testing.T) {
+	r := newRig(t)
+	problem := func() string {
+		for _, h := range r.Health() {
+			if h.Name == "orders" {
+				return h.Problem
+			}
+		}
+		return "no such key"
+	}
+	encrypt := func() error {
+		_, err := r.Encrypt(t.Context(), caller(t, orders), kms.EncryptRequest{Key: "orders", Plaintext: []byte("x")})
+		return err
+	}
+	r.backend.fail(plugins.Errorf(plugins.Unavailable, "away"))
+	if err := encrypt(); err == nil || problem() != "" {
+		t.Errorf("an outage is no fault of the key: %v, %q", err, problem())
+	}
+	r.backend.fail(plugins.Errorf(plugins.KeyNotFound, "make it with init-key"))
+	if err := encrypt(); err == nil || !strings.Contains(problem(), "make it with init-key") {
+		t.Errorf("of a missing key: %v, %q", err, problem())
+	}
+	r.backend.fail(nil)
+	if err := encrypt(); err != nil || problem() != "" {
+		t.Errorf("once it is there: %v, %q", err, problem())
+	}
+}
 
 // A version that is too old encrypts and wraps nothing new, cached or not, and opens
 // what it has wrapped.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"time"
 
+	"github.com/kms-agent/kms-agent/agent/census"
 	"github.com/kms-agent/kms-agent/agent/policy"
 	"github.com/kms-agent/kms-agent/cache"
 	"github.com/kms-agent/kms-agent/envelope"
@@ -52,7 +53,7 @@ func (t *transaction) generate(ctx context.Context, req GenerateDataKeyRequest, 
 	if err != nil {
 		return DataKeyResponse{}, err
 	}
-	material := newDataKey()
+	material := t.service.newDataKey()
 	edk, use, err := t.wrapBound(ctx, k, material, envelope.PurposeExported, req.Context)
 	if err != nil {
 		clear(material)
@@ -75,31 +76,35 @@ func (t *transaction) useUntil(k *key, f cache.Freshness) time.Time {
 // wrapBound wraps key material under the current version with the context
 // bound, past the cache, which learns from it all the same.
 func (t *transaction) wrapBound(ctx context.Context, k *key, material []byte, purpose envelope.Purpose, encryptionContext map[string]string) (envelope.EDK, KeyUse, error) {
-	version, err := t.current(ctx, k)
+	current, err := t.current(ctx, k)
 	if err != nil {
 		return envelope.EDK{}, KeyUse{}, err
 	}
-	s, authority := t.service, k.wrapping.authority(version, cache.Encrypt)
+	s, g := t.service, k.group
 	info := envelope.ProviderInfo{
-		Purpose: purpose, Key: k.Name, URI: k.WrappingKey, Version: version, ContextBound: true,
-		Partition: s.partitionID(t.partition(k, encryptionContext)),
+		Purpose: purpose, Key: k.Name, ContextBound: true, Partition: s.partitionID(t.partition(k, encryptionContext)),
 	}
+	authority := g.authority(current, cache.Encrypt)
 	began, clock := s.now(), time.Now()
-	wrapped, err := s.wrap(t.upstream(ctx), k.wrapping, material, info, encryptionContext)
+	var wrapped sealed
+	if err = s.sure(t.upstream(ctx), g, authority, nil); err == nil {
+		wrapped, err = s.wrapFirst(t.upstream(ctx), g, current, material, info, encryptionContext)
+	}
 	t.upstreamSince(clock)
-	s.observe(ctx, k.wrapping, authority, err, began)
+	s.observe(ctx, g, authority, err, began)
 	if err != nil {
 		return envelope.EDK{}, KeyUse{}, failure(ctx, k.Name, err)
 	}
-	return wrapped.edk, t.used(k, version, cache.Freshness{Source: cache.Upstream}), nil
+	s.census.Add(census.Kind{Key: k.Name, Purpose: census.Purpose(purpose.String()), Wraps: g.wraps(sealedKey{wrapped})})
+	return wrapped.edk, t.used(k, g.versions(sealedKey{wrapped}).String(), cache.Freshness{Source: cache.Upstream}), nil
 }
 
 // observe tells the cache what traffic past it has learned, unless the caller's
 // own end explains the error, or the answer is about a configuration that has
 // been replaced. A definite no counts whatever has become of the caller.
-func (s *Service) observe(ctx context.Context, w *wrapping, a cache.Authority, err error, began time.Duration) {
+func (s *Service) observe(ctx context.Context, g *group, a cache.Authority, err error, began time.Duration) {
 	ended := err != nil && ctx.Err() != nil && !plugins.ClassOf(err).Definite()
-	if ended || !s.inUse(w) {
+	if ended || !s.inUse(g) {
 		return
 	}
 	s.cache.Observe(a, verdictOf(err), began)
@@ -119,14 +124,14 @@ func (s *Service) DecryptDataKey(ctx context.Context, call Call, req DecryptData
 		if err != nil {
 			return DataKeyResponse{}, err
 		}
-		use, err := t.decryptionKey(ctx, k, edk)
+		use, v, err := t.decryptionKey(ctx, k, sealedKey{edk})
 		if err != nil {
 			return DataKeyResponse{}, err
 		}
 		defer use.Release()
 		plaintext := append([]byte(nil), use.DataKey()...)
 		return DataKeyResponse{
-			Plaintext: plaintext, KeyUse: t.used(k, edk.version, use.Freshness()), UseUntil: t.useUntil(k, use.Freshness()),
+			Plaintext: plaintext, KeyUse: t.used(k, v.String(), use.Freshness()), UseUntil: t.useUntil(k, use.Freshness()),
 		}, nil
 	})
 }
@@ -209,19 +214,25 @@ func (s *Service) Unwrap(ctx context.Context, call Call, req UnwrapRequest) (Unw
 			return UnwrapResponse{}, failure(ctx, k.Name, err)
 		}
 		t.record.BytesOut = uint64(len(plaintext))
-		use := t.used(k, edk.version, cache.Freshness{Source: cache.Upstream})
+		use := t.used(k, k.group.versions(sealedKey{edk}).String(), cache.Freshness{Source: cache.Upstream})
 		return UnwrapResponse{Plaintext: plaintext, KeyUse: use}, nil
 	})
 }
 
 func (t *transaction) unwrapDirect(ctx context.Context, k *key, edk sealed) ([]byte, error) {
-	s, authority := t.service, k.wrapping.authority(edk.version, cache.Decrypt)
-	if err := s.knows(t.upstream(ctx), k.wrapping, edk.version); err != nil {
+	s, g := t.service, k.group
+	w := g.parts[edk.part]
+	if err := s.knows(t.upstream(ctx), w, edk.version); err != nil {
 		return nil, err
 	}
+	authority := g.authority(g.versions(sealedKey{edk}), cache.Decrypt)
 	began, clock := s.now(), time.Now()
-	plaintext, err := k.wrapping.unwrap(t.upstream(ctx), edk)
+	var plaintext []byte
+	err := s.sure(t.upstream(ctx), g, authority, sealedKey{edk})
+	if err == nil {
+		plaintext, err = w.unwrap(t.upstream(ctx), edk)
+	}
 	t.upstreamSince(clock)
-	s.observe(ctx, k.wrapping, authority, err, began)
+	s.observe(ctx, g, authority, err, began)
 	return plaintext, err
 }

@@ -2,11 +2,12 @@ package kms
 
 import (
 	"context"
-	"crypto/rand"
+	"fmt"
 	"slices"
 	"time"
 
 	"github.com/kms-agent/kms-agent/agent/policy"
+	"github.com/kms-agent/kms-agent/agent/random"
 	"github.com/kms-agent/kms-agent/cache"
 	"github.com/kms-agent/kms-agent/identity"
 	"github.com/kms-agent/kms-agent/plugins"
@@ -49,9 +50,7 @@ func (t *transaction) description(k *key) KeyDescription {
 			Caller: t.call.Caller, Key: k.Name, Labels: k.Labels,
 		}),
 	}
-	if known := k.wrapping.described.Load(); known != nil {
-		d.CurrentVersion, d.Versions = known.Current, known.Versions
-	}
+	d.CurrentVersion, d.Versions = k.group.known()
 	return d
 }
 
@@ -98,8 +97,8 @@ func (s *Service) WhoAmI(ctx context.Context, call Call) (identity.Caller, error
 	})
 }
 
-// GenerateRandom returns 1 to MaxRandomSize bytes of the system's random. It
-// needs generate-random on any key, since it concerns none.
+// GenerateRandom returns 1 to MaxRandomSize bytes of random. It needs
+// generate-random on any key, since it concerns none.
 func (s *Service) GenerateRandom(ctx context.Context, call Call, length int) ([]byte, error) {
 	return perform(ctx, s, call, policy.GenerateRandom, func(ctx context.Context, t *transaction) ([]byte, error) {
 		decision := t.decide(t.state, nil, policy.GenerateRandom, nil)
@@ -113,10 +112,10 @@ func (s *Service) GenerateRandom(ctx context.Context, call Call, length int) ([]
 		if err := t.count(ctx, decision, "", uint64(length)); err != nil {
 			return nil, err
 		}
-		random := make([]byte, length)
-		_, _ = rand.Read(random) // never fails: crypto/rand
+		out := make([]byte, length)
+		s.random.Fill(out, random.GenerateRandom)
 		t.record.BytesOut = uint64(length)
-		return random, nil
+		return out, nil
 	})
 }
 
@@ -131,6 +130,19 @@ type KeyHealth struct {
 	EncryptConfirmed, DecryptConfirmed time.Duration
 	// Problem says what is wrong; empty where nothing is known to be.
 	Problem string
+	// Encrypt and Decrypt tell how long the current version serves in an outage.
+	Encrypt, Decrypt Endurance
+	// Spares are ready, of SparesWanted.
+	Spares, SparesWanted int
+}
+
+// Endurance is how long a key lasts in one direction without its backend.
+type Endurance struct {
+	// Down tells that the backend does not answer for the key, since so long ago.
+	Down  bool
+	Since time.Duration
+	// Left is how long the key still serves if it does not answer from now on.
+	Left time.Duration
 }
 
 // Health tells of every key without asking upstream.
@@ -144,26 +156,53 @@ func (s *Service) Health() []KeyHealth {
 }
 
 func (s *Service) health(k *key) KeyHealth {
-	h := KeyHealth{Name: k.Name, Backend: k.Backend, WrappingKey: k.WrappingKey, EncryptConfirmed: -1, DecryptConfirmed: -1}
-	known := k.wrapping.described.Load()
-	if known == nil {
+	g := k.group
+	h := KeyHealth{Name: k.Name, Backend: g.id.backend, WrappingKey: g.id.uri, EncryptConfirmed: -1, DecryptConfirmed: -1}
+	current := make(versions, len(g.parts))
+	for part, w := range g.parts {
+		known := w.described.Load()
+		if why := w.refused.Load(); known == nil && why != nil && h.Problem == "" {
+			h.Problem = "its backend refused it when it was used last: " + *why
+		}
+		if known == nil {
+			continue
+		}
+		current[part] = known.Current
+		if h.Problem == "" {
+			h.Problem = k.tooOld(known, warnVersionAge)
+		}
+	}
+	if !slices.ContainsFunc(current, func(v string) bool { return v != "" }) {
 		return h
 	}
-	h.CurrentVersion = known.Current
-	h.Problem = k.tooOld(known, warnVersionAge)
-	for _, direction := range []cache.Direction{cache.Encrypt, cache.Decrypt} {
-		a := k.wrapping.authority(known.Current, direction)
-		if err := s.cache.Recheck(a); err != nil {
-			h.Problem = err.Error()
+	h.CurrentVersion = current.String()
+	if g.lacking.Load() && h.Problem == "" {
+		h.Problem = "not all of its backends have wrapped the data keys in use; messages made meanwhile are lost with those that have"
+	}
+	h.Spares, h.SparesWanted = s.cache.SparesOf(k.Name)
+	for direction, part := range map[cache.Direction]struct {
+		confirmed *time.Duration
+		endures   *Endurance
+	}{cache.Encrypt: {&h.EncryptConfirmed, &h.Encrypt}, cache.Decrypt: {&h.DecryptConfirmed, &h.Decrypt}} {
+		standing := s.cache.Standing(g.authority(current, direction), k.limits(direction))
+		if standing.Refused != nil {
+			h.Problem = standing.Refused.Error()
+			continue
 		}
-		age, ok := s.cache.Confirmed(a)
-		switch {
-		case !ok:
-		case direction == cache.Encrypt:
-			h.EncryptConfirmed = age
-		default:
-			h.DecryptConfirmed = age
+		if standing.Confirmed {
+			*part.confirmed = standing.Age
+		}
+		*part.endures = Endurance{Down: standing.Down, Since: standing.Since, Left: standing.GraceLeft}
+		if standing.Down && standing.Age > k.Limits.MaxAge && h.Problem == "" {
+			h.Problem = outageProblem(direction, standing)
 		}
 	}
 	return h
+}
+
+func outageProblem(d cache.Direction, s cache.Standing) string {
+	if s.GraceLeft <= 0 {
+		return fmt.Sprintf("its backend has not answered for %s: %ss are not served any more", s.Since.Round(time.Second), d)
+	}
+	return fmt.Sprintf("its backend has not answered for %s: %ss are served in grace for %s more", s.Since.Round(time.Second), d, s.GraceLeft.Round(time.Second))
 }

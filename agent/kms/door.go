@@ -32,6 +32,8 @@ type transaction struct {
 	// policyStale is the part of maxStale that policy demands; nil: none.
 	policyStale *time.Duration
 	record      audit.Record
+	// holds: data keys are taken for the agent itself, to have them ready.
+	holds bool
 	// held is what the limits of rules have admitted.
 	held quota.Held
 	// note is what the record says beyond what the caller is told, unless an
@@ -120,7 +122,7 @@ func (t *transaction) authorise(ctx context.Context, name string, op policy.Oper
 		return nil, err
 	}
 	t.bound(decision.MaxStale)
-	t.record.Backend = k.Backend
+	t.record.Backend = k.group.id.backend
 	return k, nil
 }
 

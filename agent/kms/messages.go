@@ -7,6 +7,7 @@ import (
 	"slices"
 
 	"github.com/kms-agent/kms-agent/agent/audit"
+	"github.com/kms-agent/kms-agent/agent/census"
 	"github.com/kms-agent/kms-agent/agent/policy"
 	"github.com/kms-agent/kms-agent/cache"
 	"github.com/kms-agent/kms-agent/envelope"
@@ -52,13 +53,14 @@ func (t *transaction) seal(ctx context.Context, k *key, plaintext []byte, encryp
 		return EncryptResponse{}, err
 	}
 	defer use.Release()
-	origin, _ := use.Origin().(sealed)
-	message, err := envelope.Seal(nil, use.DataKey(), []envelope.EDK{origin.edk}, encryptionContext, plaintext)
+	origin, _ := use.Origin().(*made)
+	message, err := envelope.Seal(nil, use.DataKey(), origin.edks, encryptionContext, plaintext)
 	if err != nil {
 		return EncryptResponse{}, &Error{Reason: ReasonInternal, Key: k.Name, Message: "the message could not be made", Cause: err}
 	}
 	t.record.MessageID = messageID(envelope.MessageIDOf(message))
 	t.record.BytesOut = uint64(len(message))
+	t.service.census.Add(census.Kind{Key: k.Name, Purpose: census.Message, Wraps: origin.wraps})
 	return EncryptResponse{Message: message, KeyUse: t.used(k, origin.version, use.Freshness())}, nil
 }
 
@@ -97,7 +99,7 @@ func (t *transaction) open(ctx context.Context, req DecryptRequest) (DecryptResp
 		return DecryptResponse{}, err
 	}
 	var plaintext []byte
-	use, edk, err := t.unlock(ctx, k, edks, func(dataKey []byte) error {
+	use, v, err := t.unlock(ctx, k, edks, func(dataKey []byte) error {
 		plaintext, err = message.Open(nil, dataKey)
 		return err
 	})
@@ -107,7 +109,7 @@ func (t *transaction) open(ctx context.Context, req DecryptRequest) (DecryptResp
 	defer use.Release()
 	t.record.BytesOut = uint64(len(plaintext))
 	return DecryptResponse{
-		Plaintext: plaintext, Context: message.Context, KeyUse: t.used(k, edk.version, use.Freshness()),
+		Plaintext: plaintext, Context: message.Context, KeyUse: t.used(k, v.String(), use.Freshness()),
 	}, nil
 }
 
@@ -115,7 +117,7 @@ func (t *transaction) open(ctx context.Context, req DecryptRequest) (DecryptResp
 // and returns the EDKs that can be tried. Nothing has been unwrapped yet, and
 // the header is not proven yet: the context decides who may try, the message's
 // own tag then proves the context.
-func (t *transaction) admit(ctx context.Context, h *envelope.Header, expected map[string]string, payload uint64) (*key, []sealed, error) {
+func (t *transaction) admit(ctx context.Context, h *envelope.Header, expected map[string]string, payload uint64) (*key, sealedKey, error) {
 	t.record.MessageID = messageID(h.MessageID)
 	name, infos, err := t.keyOf(h)
 	if err != nil {
@@ -130,7 +132,7 @@ func (t *transaction) admit(ctx context.Context, h *envelope.Header, expected ma
 			return nil, nil, undecryptable(k.Name, fmt.Errorf("expected context: %q is not as expected", pair))
 		}
 	}
-	var edks []sealed
+	var edks sealedKey
 	var last error
 	for i, info := range infos {
 		if info == nil || t.state.keys[info.Key] != k {
@@ -198,15 +200,24 @@ func (t *transaction) oneOf(names []string, encryptionContext map[string]string)
 	return name, nil
 }
 
-// unlock tries the EDKs until open succeeds with the data key behind one. The
-// returned use is the caller's to release.
-func (t *transaction) unlock(ctx context.Context, k *key, edks []sealed, open func(dataKey []byte) error) (*cache.Use, sealed, error) {
-	var first error
+// unlock opens a message with the data key behind its EDKs. As a rule they are all of
+// one data key, and whichever backend answers first opens it; where somebody has put
+// together what does not belong together, each is tried by itself. The returned use is
+// the caller's to release.
+func (t *transaction) unlock(ctx context.Context, k *key, edks sealedKey, open func(dataKey []byte) error) (*cache.Use, versions, error) {
+	tries := make([]sealedKey, 0, len(edks)+1)
+	if one := distinct(edks); len(one) > 1 {
+		tries = append(tries, one)
+	}
 	for _, edk := range edks {
-		use, err := t.decryptionKey(ctx, k, edk)
+		tries = append(tries, sealedKey{edk})
+	}
+	var first error
+	for i, try := range tries {
+		use, v, err := t.decryptionKey(ctx, k, try)
 		if err == nil {
 			if err = open(use.DataKey()); err == nil {
-				return use, edk, nil
+				return use, v, nil
 			}
 			use.Release()
 			err = undecryptable(k.Name, err)
@@ -214,8 +225,22 @@ func (t *transaction) unlock(ctx context.Context, k *key, edks []sealed, open fu
 		if first == nil || ReasonOf(first) == ReasonDecryptFailed {
 			first = err
 		}
+		if i == 0 && len(try) > 1 && ReasonOf(err) != ReasonDecryptFailed {
+			break // what none of them opens now, none opens alone
+		}
 	}
-	return nil, sealed{}, first
+	return nil, nil, first
+}
+
+// distinct returns the first EDK of each part, in the order of the parts.
+func distinct(edks sealedKey) sealedKey {
+	var out sealedKey
+	for _, edk := range edks {
+		if out.of(edk.part) == nil {
+			out = append(out, edk)
+		}
+	}
+	return inOrder(out)
 }
 
 // ReEncryptRequest asks for a new message with the plaintext of another.

@@ -454,7 +454,7 @@ func TestFormerNamesAndConfiguration(t *testing.T) {
 	t.Run("one wrapping key, one logical key", func(t *testing.T) {
 		twice := r.config
 		twice.Keys = append([]kms.Key(nil), r.config.Keys...)
-		twice.Keys[1].WrappingKey = twice.Keys[0].WrappingKey
+		twice.Keys[1].Wraps = twice.Keys[0].Wraps
 		if err := r.Apply(twice); err == nil {
 			t.Error("two logical keys share a wrapping key")
 		}

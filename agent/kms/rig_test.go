@@ -17,6 +17,7 @@ import (
 	"github.com/kms-agent/kms-agent/agent/kms"
 	"github.com/kms-agent/kms-agent/agent/policy"
 	"github.com/kms-agent/kms-agent/agent/quota"
+	mixed "github.com/kms-agent/kms-agent/agent/random"
 	"github.com/kms-agent/kms-agent/cache"
 	"github.com/kms-agent/kms-agent/identity"
 	"github.com/kms-agent/kms-agent/plugins"
@@ -32,6 +33,7 @@ type rig struct {
 	keystore *local.Keystore
 	audit    *audit.Log
 	quota    *quota.Keeper
+	random   *mixed.Pool
 	auditLog string
 	clock    *clock
 	config   kms.Config
@@ -227,7 +229,9 @@ func newRigWithSink(t testing.TB, sink audit.Sink) *rig {
 		t.Fatalf("quota: %v", err)
 	}
 	t.Cleanup(func() { _ = r.quota.Close() })
-	r.Service, err = kms.New(kms.Options{Audit: log, Quota: r.quota, MaxEntries: 64, Now: r.clock.Now, ConfirmTimeout: 5 * time.Second})
+	r.random = mixed.New(nil)
+	t.Cleanup(r.random.Close)
+	r.Service, err = kms.New(kms.Options{Audit: log, Quota: r.quota, Random: r.random, MaxEntries: 64, Now: r.clock.Now, ConfirmTimeout: 5 * time.Second})
 	if err != nil {
 		t.Fatalf("service: %v", err)
 	}
@@ -238,7 +242,7 @@ func newRigWithSink(t testing.TB, sink audit.Sink) *rig {
 	}
 	for _, name := range []string{"orders", "archive", "secret"} {
 		r.config.Keys = append(r.config.Keys, kms.Key{
-			Name: name, Backend: "local", WrappingKey: "local:" + name, Limits: limits(), Partition: kms.PartitionCaller,
+			Name: name, Wraps: []kms.Wrap{{Backend: "local", WrappingKey: "local:" + name}}, Limits: limits(), Partition: kms.PartitionCaller,
 		})
 	}
 	r.apply()

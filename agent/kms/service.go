@@ -11,7 +11,9 @@ import (
 	"time"
 
 	"github.com/kms-agent/kms-agent/agent/audit"
+	"github.com/kms-agent/kms-agent/agent/census"
 	"github.com/kms-agent/kms-agent/agent/quota"
+	"github.com/kms-agent/kms-agent/agent/random"
 	"github.com/kms-agent/kms-agent/cache"
 	"github.com/kms-agent/kms-agent/identity"
 )
@@ -47,6 +49,10 @@ type Options struct {
 	Audit *audit.Log
 	// Quota counts the limits of rules. nil: a policy with limits is refused.
 	Quota *quota.Keeper
+	// Census counts which wraps messages carry; nil counts nothing.
+	Census *census.Census
+	// Random makes data keys, and what GenerateRandom gives. nil: the system's alone.
+	Random *random.Pool
 	// MaxEntries bounds the data-key cache, both directions together.
 	MaxEntries int
 	// Now is CLOCK_BOOTTIME: a suspended host does not stretch a limit.
@@ -59,6 +65,9 @@ type Options struct {
 	// the answer goes out. It must not block, keep the record or change it. The
 	// context is the operation's.
 	Observe func(context.Context, *audit.Record)
+	// Outage is told when a backend has not answered for a while, and when it does
+	// again. It may be nil, and must not block for long.
+	Outage func(cache.Outage)
 	// Alarm is told of what an operator must look at: a backend that lies, an
 	// own canary that does not open. It must not block.
 	Alarm func(message string, err error, backend, wrappingKey string)
@@ -70,6 +79,8 @@ type Options struct {
 type Service struct {
 	audit   *audit.Log
 	quota   *quota.Keeper // nil: no limits
+	census  *census.Census
+	random  *random.Pool
 	cache   *cache.Cache
 	now     func() time.Duration
 	recheck time.Duration
@@ -81,8 +92,9 @@ type Service struct {
 	state        atomic.Pointer[state]
 	frames       largeFrames
 
-	mu        sync.Mutex // guards wrappings
+	mu        sync.Mutex // guards wrappings and groups
 	wrappings map[wrappingID]*wrapping
+	groups    map[wrappingID]*group
 }
 
 // New returns a Service that knows no keys until Apply. Run must be running
@@ -92,8 +104,8 @@ func New(o Options) (*Service, error) {
 		return nil, errors.New("kms: audit log and clock are required")
 	}
 	s := &Service{
-		audit: o.Audit, quota: o.Quota, now: o.Now, recheck: o.RecheckInterval, alarm: o.Alarm, ended: o.Observe,
-		wrappings: map[wrappingID]*wrapping{}, frames: largeFrames{byCaller: map[string]uint64{}},
+		audit: o.Audit, quota: o.Quota, census: o.Census, random: o.Random, now: o.Now, recheck: o.RecheckInterval, alarm: o.Alarm, ended: o.Observe,
+		wrappings: map[wrappingID]*wrapping{}, groups: map[wrappingID]*group{}, frames: largeFrames{byCaller: map[string]uint64{}},
 	}
 	if s.recheck <= 0 {
 		s.recheck = 5 * time.Second
@@ -107,7 +119,7 @@ func New(o Options) (*Service, error) {
 	_, _ = rand.Read(s.partitionKey[:]) // never fails: crypto/rand
 	c, err := cache.New(cache.Config{
 		Now: o.Now, MaxEntries: o.MaxEntries, Classify: verdictOf,
-		Confirm: s.confirm, ConfirmTimeout: o.ConfirmTimeout,
+		Confirm: s.confirm, ConfirmTimeout: o.ConfirmTimeout, OnOutage: o.Outage,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("kms: %w", err)
@@ -126,3 +138,6 @@ func (s *Service) Close() { s.cache.Close() }
 
 // Stats tells the state of the data-key cache.
 func (s *Service) Stats() cache.Stats { return s.cache.Stats() }
+
+// Outages tells of the backends that do not answer.
+func (s *Service) Outages() []cache.Outage { return s.cache.Outages() }

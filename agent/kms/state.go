@@ -29,11 +29,11 @@ type Key struct {
 	Name        string
 	FormerNames []string
 	Labels      map[string]string
-	// Backend names an entry of Config.Backends.
-	Backend string
-	// WrappingKey is the backend-independent URI of the wrapping key, such as
-	// "local:orders". It belongs to exactly one logical key.
-	WrappingKey string
+	// Wraps are its wrapping keys, one at least and each in a backend of its own,
+	// with URIs that differ.
+	Wraps []Wrap
+	// MinWraps is how many of them must wrap a new data key; 0 is 1.
+	MinWraps int
 	// BindContext makes the wrapping key authenticate the encryption context
 	// of messages too, at the price of one data key for each context.
 	BindContext bool
@@ -41,8 +41,33 @@ type Key struct {
 	// something new is encrypted or wrapped: the originator-usage period of SP
 	// 800-57 part 1, which backends do not enforce. 0 is no limit.
 	MaxVersionAge time.Duration
-	Limits        cache.Limits
-	Partition     Partition
+	// Limits are those of data keys in both directions, without Grace.
+	Limits    cache.Limits
+	Partition Partition
+	// Grace is how long an outage may last before the key is of no use any more.
+	Grace Grace
+}
+
+// Wrap names a wrapping key of a logical key.
+type Wrap struct {
+	// Backend names an entry of Config.Backends.
+	Backend string
+	// WrappingKey is the backend-independent URI of the wrapping key, such as
+	// "local:orders". It belongs to exactly one logical key.
+	WrappingKey string
+}
+
+// Grace is the time from the first failed upstream call in which data keys whose
+// confirmation is too old may still be used; zero is none.
+type Grace struct{ Encrypt, Decrypt time.Duration }
+
+// limits are those of the data keys of one direction.
+func (k *Key) limits(d cache.Direction) cache.Limits {
+	l := k.Limits
+	if l.Grace = k.Grace.Encrypt; d == cache.Decrypt {
+		l.Grace, l.Spares = k.Grace.Decrypt, 0
+	}
+	return l
 }
 
 // Config is what an administrator decides, and what a reload replaces.
@@ -69,7 +94,7 @@ type state struct {
 
 type key struct {
 	Key
-	wrapping *wrapping
+	group *group
 }
 
 func emptyState() *state { return &state{keys: map[string]*key{}} }
@@ -81,9 +106,14 @@ func (s *Service) Apply(c Config) (err error) {
 	next.Config = c
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	used := map[wrappingID]*wrapping{}
+	used, groups := map[wrappingID]*wrapping{}, map[wrappingID]*group{}
 	for _, k := range c.Keys {
-		if err := s.addKey(next, used, k); err != nil {
+		g, err := s.groupOf(next, used, k)
+		if err != nil {
+			return err
+		}
+		groups[g.id] = g
+		if err := next.add(k, g); err != nil {
 			return err
 		}
 	}
@@ -92,38 +122,59 @@ func (s *Service) Apply(c Config) (err error) {
 		return err
 	}
 	previous := s.state.Swap(next)
-	s.wrappings = used
+	s.wrappings, s.groups = used, groups
+	for _, g := range groups {
+		for _, w := range g.parts {
+			w.group.Store(g)
+		}
+	}
 	for _, name := range previous.names {
 		old := previous.keys[name]
-		if k := next.keys[name]; k == nil || k.wrapping != old.wrapping {
+		if k := next.keys[name]; k == nil || k.group != old.group {
 			s.cache.EvictKey(name)
 		}
 	}
 	return nil
 }
 
-// addKey requires s.mu.
-func (s *Service) addKey(next *state, used map[wrappingID]*wrapping, k Key) error {
-	backend := next.Backends[k.Backend]
-	if backend == nil {
-		return fmt.Errorf("kms: key %q: no backend %q", k.Name, k.Backend)
+// groupOf returns the wrapping keys of a logical key, those of before where nothing
+// has changed. It requires s.mu.
+func (s *Service) groupOf(next *state, used map[wrappingID]*wrapping, k Key) (*group, error) {
+	if len(k.Wraps) == 0 || k.MinWraps > len(k.Wraps) {
+		return nil, fmt.Errorf("kms: key %q: %d wrapping keys, %d at least must wrap", k.Name, len(k.Wraps), max(1, k.MinWraps))
 	}
-	id := wrappingID{backend: k.Backend, uri: k.WrappingKey}
-	if used[id] != nil {
-		return fmt.Errorf("kms: key %q: wrapping key %s of backend %s belongs to key %q already", k.Name, id.uri, id.backend, used[id].key)
-	}
-	w := s.wrappings[id]
-	if w == nil || w.backend != backend || w.key != k.Name {
-		w = newWrapping(id, k.Name, backend)
-	}
-	used[id] = w
-	entry := &key{Key: k, wrapping: w}
-	for _, name := range append([]string{k.Name}, k.FormerNames...) {
-		if next.keys[name] != nil {
-			return fmt.Errorf("kms: key %q: the name %q belongs to key %q already", k.Name, name, next.keys[name].Name)
+	parts := make([]*wrapping, len(k.Wraps))
+	for i, wrap := range k.Wraps {
+		backend := next.Backends[wrap.Backend]
+		if backend == nil {
+			return nil, fmt.Errorf("kms: key %q: no backend %q", k.Name, wrap.Backend)
 		}
-		next.keys[name] = entry
+		id := wrappingID{backend: wrap.Backend, uri: wrap.WrappingKey}
+		if used[id] != nil {
+			return nil, fmt.Errorf("kms: key %q: wrapping key %s of backend %s belongs to key %q already", k.Name, id.uri, id.backend, used[id].key)
+		}
+		w := s.wrappings[id]
+		if w == nil || w.backend != backend || w.key != k.Name {
+			w = newWrapping(id, k.Name, backend)
+		}
+		used[id], parts[i] = w, w
 	}
-	next.names = append(next.names, k.Name)
+	g := newGroup(k.Name, parts, k.MinWraps)
+	if old := s.groups[g.id]; old.same(parts, k.MinWraps) {
+		return old, nil
+	}
+	return g, nil
+}
+
+// add puts a key under its names.
+func (st *state) add(k Key, g *group) error {
+	entry := &key{Key: k, group: g}
+	for _, name := range append([]string{k.Name}, k.FormerNames...) {
+		if st.keys[name] != nil {
+			return fmt.Errorf("kms: key %q: the name %q belongs to key %q already", k.Name, name, st.keys[name].Name)
+		}
+		st.keys[name] = entry
+	}
+	st.names = append(st.names, k.Name)
 	return nil
 }

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/kms-agent/kms-agent/agent/audit"
+	"github.com/kms-agent/kms-agent/agent/census"
 	"github.com/kms-agent/kms-agent/agent/policy"
 	"github.com/kms-agent/kms-agent/cache"
 	"github.com/kms-agent/kms-agent/envelope"
@@ -23,8 +24,9 @@ type stream struct {
 	use       *cache.Use
 	authority cache.Authority
 	keyUse    KeyUse
-	// renew makes sure that upstream confirmed the key within an age.
-	renew func(maxAge time.Duration) error
+	// renew makes sure that upstream confirmed the key within its max_age, or that
+	// its grace lasts; maxStale bounds that further, nil does not.
+	renew func(k *key, maxStale *time.Duration) error
 	// count counts payload that goes through against the limits of rules.
 	count   func(bytes uint64) error
 	checked time.Duration
@@ -46,9 +48,14 @@ func (t *transaction) openStream(ctx context.Context, st *stream) error {
 	st.count = func(bytes uint64) error {
 		return t.uncounted(ctx, st.k.Name, t.held.Add(ctx, t.service.now(), bytes))
 	}
-	st.renew = func(maxAge time.Duration) error {
-		if err := t.service.cache.Renew(t.upstream(ctx), st.authority, maxAge); err != nil {
+	st.renew = func(k *key, maxStale *time.Duration) error {
+		f, err := t.service.cache.Renew(t.upstream(ctx), st.authority, k.limits(st.authority.Direction), maxStale)
+		if err != nil {
 			return failure(ctx, st.k.Name, err)
+		}
+		if f.Source == cache.Grace { // the record says so, also of a stream that began before the outage
+			st.keyUse.Freshness = f
+			t.used(k, st.keyUse.Version, f)
 		}
 		return nil
 	}
@@ -72,7 +79,7 @@ func (s *stream) mayGoOn() error {
 	}
 	state := service.state.Load()
 	k := state.keys[s.k.Name]
-	if k == nil || k.wrapping != s.k.wrapping {
+	if k == nil || k.group != s.k.group {
 		return denied(s.k.Name)
 	}
 	decision := s.t.decide(state, k, s.op, s.context)
@@ -80,11 +87,24 @@ func (s *stream) mayGoOn() error {
 		s.t.decided(decision)
 		return denied(s.k.Name)
 	}
-	maxAge := k.Limits.MaxAge
-	if decision.MaxStale != nil {
-		maxAge = min(maxAge, *decision.MaxStale)
+	return s.renew(k, s.staleness(k, decision.MaxStale))
+}
+
+// staleness is how old the last confirmation may be while the stream lasts, by
+// policy and by what the request said. A bound of zero was for its beginning: it
+// cannot be met again and again, but there is no grace for it.
+func (s *stream) staleness(k *key, policy *time.Duration) *time.Duration {
+	own := s.t.call.MaxStale
+	switch {
+	case own == nil:
+		return policy
+	case *own <= 0:
+		own = &k.Limits.MaxAge
 	}
-	return s.renew(maxAge)
+	if policy == nil {
+		return own
+	}
+	return smaller(policy, own)
 }
 
 // end releases the data key and writes the end record. It returns err, or why
@@ -151,10 +171,10 @@ func (t *transaction) beginEncrypt(ctx context.Context, req EncryptStreamRequest
 	if err != nil {
 		return nil, err
 	}
-	origin, _ := use.Origin().(sealed)
+	origin, _ := use.Origin().(*made)
 	st := &EncryptStream{left: limit, stream: stream{
 		t: t, k: k, op: policy.Encrypt, context: req.Context, use: use,
-		authority: k.wrapping.authority(origin.version, cache.Encrypt),
+		authority: use.Authority(),
 		keyUse:    t.used(k, origin.version, use.Freshness()),
 	}}
 	if err := t.openStream(ctx, &st.stream); err != nil {
@@ -162,13 +182,14 @@ func (t *transaction) beginEncrypt(ctx context.Context, req EncryptStreamRequest
 		use.Release()
 		return nil, err
 	}
-	st.w, err = envelope.NewWriter(countingWriter{w, &t.record.BytesOut}, use.DataKey(), []envelope.EDK{origin.edk}, req.Context)
+	st.w, err = envelope.NewWriter(countingWriter{w, &t.record.BytesOut}, use.DataKey(), origin.edks, req.Context)
 	if err != nil {
 		st.giveBack()
 		use.Release()
 		return nil, &Error{Reason: ReasonInternal, Key: k.Name, Message: "the message could not be begun", Cause: err}
 	}
 	t.record.MessageID = messageID(st.w.Header().MessageID)
+	t.service.census.Add(census.Kind{Key: k.Name, Purpose: census.Message, Wraps: origin.wraps})
 	return st, nil
 }
 
@@ -282,15 +303,15 @@ func (t *transaction) beginDecrypt(ctx context.Context, expected map[string]stri
 	return st, nil
 }
 
-func (t *transaction) unlockStream(ctx context.Context, k *key, edks []sealed, st *DecryptStream) error {
-	use, edk, err := t.unlock(ctx, k, edks, st.r.Unlock)
+func (t *transaction) unlockStream(ctx context.Context, k *key, edks sealedKey, st *DecryptStream) error {
+	use, v, err := t.unlock(ctx, k, edks, st.r.Unlock)
 	if err != nil {
 		return err
 	}
 	st.stream = stream{
 		t: t, k: k, op: policy.Decrypt, context: st.r.Header().Context, use: use,
-		authority: k.wrapping.authority(edk.version, cache.Decrypt),
-		keyUse:    t.used(k, edk.version, use.Freshness()),
+		authority: use.Authority(),
+		keyUse:    t.used(k, v.String(), use.Freshness()),
 	}
 	if err := t.openStream(ctx, &st.stream); err != nil {
 		use.Release()

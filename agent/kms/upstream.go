@@ -3,7 +3,6 @@ package kms
 import (
 	"context"
 	"crypto/hmac"
-	"crypto/rand"
 	"crypto/sha256"
 	"encoding/binary"
 	"errors"
@@ -11,6 +10,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/kms-agent/kms-agent/agent/random"
 	"github.com/kms-agent/kms-agent/cache"
 	"github.com/kms-agent/kms-agent/envelope"
 	"github.com/kms-agent/kms-agent/plugins"
@@ -35,27 +35,29 @@ func verdictOf(err error) cache.Verdict {
 	}
 }
 
-// current returns the version that new data keys are wrapped under.
-func (t *transaction) current(ctx context.Context, k *key) (string, error) {
+// current returns the versions that new data keys are wrapped under.
+func (t *transaction) current(ctx context.Context, k *key) (versions, error) {
 	maxAge := k.Limits.MaxAge
 	if t.maxStale != nil {
 		maxAge = min(maxAge, *t.maxStale)
 	}
-	d, err := t.service.describe(t.upstream(ctx), k.wrapping, maxAge)
+	v, known, err := t.service.describeGroup(t.upstream(ctx), k.group, maxAge)
 	if err != nil {
-		return "", failure(ctx, k.Name, err)
+		return nil, failure(ctx, k.Name, err)
 	}
-	t.record.KeyVersion = d.Current
-	if why := k.tooOld(d, 1); why != "" {
-		return "", &Error{Reason: ReasonKeyUnusable, Key: k.Name, Message: why}
+	t.record.KeyVersion = v.String()
+	for _, d := range known {
+		if why := k.tooOld(d, 1); why != "" {
+			return nil, &Error{Reason: ReasonKeyUnusable, Key: k.Name, Message: why}
+		}
 	}
-	return d.Current, nil
+	return v, nil
 }
 
 // tooOld says why the current version encrypts nothing new, at a share of the age
 // that it may have; "" where it does.
 func (k *key) tooOld(d *described, share float64) string {
-	if k.MaxVersionAge == 0 {
+	if k.MaxVersionAge == 0 || d == nil {
 		return ""
 	}
 	v := findVersion(d.Description, d.Current)
@@ -91,7 +93,7 @@ func (t *transaction) waited(use *cache.Use, began time.Time) {
 // cache, which wraps a new one where it has to. With reserve it is the most that
 // they can be, and cache.GiveBack follows.
 func (t *transaction) encryptionKey(ctx context.Context, k *key, encryptionContext map[string]string, bytes uint64, reserve bool) (*cache.Use, error) {
-	version, err := t.current(ctx, k)
+	current, err := t.current(ctx, k)
 	if err != nil {
 		return nil, err
 	}
@@ -99,11 +101,11 @@ func (t *transaction) encryptionKey(ctx context.Context, k *key, encryptionConte
 	use, err := t.service.cache.Encrypt(t.upstream(ctx), cache.EncryptRequest{
 		Caller: t.call.Caller.ID.String(),
 		Slot: cache.Slot{
-			Key: k.Name, Authority: k.wrapping.authority(version, cache.Encrypt), Partition: partition,
+			Key: k.Name, Authority: k.group.authority(current, cache.Encrypt), Partition: partition,
 		},
-		Limits: k.Limits, Bytes: bytes, Reserve: reserve, MaxStale: t.maxStale, Arrived: t.arrived,
+		Limits: k.limits(cache.Encrypt), Bytes: bytes, Reserve: reserve, MaxStale: t.maxStale, Arrived: t.arrived,
 		Fill: func(ctx context.Context) (cache.Material, error) {
-			m, err := t.service.newMessageKey(ctx, k, version, partition, encryptionContext)
+			m, err := t.service.newMessageKey(ctx, k, current, partition, encryptionContext)
 			return t.service.stillWanted(k, m, err)
 		},
 	})
@@ -115,38 +117,40 @@ func (t *transaction) encryptionKey(ctx context.Context, k *key, encryptionConte
 }
 
 // newMessageKey makes a data key for messages and has it wrapped and proven.
-func (s *Service) newMessageKey(ctx context.Context, k *key, version, partition string, encryptionContext map[string]string) (cache.Material, error) {
+func (s *Service) newMessageKey(ctx context.Context, k *key, current versions, partition string, encryptionContext map[string]string) (cache.Material, error) {
 	began := s.now()
-	material := newDataKey()
+	material := s.newDataKey()
 	info := envelope.ProviderInfo{
-		Purpose: envelope.PurposeMessage, Key: k.Name, URI: k.WrappingKey, Version: version,
+		Purpose: envelope.PurposeMessage, Key: k.Name,
 		ContextBound: k.BindContext, Partition: s.partitionID(partition),
 	}
-	wrapped, err := s.wrap(ctx, k.wrapping, material, info, encryptionContext)
+	wrapped, err := s.wrapGroup(ctx, k.group, current, material, info, encryptionContext)
 	if err != nil {
 		clear(material)
 		return cache.Material{}, err
 	}
-	if s.inUse(k.wrapping) {
-		s.cache.Observe(k.wrapping.authority(version, cache.Decrypt), cache.Yes, began)
+	if s.inUse(k.group) {
+		s.cache.Observe(k.group.authority(k.group.versions(wrapped), cache.Decrypt), cache.Yes, began)
 	}
-	return cache.Material{DataKey: material, Origin: wrapped}, nil
+	return cache.Material{DataKey: material, Origin: k.group.made(wrapped)}, nil
 }
 
 // stillWanted keeps a data key out of the cache when the key that it belongs to
 // has been taken out of the configuration, or given to another backend, since
 // the operation began: Apply has evicted such data keys already.
 func (s *Service) stillWanted(k *key, m cache.Material, err error) (cache.Material, error) {
-	if err == nil && !s.inUse(k.wrapping) {
+	if err == nil && !s.inUse(k.group) {
 		clear(m.DataKey)
 		return cache.Material{}, reconfigured(k)
 	}
 	return m, err
 }
 
-func newDataKey() []byte {
+// newDataKey makes the bytes of a data key, of whatever use. It never fails, and does
+// not wait for a backend's random.
+func (s *Service) newDataKey() []byte {
 	material := make([]byte, envelope.DataKeySize)
-	_, _ = rand.Read(material) // never fails: crypto/rand
+	s.random.Fill(material, random.DataKey)
 	return material
 }
 
@@ -198,56 +202,81 @@ func (s *Service) partitionID(partition string) (id [16]byte) {
 	return id
 }
 
-// decryptionKey takes the data key behind one EDK from the cache, which asks
-// upstream where it has to.
-func (t *transaction) decryptionKey(ctx context.Context, k *key, edk sealed) (*cache.Use, error) {
-	w := k.wrapping
-	if err := t.service.knows(t.upstream(ctx), w, edk.version); err != nil {
-		return nil, failure(ctx, k.Name, err)
+// decryptionKey takes the data key behind EDKs from the cache, which asks upstream
+// where it has to.
+func (t *transaction) decryptionKey(ctx context.Context, k *key, edks sealedKey) (*cache.Use, versions, error) {
+	known, err := t.known(ctx, k, edks)
+	if err != nil {
+		return nil, nil, failure(ctx, k.Name, err)
 	}
-	t.record.KeyVersion = edk.version
+	v := k.group.versions(known)
+	authority := k.group.authority(v, cache.Decrypt)
+	t.record.KeyVersion = v.String()
 	began := time.Now()
 	use, err := t.service.cache.Decrypt(t.upstream(ctx), cache.DecryptRequest{
-		Caller: t.call.Caller.ID.String(), Key: k.Name, ID: decryptID(k, edk),
-		Authority: w.authority(edk.version, cache.Decrypt),
-		Limits:    k.Limits, MaxStale: t.maxStale, Arrived: t.arrived,
+		Caller: t.call.Caller.ID.String(), Hold: t.holds, Key: k.Name, ID: decryptID(k, known),
+		Authority: authority,
+		Limits:    k.limits(cache.Decrypt), MaxStale: t.maxStale, Arrived: t.arrived,
 		Fill: func(ctx context.Context) (cache.Material, error) {
-			material, err := w.unwrap(ctx, edk)
-			return t.service.stillWanted(k, cache.Material{DataKey: material, Origin: edk.clone()}, err)
+			if err := t.service.sure(ctx, k.group, authority, known); err != nil {
+				return cache.Material{}, err
+			}
+			material, err := t.service.unwrapGroup(ctx, k.group, known)
+			return t.service.stillWanted(k, cache.Material{DataKey: material, Origin: known.clone()}, err)
 		},
 	})
 	t.waited(use, began)
 	if err != nil {
-		return nil, failure(ctx, k.Name, err)
+		return nil, nil, failure(ctx, k.Name, err)
 	}
-	return use, nil
+	return use, v, nil
 }
 
-func decryptID(k *key, edk sealed) cache.DecryptID {
+// known returns the EDKs under versions that upstream has told of: others are never
+// tried on a caller's word.
+func (t *transaction) known(ctx context.Context, k *key, edks sealedKey) (sealedKey, error) {
+	var known sealedKey
+	errs := map[int]error{}
+	for _, edk := range edks {
+		err := t.service.knows(t.upstream(ctx), k.group.parts[edk.part], edk.version)
+		if errs[edk.part] = err; err == nil {
+			known = append(known, edk)
+		}
+	}
+	if len(known) == 0 {
+		return nil, t.service.combine(k.group, errs)
+	}
+	return known, nil
+}
+
+func decryptID(k *key, edks sealedKey) cache.DecryptID {
 	h := sha256.New()
-	for _, field := range [][]byte{
-		[]byte(k.Backend), []byte(k.Name), edk.edk.ProviderInfo, edk.edk.Ciphertext, edk.binding.AAD(),
-	} {
-		writeField(h.Write, field)
+	for _, edk := range edks {
+		for _, field := range [][]byte{
+			[]byte(k.group.parts[edk.part].id.backend), []byte(k.Name), edk.edk.ProviderInfo, edk.edk.Ciphertext, edk.binding.AAD(),
+		} {
+			writeField(h.Write, field)
+		}
 	}
 	return cache.DecryptID(h.Sum(nil))
 }
 
 // recognise turns an EDK into something that can be opened: it must be of this
-// agent, of a purpose in allowed, and under the wrapping key that the
-// configuration gives its logical key.
+// agent, of a purpose in allowed, and under a wrapping key that the configuration
+// gives its logical key.
 func (t *transaction) recognise(k *key, edk envelope.EDK, info envelope.ProviderInfo, encryptionContext map[string]string, allowed ...envelope.Purpose) (sealed, error) {
 	if !slices.Contains(allowed, info.Purpose) {
 		return sealed{}, undecryptable(k.Name, errors.New("purpose "+info.Purpose.String()+" is not for this operation"))
 	}
-	if info.URI != k.WrappingKey {
-		return sealed{}, undecryptable(k.Name, errors.New("wrapped under "+info.URI+", which is not the wrapping key of "+k.Name))
+	part := k.group.partOf(info.URI)
+	if part < 0 {
+		return sealed{}, foreignPart(k.Name, info.URI)
 	}
 	b := plugins.Binding{Purpose: info.Purpose.String(), ProviderInfo: edk.ProviderInfo, ContextBound: info.ContextBound}
 	if info.ContextBound {
 		b.Context = encryptionContext
 	}
-	return sealed{edk: edk, version: info.Version, binding: b}, nil
+	return sealed{edk: edk, version: info.Version, binding: b, part: part}, nil
 }
 
 // failure turns what a leaf returned into what the caller is told. ctx is the

@@ -6,6 +6,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	mathrand "math/rand/v2"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -23,6 +24,9 @@ const (
 	// describePause is how long a failed question is not asked again, and how
 	// often a version that nobody knows may cause one.
 	describePause = time.Second
+	// describePatience is how long a request waits for the versions of a wrapping
+	// key where it can go on with those that are known.
+	describePatience = time.Second
 )
 
 type wrappingID struct{ backend, uri string }
@@ -35,8 +39,14 @@ type wrapping struct {
 	backend plugins.Backend
 
 	described atomic.Pointer[described]
-	asked     atomic.Int64 // time of the last question, as time.Duration
-	flight    singleflight.Group
+	refused   atomic.Pointer[string] // why the last question was answered by a definite no; nil where it was not
+	asked     atomic.Int64           // time of the last question, as time.Duration
+	failures  atomic.Int64           // questions in a row that had no answer
+	// failing is 1 while the last unwrap was not answered, or slowly.
+	failing atomic.Int32
+	// group is the one that it is a part of, in the configuration in use.
+	group  atomic.Pointer[group]
+	flight singleflight.Group
 
 	mu       sync.Mutex        // guards canaries
 	canaries map[string]sealed // by version
@@ -53,6 +63,7 @@ type sealed struct {
 	edk     envelope.EDK
 	version string
 	binding plugins.Binding
+	part    int // index of the wrapping key in its group
 }
 
 // clone returns a copy that keeps no message in memory which k was read from.
@@ -75,19 +86,15 @@ func reconfigured(k *key) *Error {
 	return e
 }
 
-// inUse tells whether a wrapping key is still configured as it was.
-func (s *Service) inUse(w *wrapping) bool {
+// inUse tells whether a key's wrapping keys are still configured as they were.
+func (s *Service) inUse(g *group) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.wrappings[w.id] == w
+	return s.groups[g.id] == g
 }
 
 func newWrapping(id wrappingID, key string, backend plugins.Backend) *wrapping {
 	return &wrapping{id: id, key: key, backend: backend, canaries: map[string]sealed{}}
-}
-
-func (w *wrapping) authority(version string, d cache.Direction) cache.Authority {
-	return cache.Authority{Backend: w.id.backend, WrappingKey: w.id.uri, Version: version, Direction: d}
 }
 
 func (w *wrapping) ref(version string) plugins.KeyRef {
@@ -103,17 +110,48 @@ func (s *Service) describe(ctx context.Context, w *wrapping, maxAge time.Duratio
 	if known != nil && now-known.at <= maxAge {
 		return known, nil
 	}
-	if known != nil && now-time.Duration(w.asked.Load()) < describePause {
+	if known == nil {
+		return s.askDescription(ctx, w)
+	}
+	if now-time.Duration(w.asked.Load()) < w.describePause(maxAge) {
 		return known, nil
 	}
-	fresh, err := s.askDescription(ctx, w)
-	if err == nil || known == nil {
-		return fresh, err
-	}
-	if plugins.ClassOf(err).Definite() {
+	bounded, cancel := context.WithTimeout(ctx, w.patience(maxAge))
+	defer cancel()
+	fresh, err := s.askDescription(bounded, w)
+	switch {
+	case err == nil:
+		return fresh, nil
+	case plugins.ClassOf(err).Definite():
 		return nil, err
+	case ctx.Err() == nil && bounded.Err() != nil:
+		w.failures.CompareAndSwap(0, 1) // too slow to be waited for again
 	}
 	return known, nil
+}
+
+// patience is how long a request waits for the answer. In an outage who asks does so
+// for those who come later; who can do nothing with the last answer waits.
+func (w *wrapping) patience(maxAge time.Duration) time.Duration {
+	switch {
+	case maxAge <= 0:
+		return describeTimeout
+	case w.failures.Load() > 0:
+		return 0
+	}
+	return describePatience
+}
+
+// describePause is how long an answer that is too old is not asked for again: twice
+// as long with each question that has failed, up to half of the age, so that the
+// agents of a fleet do not all ask when upstream is back.
+func (w *wrapping) describePause(maxAge time.Duration) time.Duration {
+	failed := min(w.failures.Load(), 16)
+	if failed == 0 {
+		return describePause
+	}
+	jitter := 1 + mathrand.Float64()/2 //nolint:gosec // no secret
+	return max(describePause, time.Duration(jitter*float64(min(describePause<<failed, maxAge/2))))
 }
 
 // askAgain makes the next use of the wrapping key ask for its versions, however new
@@ -161,9 +199,14 @@ func (s *Service) askForItself(ctx context.Context, w *wrapping) (*described, er
 	w.asked.Store(int64(began))
 	d, err := w.backend.Describe(ctx, w.id.uri)
 	if err != nil {
+		if verdictOf(err) == cache.Unreachable {
+			w.failures.Add(1)
+		}
 		s.descriptionFailed(w, err, began)
 		return nil, fmt.Errorf("describe %s: %w", w.id.uri, err)
 	}
+	w.refused.Store(nil)
+	w.failures.Store(0)
 	fresh := &described{Description: d, at: began}
 	for {
 		old := w.described.Load()
@@ -173,23 +216,50 @@ func (s *Service) askForItself(ctx context.Context, w *wrapping) (*described, er
 		case !w.described.CompareAndSwap(old, fresh):
 			continue
 		case old != nil && old.Current != d.Current:
-			s.cache.EvictAuthority(w.authority(old.Current, cache.Encrypt))
+			s.rotated(w)
 		}
 		return fresh, nil
 	}
 }
 
+// rotated retires what is wrapped under versions that are not current any more.
+func (s *Service) rotated(w *wrapping) {
+	g := w.group.Load()
+	if g == nil {
+		return
+	}
+	v := make(versions, len(g.parts))
+	for part, other := range g.parts {
+		if d := other.described.Load(); d != nil {
+			v[part] = d.Current
+		}
+	}
+	s.cache.EvictVersions(g.id.backend, g.id.uri, v.name())
+}
+
 // descriptionFailed lets the cache suspend, and ask for itself, when upstream
 // says that the wrapping key is gone.
 func (s *Service) descriptionFailed(w *wrapping, err error, began time.Duration) {
-	known := w.described.Load()
-	if known == nil || !plugins.ClassOf(err).Definite() {
+	if !plugins.ClassOf(err).Definite() {
 		return
 	}
-	s.cache.Observe(w.authority(known.Current, cache.Encrypt), cache.No, began)
-	for _, v := range known.Versions {
-		s.cache.Observe(w.authority(v.Version, cache.Decrypt), cache.No, began)
+	why := err.Error()
+	w.refused.Store(&why)
+	known, g := w.described.Load(), w.group.Load()
+	if known == nil || g == nil || !g.refuses(err) {
+		return
 	}
+	s.cache.Refuse(g.id.backend, g.id.uri, func(a cache.Authority) bool {
+		v, err := g.parseVersions(a.Version)
+		return err == nil && v[g.partOf(w.id.uri)] != ""
+	}, began)
+}
+
+// refuses tells whether what one part says is a no for the whole group: that only one
+// of several does not have the key is none.
+func (g *group) refuses(err error) bool {
+	class := plugins.ClassOf(err)
+	return class.Definite() && (len(g.parts) == 1 || class != plugins.KeyNotFound)
 }
 
 // knows tells whether upstream has said that the version exists. A version
@@ -265,7 +335,14 @@ func (s *Service) wrap(ctx context.Context, w *wrapping, material []byte, info e
 
 // unwrap opens one encrypted data key. The result is the caller's to clear.
 func (w *wrapping) unwrap(ctx context.Context, k sealed) ([]byte, error) {
+	began := time.Now()
 	material, err := w.backend.Unwrap(ctx, w.ref(k.version), k.edk.Ciphertext, k.binding)
+	switch {
+	case verdictOf(err) == cache.Unreachable, err == nil && time.Since(began) > hedgeAfter:
+		w.failing.Store(1)
+	case err == nil:
+		w.failing.Store(0)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("unwrap with %s version %s: %w", w.id.uri, k.version, err)
 	}
@@ -276,16 +353,12 @@ func (w *wrapping) unwrap(ctx context.Context, k sealed) ([]byte, error) {
 // agent's own where it has one. It is the cache's Confirm.
 func (s *Service) confirm(ctx context.Context, a cache.Authority, sample any) error {
 	s.mu.Lock()
-	w := s.wrappings[wrappingID{backend: a.Backend, uri: a.WrappingKey}]
+	g := s.groups[wrappingID{backend: a.Backend, uri: a.WrappingKey}]
 	s.mu.Unlock()
-	if w == nil {
+	if g == nil {
 		return reconfigured(nil)
 	}
-	ctx = forAll(ctx)
-	if a.Direction == cache.Encrypt {
-		return s.confirmWrap(ctx, w, a.Version)
-	}
-	return s.confirmUnwrap(ctx, w, a.Version, sample)
+	return s.confirmGroup(forAll(ctx), g, a, sample)
 }
 
 func (s *Service) confirmWrap(ctx context.Context, w *wrapping, version string) error {
@@ -315,14 +388,16 @@ func (s *Service) confirmWrap(ctx context.Context, w *wrapping, version string) 
 	return nil
 }
 
-func (s *Service) confirmUnwrap(ctx context.Context, w *wrapping, version string, sample any) error {
+func (s *Service) confirmUnwrap(ctx context.Context, w *wrapping, version string, sample *sealed) error {
 	w.mu.Lock()
 	probe, ok := w.canaries[version]
 	w.mu.Unlock()
-	if !ok {
-		if probe, ok = sample.(sealed); !ok {
-			return plugins.Errorf(plugins.Unavailable, "nothing at hand to prove version %s of %s with", version, w.id.uri)
-		}
+	switch {
+	case ok:
+	case sample == nil:
+		return plugins.Errorf(plugins.Unavailable, "nothing at hand to prove version %s of %s with", version, w.id.uri)
+	default:
+		probe = *sample
 	}
 	material, err := w.unwrap(ctx, probe)
 	clear(material)

@@ -60,6 +60,14 @@ const (
 	backendRetries   = "kms_agent_backend_retries_total"
 	keyConfirmed     = "kms_agent_key_confirmation_age_seconds"
 	keyProblem       = "kms_agent_key_problem"
+	keyEndurance     = "kms_agent_key_endurance_seconds"
+	keyDown          = "kms_agent_key_upstream_down"
+	keySpares        = "kms_agent_key_spares"
+	keyHeld          = "kms_agent_key_held"
+	keyHeldWanted    = "kms_agent_key_held_wanted"
+	keySparesWanted  = "kms_agent_key_spares_wanted"
+	cacheInGrace     = "kms_agent_cache_served_in_grace_total"
+	cacheUnserved    = "kms_agent_cache_not_served_total"
 	cacheEntries     = "kms_agent_cache_data_keys"
 	cacheCapacity    = "kms_agent_cache_capacity_data_keys"
 	cacheLocked      = "kms_agent_cache_locked_memory_bytes"
@@ -67,6 +75,10 @@ const (
 	cacheMisses      = "kms_agent_cache_misses_total"
 	cacheRefreshes   = "kms_agent_cache_refreshes_total"
 	cacheEvictions   = "kms_agent_cache_evictions_total"
+	randomRequests   = "kms_agent_random_requests_total"
+	randomBytes      = "kms_agent_random_bytes_total"
+	randomPool       = "kms_agent_random_pool_bytes"
+	randomFailing    = "kms_agent_random_failing"
 	limitCallers     = "kms_agent_limit_callers"
 	limitRefused     = "kms_agent_limit_refused_total"
 	limitFailing     = "kms_agent_limit_failing"
@@ -122,6 +134,12 @@ func statusMetrics() []Metric {
 		{backendRefused, Counter, []string{"backend"}, "Calls that were not made: the breaker was open, or the backend had asked for patience."},
 		{backendRetries, Counter, []string{"backend"}, "Calls that were made a second time."},
 		{keyConfirmed, Gauge, []string{"key", "direction"}, "Age of the last upstream confirmation of a key, by direction: encrypt, decrypt. Absent where there is none yet."},
+		{keyEndurance, Gauge, []string{"key", "direction"}, "How long a key still serves if its backend does not answer from now on, or does not already: within max_age, and then in grace. Absent where upstream has confirmed nothing yet."},
+		{keyDown, Gauge, []string{"key", "direction"}, "1 while the backend does not answer for a key."},
+		{keySpares, Gauge, []string{"key"}, "Data keys that stand ready for when the present ones are used up."},
+		{keySparesWanted, Gauge, []string{"key"}, "How many should."},
+		{keyHeld, Gauge, []string{"key"}, "Data keys that are held ready for decryption."},
+		{keyHeldWanted, Gauge, []string{"key"}, "How many prewarm names."},
 		{keyProblem, Gauge, []string{"key"}, "1 while something is wrong with a key; kms-agent status says what."},
 		{cacheEntries, Gauge, []string{"direction"}, "Data keys in protected memory, by direction: encrypt, decrypt."},
 		{cacheCapacity, Gauge, nil, "How many data keys fit: cache.max_entries."},
@@ -129,7 +147,13 @@ func statusMetrics() []Metric {
 		{cacheHits, Counter, nil, "Data keys served without waiting for upstream."},
 		{cacheMisses, Counter, nil, "Data keys that upstream had to wrap or unwrap."},
 		{cacheRefreshes, Counter, nil, "Confirmations that were asked for."},
+		{cacheInGrace, Counter, nil, "Requests served in an outage with data keys whose confirmation is older than max_age."},
+		{cacheUnserved, Counter, nil, "Requests that an outage kept from being served."},
 		{cacheEvictions, Counter, nil, "Data keys destroyed before their limits: revoked, evicted, or more than there is room for."},
+		{randomRequests, Counter, []string{"use", "mixed"}, "Random that was made for a use, data-key or generate-random, by whether the backend's was mixed in: true, or false for the system's alone. Absent without random.backend, as the others of random are."},
+		{randomBytes, Counter, []string{"use", "mixed"}, "Bytes of that random."},
+		{randomPool, Gauge, nil, "Bytes of the backend's random at hand, each of which is used once."},
+		{randomFailing, Gauge, nil, "1 while the backend gives no random, so that the system's will be used alone; kms-agent status says why."},
 		{limitCallers, Gauge, []string{"rule"}, "Callers that are counted at present under a policy rule with limits."},
 		{limitRefused, Counter, []string{"rule", "limit"}, "Requests refused by a limit of a policy rule: rate, per_day, bytes_per_day, concurrency, callers. One that several rules refuse counts for each."},
 		{limitFailing, Gauge, nil, "1 while the counts of daily limits cannot be stored, so that requests that need more of one are refused."},

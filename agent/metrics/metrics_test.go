@@ -77,6 +77,9 @@ func fullStatus() *adminv1.StatusResponse {
 		Cache:       &adminv1.CacheStatus{EncryptionKeys: 1, DecryptionKeys: 2, MaxEntries: 10, LockedBytes: 4096, Hits: 5, Misses: 6, Refreshes: 7, Evictions: 8},
 		Limits:      []*adminv1.LimitsStatus{{Rule: "orders", Callers: 3, Refused: map[string]uint64{"rate": 6}}},
 		LimitsError: "x",
+		Random: &adminv1.RandomStatus{Backend: "hsm", PooledBytes: 4096, PoolSize: 8192, LastError: "x", Uses: []*adminv1.RandomUse{
+			{Use: "data-key", Mixed: 11, MixedBytes: 12, Unmixed: 13, UnmixedBytes: 14}, {Use: "generate-random"},
+		}},
 		Audit: &adminv1.AuditStatus{Sequence: 9, Refused: 1, LastError: "x", Unrecorded: 4, Coalesced: 5,
 			Sinks:       []*adminv1.AuditSink{{Name: "syslog /dev/log", Written: 7, Lost: 2, LastError: "x"}, {Name: "/a", Written: 9}},
 			Checkpoints: &adminv1.AuditSink{Name: "syslog /dev/log", Written: 1},
@@ -134,6 +137,12 @@ func TestOperationsAndCalls(t *testing.T) {
 		{"kms_agent_identity_svid_expiry_time_seconds", nil, 3000},
 		{"kms_agent_key_confirmation_age_seconds", []string{"key=orders", "direction=decrypt"}, 5},
 		{"kms_agent_cache_data_keys", []string{"direction=decrypt"}, 2},
+		{"kms_agent_random_requests_total", []string{"use=data-key", "mixed=true"}, 11},
+		{"kms_agent_random_requests_total", []string{"use=data-key", "mixed=false"}, 13},
+		{"kms_agent_random_bytes_total", []string{"use=data-key", "mixed=false"}, 14},
+		{"kms_agent_random_bytes_total", []string{"use=generate-random", "mixed=true"}, 0},
+		{"kms_agent_random_pool_bytes", nil, 4096},
+		{"kms_agent_random_failing", nil, 1},
 		{"kms_agent_limit_callers", []string{"rule=orders"}, 3},
 		{"kms_agent_limit_refused_total", []string{"rule=orders", "limit=rate"}, 6},
 		{"kms_agent_limit_failing", nil, 1},
@@ -154,6 +163,16 @@ func TestOperationsAndCalls(t *testing.T) {
 	}
 	if n := len(f["kms_agent_key_confirmation_age_seconds"].GetMetric()); n != 2 {
 		t.Errorf("%d ages of confirmations, want 2: a key without one has no age", n)
+	}
+}
+
+// Where no backend's random is configured there is nothing to alert on.
+func TestRandomIsAbsentWithoutABackend(t *testing.T) {
+	f, _ := scrape(t, metrics.New(2, func() *adminv1.StatusResponse { return &adminv1.StatusResponse{} }))
+	for name := range f {
+		if strings.HasPrefix(name, "kms_agent_random_") {
+			t.Errorf("%s is exposed", name)
+		}
 	}
 }
 

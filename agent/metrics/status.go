@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	adminv1 "github.com/kms-agent/kms-agent/api/admin/v1"
@@ -73,8 +74,10 @@ func (c *statusCollector) Collect(out chan<- prometheus.Metric) {
 			e.emit(keyConfirmed, d.AsDuration().Seconds(), k.GetName(), "decrypt")
 		}
 		e.is(keyProblem, k.GetProblem() != "", k.GetName())
+		e.endurance(k)
 	}
 	e.cache(r.GetCache())
+	e.random(r.GetRandom())
 	e.limits(r)
 	e.emit(auditRecords, float64(r.GetAudit().GetSequence()))
 	e.emit(auditRefused, float64(r.GetAudit().GetRefused()))
@@ -120,6 +123,40 @@ func (e emitter) cache(s *adminv1.CacheStatus) {
 	e.emit(cacheMisses, float64(s.GetMisses()))
 	e.emit(cacheRefreshes, float64(s.GetRefreshes()))
 	e.emit(cacheEvictions, float64(s.GetEvictions()))
+	e.emit(cacheInGrace, float64(s.GetInGrace()))
+	e.emit(cacheUnserved, float64(s.GetUnserved()))
+}
+
+// endurance tells how long a key serves without its backend.
+func (e emitter) endurance(k *adminv1.KeyStatus) {
+	for direction, of := range map[string]struct {
+		confirmed *durationpb.Duration
+		endures   *adminv1.Endurance
+	}{"encrypt": {k.GetEncryptConfirmed(), k.GetEncrypt()}, "decrypt": {k.GetDecryptConfirmed(), k.GetDecrypt()}} {
+		e.is(keyDown, of.endures.GetDown(), k.GetName(), direction)
+		if of.confirmed != nil {
+			e.emit(keyEndurance, of.endures.GetLeft().AsDuration().Seconds(), k.GetName(), direction)
+		}
+	}
+	e.emit(keySpares, float64(k.GetSpares()), k.GetName())
+	e.emit(keySparesWanted, float64(k.GetSparesWanted()), k.GetName())
+	e.emit(keyHeld, float64(k.GetHeld()), k.GetName())
+	e.emit(keyHeldWanted, float64(k.GetHeldWanted()), k.GetName())
+}
+
+// random emits nothing where no backend is configured: nobody expects any of it then.
+func (e emitter) random(r *adminv1.RandomStatus) {
+	if r == nil {
+		return
+	}
+	for _, u := range r.GetUses() {
+		e.emit(randomRequests, float64(u.GetMixed()), u.GetUse(), "true")
+		e.emit(randomRequests, float64(u.GetUnmixed()), u.GetUse(), "false")
+		e.emit(randomBytes, float64(u.GetMixedBytes()), u.GetUse(), "true")
+		e.emit(randomBytes, float64(u.GetUnmixedBytes()), u.GetUse(), "false")
+	}
+	e.emit(randomPool, float64(r.GetPooledBytes()))
+	e.is(randomFailing, r.GetLastError() != "")
 }
 
 func (e emitter) limits(r *adminv1.StatusResponse) {

@@ -24,6 +24,9 @@ type Controller interface {
 	// or, with zero, until the configuration says something else. It returns the
 	// levels before and after.
 	SetLogLevel(level string, lasts time.Duration) (previous, current string, err error)
+	// KeysHealth tells how many messages of the past days carry which wraps, of one
+	// key or, with "", of all.
+	KeysHealth(key string, days int) *adminv1.KeysHealthResponse
 	// Profile writes a profile of the process; d is for those that take time.
 	Profile(ctx context.Context, name string, d time.Duration, to io.Writer) error
 }

@@ -156,7 +156,7 @@ func (a *app) redrawStatus(response *adminv1.StatusResponse, asked error, socket
 
 func adminHint(err error, socket string) error {
 	f := classify(err)
-	if f.code == exitUnavailable {
+	if f.code == exitUnavailable && f.reason == "" {
 		f.hint = "is the agent running, is " + socket + " its admin socket (--admin-socket), and are you its owner or root?"
 	}
 	if f.code == exitDenied && f.reason == "" {
@@ -204,20 +204,16 @@ func statusTable(t *table, r *adminv1.StatusResponse) {
 			t.row("", line)
 		}
 		if b.GetLastError() != "" {
-			t.row("", "last error: "+b.GetLastError())
+			t.row("", lastErrorOf(b)+b.GetLastError())
 		}
 	}
-	for _, k := range r.GetKeys() {
-		t.row("key "+k.GetName(), keyLine(k))
-		if k.GetProblem() != "" {
-			t.row("", k.GetProblem())
-		}
-	}
+	keysRows(t, r)
 	cache := r.GetCache()
 	t.row("cache", fmt.Sprintf("%d encryption and %d decryption keys of %d, %d bytes in %s",
 		cache.GetEncryptionKeys(), cache.GetDecryptionKeys(), cache.GetMaxEntries(), cache.GetLockedBytes(), cache.GetMemory()))
 	t.row("", fmt.Sprintf("%d hits, %d misses, %d refreshes, %d evictions",
 		cache.GetHits(), cache.GetMisses(), cache.GetRefreshes(), cache.GetEvictions()))
+	randomRows(t, r.GetRandom())
 	limitsRows(t, r)
 	log := r.GetAudit()
 	t.row("audit", fmt.Sprintf("%s, %d records, %d refused", log.GetFile(), log.GetSequence(), log.GetRefused()))
@@ -238,6 +234,38 @@ func statusTable(t *table, r *adminv1.StatusResponse) {
 	}
 }
 
+func keysRows(t *table, r *adminv1.StatusResponse) {
+	for _, k := range r.GetKeys() {
+		t.row("key "+k.GetName(), keyLine(k))
+		if line := enduranceLine(k); line != "" {
+			t.row("", line)
+		}
+		if k.GetProblem() != "" {
+			t.row("", k.GetProblem())
+		}
+	}
+	for _, o := range r.GetOutages() {
+		t.row("outage of "+o.GetBackend(), fmt.Sprintf("for %s, %d requests served in grace, %d not served",
+			o.GetLasts().AsDuration().Round(time.Second), o.GetInGrace(), o.GetUnserved()))
+		if o.GetLastError() != "" {
+			t.row("", "last error: "+o.GetLastError())
+		}
+	}
+}
+
+func randomRows(t *table, r *adminv1.RandomStatus) {
+	if r == nil {
+		return
+	}
+	t.row("random", fmt.Sprintf("of %s mixed with the system's, %d of %d bytes at hand", r.GetBackend(), r.GetPooledBytes(), r.GetPoolSize()))
+	for _, u := range r.GetUses() {
+		t.row("", fmt.Sprintf("%s: %d mixed, %d of the system's alone", u.GetUse(), u.GetMixed(), u.GetUnmixed()))
+	}
+	if r.GetLastError() != "" {
+		t.row("", "last error: "+r.GetLastError())
+	}
+}
+
 func limitsRows(t *table, r *adminv1.StatusResponse) {
 	for _, l := range r.GetLimits() {
 		t.row("limits of "+l.GetRule(), fmt.Sprintf("%s; %d callers counted", l.GetLimits(), l.GetCallers()))
@@ -248,6 +276,14 @@ func limitsRows(t *table, r *adminv1.StatusResponse) {
 	if r.GetLimitsError() != "" {
 		t.row("limits", "last error: "+r.GetLimitsError())
 	}
+}
+
+// lastErrorOf says whether the error is over.
+func lastErrorOf(b *adminv1.BackendStatus) string {
+	if b.GetState() == "up" {
+		return "last error, before it was up: "
+	}
+	return "last error: "
 }
 
 func sinkLine(s *adminv1.AuditSink) string {
@@ -262,8 +298,12 @@ func sinkLine(s *adminv1.AuditSink) string {
 }
 
 func backendLine(b *adminv1.BackendStatus) string {
-	return fmt.Sprintf("%s (%s %s, process %d since %s), %d calls, %d failures, %d retries, %d restarts", b.GetState(), b.GetPlugin(),
-		b.GetPluginVersion(), b.GetPid(), when(b.GetSince().AsTime()), b.GetCalls(), b.GetFailures(), b.GetRetries(), b.GetRestarts())
+	process := "no process"
+	if b.GetPid() != 0 {
+		process = fmt.Sprintf("process %d", b.GetPid())
+	}
+	return fmt.Sprintf("%s (%s %s, %s since %s), %d calls, %d failures, %d retries, %d restarts", b.GetState(), b.GetPlugin(),
+		b.GetPluginVersion(), process, when(b.GetSince().AsTime()), b.GetCalls(), b.GetFailures(), b.GetRetries(), b.GetRestarts())
 }
 
 // breakerLine says how many calls are kept from a backend; nothing where none
@@ -292,6 +332,31 @@ func keyLine(k *adminv1.KeyStatus) string {
 		line += ", decrypt confirmed " + ago(d.AsDuration())
 	}
 	return line
+}
+
+// enduranceLine says how long a key serves without its backend, and what stands
+// ready.
+func enduranceLine(k *adminv1.KeyStatus) string {
+	var parts []string
+	if k.GetSparesWanted() > 0 {
+		parts = append(parts, fmt.Sprintf("%d of %d spares", k.GetSpares(), k.GetSparesWanted()))
+	}
+	if k.GetHeldWanted() > 0 {
+		parts = append(parts, fmt.Sprintf("%d of %d data keys held", k.GetHeld(), k.GetHeldWanted()))
+	}
+	for _, direction := range []struct {
+		name      string
+		confirmed bool
+		endures   *adminv1.Endurance
+	}{{"encrypts", k.GetEncryptConfirmed() != nil, k.GetEncrypt()}, {"decrypts", k.GetDecryptConfirmed() != nil, k.GetDecrypt()}} {
+		if direction.confirmed {
+			parts = append(parts, direction.name+" for "+direction.endures.GetLeft().AsDuration().Round(time.Second).String())
+		}
+	}
+	if len(parts) == 0 {
+		return ""
+	}
+	return "without its backend: " + strings.Join(parts, ", ")
 }
 
 func ago(d time.Duration) string {

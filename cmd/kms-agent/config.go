@@ -106,7 +106,8 @@ func newCheck(a *app) *cobra.Command {
 		Long: `Reads a configuration, and the policy files that it names, and reports every
 fault at once with file, line, column and path. Where the file has none it looks
 at what the file names on this host: directories, sockets, keystore and seal,
-plugins and their digests, files with secrets, the audit log and its key. Faults
+plugins and their digests, the settings of PKCS#11 backends (which it asks their
+plugin about; the vendor's library is not loaded), files with secrets, the audit log and its key. Faults
 keep the agent or a backend from starting; warnings do not, and leave the exit
 code at 0. It changes nothing, and touches neither the network nor a running
 agent. FILE is ` + defaultConfigPath + ` unless given; - is standard input, and then
@@ -164,6 +165,9 @@ func (a *app) check(ctx context.Context, path string, fileOnly bool) error {
 		return err
 	}
 	found := agent.CheckConfig(name, data, fileOnly)
+	if found.Config != nil && !fileOnly {
+		checkHSMs(ctx, &found)
+	}
 	result := checkResult{
 		File: path, OK: len(found.Faults) == 0, FileOnly: fileOnly,
 		Faults: checkFaults(found.Faults), Warnings: checkFaults(found.Warnings),

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -179,7 +180,7 @@ func freshness(f *kmsagentv1.Freshness) string {
 	case kmsagentv1.Freshness_SOURCE_CACHED:
 		return "cached, confirmed " + ago(f.GetAge().AsDuration())
 	case kmsagentv1.Freshness_SOURCE_GRACE:
-		return fmt.Sprintf("in grace, confirmed %s, %v left", ago(f.GetAge().AsDuration()), f.GetGraceLeft().AsDuration())
+		return fmt.Sprintf("in grace, confirmed %s, %v left", ago(f.GetAge().AsDuration()), f.GetGraceLeft().AsDuration().Round(time.Second))
 	default:
 		return "freshness unknown"
 	}

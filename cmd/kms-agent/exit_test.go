@@ -50,6 +50,18 @@ func TestExitCodeOfEachReason(t *testing.T) {
 	}
 }
 
+// What an agent refused is not told as if there were no agent.
+func TestHintsOfTheAdminSocket(t *testing.T) {
+	const nobody = "is the agent running"
+	answered := classify(adminHint(agentError(codes.Unavailable, kms.ReasonBackendDown), "admin.sock"))
+	if answered.hint == "" || strings.Contains(answered.hint, nobody) {
+		t.Errorf("of an answer: %q", answered.hint)
+	}
+	if silent := classify(adminHint(status.Error(codes.Unavailable, "connection refused"), "admin.sock")); !strings.Contains(silent.hint, nobody) {
+		t.Errorf("of none: %q", silent.hint)
+	}
+}
+
 func TestEveryReasonHasAHint(t *testing.T) {
 	for _, reason := range kms.Reasons() {
 		if hintFor(reason) == "" && reason != kms.ReasonCancelled {

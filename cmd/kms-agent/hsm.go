@@ -18,6 +18,7 @@ const hsmPlugin = "kms-agent-pkcs11"
 type hsmFlags struct {
 	config, backend                                    string
 	plugin, module, moduleConfig, token, pin, stateDir string
+	pinFD                                              int
 	retryPIN                                           bool
 }
 
@@ -32,6 +33,8 @@ type hsmRequest struct {
 	RetryPIN bool            `json:"retry_pin,omitempty"`
 	// Confirmed lets the current version be disabled.
 	Confirmed bool `json:"confirmed,omitempty"`
+	// WrappingKeys are the keys' URIs, for check.
+	WrappingKeys []string `json:"wrapping_keys,omitempty"`
 }
 
 type hsmAnswer struct {
@@ -39,6 +42,16 @@ type hsmAnswer struct {
 	Class string    `json:"class"`
 	Probe *hsmProbe `json:"probe"`
 	Keys  []hsmKey  `json:"keys"`
+	// Faults are what check found.
+	Faults []hsmFault `json:"faults"`
+}
+
+// hsmFault is what is wrong with a setting of a backend, or with the URI of a key.
+type hsmFault struct {
+	Setting     string `json:"setting"`
+	WrappingKey string `json:"wrapping_key"`
+	Message     string `json:"message"`
+	Warning     bool   `json:"warning"`
 }
 
 type hsmProbe struct {
@@ -55,15 +68,25 @@ type hsmProbe struct {
 	MaxSessions  uint       `json:"max_sessions"`
 	Mechanisms   int        `json:"mechanisms"`
 	Suites       []hsmTrial `json:"suites"`
-	Use          string     `json:"use"`
+	// Use is the suite that new keys get, and Why says why.
+	Use string `json:"use"`
+	Why string `json:"why"`
 }
 
 type hsmTrial struct {
-	Suite  string `json:"suite"`
+	Suite string `json:"suite"`
+	// Mechanisms are those of the token that the suite uses.
+	Mechanisms []string `json:"mechanisms"`
+
 	Works  bool   `json:"works"`
 	IV     string `json:"iv,omitempty"`
 	PairUS int64  `json:"pair_us,omitempty"`
-	Reason string `json:"reason,omitempty"`
+	// RSABits is the size of RSA keys, Signs says that the token makes none that
+	// decrypt and cannot sign, OnToken that it makes none for a session only.
+	RSABits int    `json:"rsa_bits,omitempty"`
+	Signs   bool   `json:"signs,omitempty"`
+	OnToken bool   `json:"on_token,omitempty"`
+	Reason  string `json:"reason,omitempty"`
 }
 
 type hsmKey struct {
@@ -78,6 +101,8 @@ type hsmVersion struct {
 	Suite   string    `json:"suite"`
 	ID      string    `json:"id"`
 	Created time.Time `json:"created"`
+	// Problem says why the version cannot be used, though its state lets it.
+	Problem string `json:"problem,omitempty"`
 }
 
 func newHSM(a *app) *cobra.Command {
@@ -109,7 +134,9 @@ func newHSMProbe(a *app) *cobra.Command {
 	c := &cobra.Command{
 		Use: "probe", Short: "Show what a token can do, by trying it", Args: exactly(),
 		Long: `Shows module and token, and tries each way of wrapping with keys that exist for the
-length of a session: what a token claims proves nothing. It changes nothing on the token.
+length of a session: what a token claims proves nothing. Where a token makes no such
+keys, each trial has one on the token, labelled kmsagent/trial, and destroys it. Nothing
+else changes on the token.
 
 Each PIN is tried once until the token accepts it, so that no token is locked;
 --retry-pin lets one be tried again that was refused.`,
@@ -142,34 +169,53 @@ func probeTable(t *table, p *hsmProbe) {
 	t.row("sessions", fmt.Sprintf("%d used, %s", p.Sessions, most))
 	t.row("mechanisms", strconv.Itoa(p.Mechanisms))
 	for _, s := range p.Suites {
-		line := "works"
-		switch {
-		case !s.Works:
-			line = "no: " + s.Reason
-		case s.IV != "":
-			line += ", initialization vectors by " + s.IV
+		line := s.outcome()
+		if s.Works && s.Suite != p.Use {
+			line += "; only for keys made with --suite " + s.Suite
 		}
-		if s.Works {
-			line += fmt.Sprintf(", wrap and unwrap in %v", time.Duration(s.PairUS)*time.Microsecond)
-		}
-		if s.Suite == p.Use {
-			line += "; new keys use it"
-		}
-		t.row(s.Suite, line)
+		t.row(s.Suite, strings.Join(s.Mechanisms, ", ")+": "+line)
 	}
 	if p.Use == "" {
-		t.row("result", "none of the suites works: this token cannot wrap data keys")
+		t.row("new keys", "cannot be made without --suite: none of the suites works that are taken by themselves")
+		return
 	}
+	t.row("new keys", fmt.Sprintf("use %s: %s", p.Use, p.Why))
+}
+
+// outcome says how a suite did, in a line.
+func (s hsmTrial) outcome() string {
+	if !s.Works {
+		return "no: " + s.Reason
+	}
+	line := "works"
+	if s.IV != "" {
+		line += ", initialization vectors by " + s.IV
+	}
+	if s.RSABits != 0 {
+		line += fmt.Sprintf(", RSA of %d bits", s.RSABits)
+	}
+	if s.Signs {
+		line += ", private keys may sign too"
+	}
+	if s.OnToken {
+		line += ", tried with a key on the token, since destroyed"
+	}
+	return line + fmt.Sprintf(", wrap and unwrap in %v", time.Duration(s.PairUS)*time.Microsecond)
 }
 
 func newHSMList(a *app) *cobra.Command {
 	f := hsmFlags{}
 	c := &cobra.Command{
 		Use: "list", Short: "List the keys on a token and their versions", Args: exactly(),
+		Long: `Lists the keys that kms-agent made on the token, with their versions, and says which of
+these cannot be used because somebody has deleted or replaced them.`,
 		RunE: func(c *cobra.Command, _ []string) error {
 			answer, err := a.askToken(c, &f, hsmRequest{Command: "list"})
 			if err != nil {
 				return err
+			}
+			if len(answer.Keys) == 0 {
+				_, _ = fmt.Fprintln(a.errOut, "there are no keys of kms-agent on this token; kms-agent hsm init-key NAME makes one")
 			}
 			return a.printHSMKeys(answer.Keys)
 		},
@@ -191,7 +237,11 @@ func (a *app) printHSMKeys(keys []hsmKey) error {
 				if v.Version == k.Current {
 					name += " (current)"
 				}
-				t.row(k.Key, name, v.State, v.Suite, v.Created.UTC().Format(time.RFC3339), v.ID)
+				cells := []string{k.Key, name, v.State, v.Suite, v.Created.UTC().Format(time.RFC3339), v.ID}
+				if v.Problem != "" {
+					cells = append(cells, "unusable: "+v.Problem)
+				}
+				t.row(cells...)
 			}
 		}
 	})
@@ -275,6 +325,15 @@ func (a *app) hsmFlags(c *cobra.Command, f *hsmFlags) {
 	flags.StringVar(&f.moduleConfig, "module-config", "", "... what the library is started with, mostly nothing")
 	flags.StringVar(&f.token, "token", "", "... the token, such as pkcs11:token=kms")
 	flags.StringVar(&f.pin, "pin-file", "", "... the file that holds the PIN")
+	flags.IntVar(&f.pinFD, "pin-fd", noPINFD, "read the PIN from this open descriptor instead, a file or a pipe: --pin-fd 3 3< <(command)")
 	flags.StringVar(&f.stateDir, "state-dir", "", "... the directory that remembers which PINs were tried")
 	flags.StringVar(&f.plugin, "plugin", "", "... the plugin's program ("+hsmPlugin+" beside kms-agent)")
+	// These fail for a second one only.
+	_ = c.MarkFlagDirname("state-dir")
+	_ = c.RegisterFlagCompletionFunc("backend", func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
+		return hsmBackends(f.config), cobra.ShellCompDirectiveNoFileComp
+	})
+	for _, name := range []string{"token", "module-config", "pin-fd"} {
+		_ = c.RegisterFlagCompletionFunc(name, cobra.NoFileCompletions)
+	}
 }

@@ -44,11 +44,7 @@ func (a *app) askToken(c *cobra.Command, f *hsmFlags, r hsmRequest) (hsmAnswer, 
 	if err != nil {
 		return hsmAnswer{}, err
 	}
-	defer func() {
-		for _, file := range cmd.ExtraFiles {
-			_ = file.Close()
-		}
-	}()
+	defer closeFiles(cmd.ExtraFiles)
 	r.Settings, r.RetryPIN = settings, f.retryPIN
 	in, err := json.Marshal(r)
 	if err != nil {
@@ -72,6 +68,12 @@ func (a *app) askToken(c *cobra.Command, f *hsmFlags, r hsmRequest) (hsmAnswer, 
 		return answer, nil // interrupted or not: it is done
 	}
 	return answer, failed
+}
+
+func closeFiles(files []*os.File) {
+	for _, f := range files {
+		_ = f.Close()
+	}
 }
 
 // runUntilDone runs the plugin. One that is interrupted brings its change to its end,
@@ -112,7 +114,9 @@ func pluginUnanswered(cmd *exec.Cmd, failed error, diagnostics []byte) error {
 	signal := ""
 	if m := crashSignal.FindSubmatch(diagnostics); m != nil {
 		signal = string(m[1])
-	} else if s, ok := cmd.ProcessState.Sys().(syscall.WaitStatus); ok && s.Signaled() {
+	} else if s, ok := cmd.ProcessState.Sys().(syscall.WaitStatus); ok && s.Signaled() && s.Signal() == syscall.SIGKILL {
+		return &codedError{code: exitFailure, hint: hint, err: errors.New("the plugin's process was killed: by somebody, by the kernel for want of memory, or because it did not end in time")}
+	} else if ok && s.Signaled() {
 		signal = s.Signal().String()
 	}
 	if signal != "" {
@@ -197,10 +201,14 @@ func (f *hsmFlags) command(ctx context.Context) (*exec.Cmd, json.RawMessage, err
 	if err != nil {
 		return nil, nil, err
 	}
-	if err := ownState(cfg.StateDir); err != nil {
+	if err := ownState(cfg.StateDir, false); err != nil {
 		return nil, nil, err
 	}
 	env, err := cfg.PluginEnv(*b)
+	if err != nil {
+		return nil, nil, err
+	}
+	files, settings, err := f.handed(b)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -209,12 +217,21 @@ func (f *hsmFlags) command(ctx context.Context) (*exec.Cmd, json.RawMessage, err
 		return nil, nil, err
 	}
 	cmd.Env = env
-	return cmd, json.RawMessage(b.Settings), nil
+	handOver(cmd, files)
+	return cmd, settings, nil
 }
 
 // ownState makes sure that what is written to the agent's state stays the agent's.
-func ownState(dir string) error {
+// Where the directory may be missing, it is made: in one of this user, if that is root.
+func ownState(dir string, mayBeMissing bool) error {
 	info, err := os.Stat(dir)
+	for mayBeMissing && errors.Is(err, fs.ErrNotExist) {
+		if os.Geteuid() != 0 {
+			return nil // the kernel says what it may
+		}
+		dir = filepath.Dir(dir)
+		info, err = os.Stat(dir)
+	}
 	if errors.Is(err, fs.ErrNotExist) {
 		return &codedError{code: exitInvalid, err: fmt.Errorf("%s does not exist", dir),
 			hint: "make it for the agent's user, as with install -d -m 0700 -o kms-agent " + dir}
@@ -229,14 +246,34 @@ func ownState(dir string) error {
 	return nil
 }
 
+// isHSM tells whether a backend is the one for PKCS#11 tokens.
+func isHSM(b *agent.BackendConfig) bool {
+	var settings struct {
+		Module string `json:"module"`
+	}
+	return b.Path != "" && json.Unmarshal(b.Settings, &settings) == nil && settings.Module != ""
+}
+
+// hsmBackends are the names of the PKCS#11 backends of a configuration.
+func hsmBackends(config string) []string {
+	cfg, err := agent.LoadConfig(config)
+	if err != nil {
+		return nil
+	}
+	var names []string
+	for i := range cfg.Backends {
+		if isHSM(&cfg.Backends[i]) {
+			names = append(names, cfg.Backends[i].Name)
+		}
+	}
+	return names
+}
+
 func (f *hsmFlags) find(cfg *agent.Config) (*agent.BackendConfig, error) {
 	var found *agent.BackendConfig
 	for i := range cfg.Backends {
 		b := &cfg.Backends[i]
-		var settings struct {
-			Module string `json:"module"`
-		}
-		mine := b.Path != "" && json.Unmarshal(b.Settings, &settings) == nil && settings.Module != ""
+		mine := isHSM(b)
 		if f.backend != "" && b.Name != f.backend || f.backend == "" && !mine {
 			continue
 		}
@@ -248,28 +285,17 @@ func (f *hsmFlags) find(cfg *agent.Config) (*agent.BackendConfig, error) {
 		}
 		found = b
 	}
+	if found == nil && f.backend != "" {
+		return nil, usagef("%s has no backend %q; its PKCS#11 backends are: %s", f.config, f.backend, strings.Join(hsmBackends(f.config), ", "))
+	}
 	if found == nil {
-		return nil, usagef("%s has no such PKCS#11 backend; docs/hsm.md shows one, and --module, --token and --pin-file do without", f.config)
+		return nil, usagef("%s has no PKCS#11 backend; docs/hsm.md shows one, and --module, --token and --pin-file do without", f.config)
 	}
 	return found, nil
 }
 
 func (f *hsmFlags) commandByFlags(ctx context.Context) (*exec.Cmd, json.RawMessage, error) {
-	settings := map[string]string{"token": f.token, "module_config": f.moduleConfig}
-	for name, path := range map[string]string{"module": f.module, "pin_file": f.pin, "state_dir": f.stateDir} {
-		if path == "" {
-			return nil, nil, usagef("--module, --token, --pin-file and --state-dir belong together")
-		}
-		absolute, err := filepath.Abs(path)
-		if err != nil {
-			return nil, nil, err
-		}
-		settings[name] = absolute
-	}
-	if f.token == "" {
-		return nil, nil, usagef("--module, --token, --pin-file and --state-dir belong together")
-	}
-	raw, err := json.Marshal(settings)
+	raw, err := f.settings()
 	if err != nil {
 		return nil, nil, err
 	}
@@ -284,9 +310,42 @@ func (f *hsmFlags) commandByFlags(ctx context.Context) (*exec.Cmd, json.RawMessa
 	if path, err = filepath.Abs(path); err != nil {
 		return nil, nil, err
 	}
+	var files []*os.File
+	if f.pinFD != noPINFD {
+		pin, err := inheritedFD(f.pinFD)
+		if err != nil {
+			return nil, nil, err
+		}
+		files = append(files, pin)
+	}
 	cmd := exec.CommandContext(ctx, path, "administer") //nolint:gosec // the operator names it, or it is beside this program
 	cmd.Env = os.Environ()                              // the vendor's library may be configured by it
+	handOver(cmd, files)
 	return cmd, raw, nil
+}
+
+// settings are those that the flags stand for.
+func (f *hsmFlags) settings() (json.RawMessage, error) {
+	settings := map[string]string{"token": f.token, "module_config": f.moduleConfig}
+	paths := map[string]string{"module": f.module, "pin_file": f.pin, "state_dir": f.stateDir}
+	if f.pinFD != noPINFD && f.pin == "" {
+		delete(paths, "pin_file")
+		settings["pin_descriptor"] = pinFD
+	}
+	for name, path := range paths {
+		if path == "" || f.token == "" || f.pinFD != noPINFD && f.pin != "" {
+			return nil, usagef("--module, --token, --state-dir and one of --pin-file and --pin-fd belong together")
+		}
+		absolute, err := filepath.Abs(path)
+		if err != nil {
+			return nil, err
+		}
+		settings[name] = absolute
+	}
+	if err := ownState(settings["state_dir"], true); err != nil {
+		return nil, err
+	}
+	return json.Marshal(settings)
 }
 
 // verified runs what was compared with its digest, and nothing else.

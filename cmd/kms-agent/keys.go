@@ -16,7 +16,7 @@ const pageSize = 1000
 
 func newKeys(a *app) *cobra.Command {
 	c := group("keys", "List and describe keys; administer the local backend's", "")
-	c.AddCommand(newKeysList(a), newKeysDescribe(a), newKeysLocal(a))
+	c.AddCommand(newKeysList(a), newKeysDescribe(a), newKeysHealth(a), newKeysLocal(a))
 	return c
 }
 

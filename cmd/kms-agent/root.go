@@ -47,7 +47,10 @@ func add(root *cobra.Command, id string, commands ...*cobra.Command) {
 // group makes a command that only holds others: without one of them, or with an
 // unknown one, it is used wrongly.
 func group(use, short, long string) *cobra.Command {
-	c := &cobra.Command{Use: use, Short: short, Long: long, Args: cobra.ArbitraryArgs}
+	c := &cobra.Command{
+		Use: use, Short: short, Long: long, Args: cobra.ArbitraryArgs,
+		FParseErrWhitelist: cobra.FParseErrWhitelist{UnknownFlags: true}, // they are those of a command that is misspelt
+	}
 	c.RunE = func(c *cobra.Command, args []string) error {
 		if len(args) == 0 {
 			_, _ = fmt.Fprint(c.ErrOrStderr(), c.UsageString())

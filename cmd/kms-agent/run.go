@@ -96,6 +96,7 @@ func (a *app) runAgent(ctx context.Context, path string) error {
 		return checkHint(err, path)
 	}
 	instance.UseLevel(level)
+	instance.UseDescriptors(agent.InheritedDescriptors())
 	s := &supervised{logger: logger}
 	instance.OnReady(func() { s.notify(daemon.SdNotifyReady) })
 	group, groupCtx := errgroup.WithContext(ctx)

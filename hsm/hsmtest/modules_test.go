@@ -5,11 +5,6 @@ package hsmtest_test
 import (
 	"bytes"
 	"context"
-	"crypto/rand"
-	"crypto/rsa"
-	"crypto/sha256"
-	"crypto/x509"
-	"os"
 	"os/exec"
 	"strings"
 	"testing"
@@ -42,45 +37,58 @@ func TestNSS(t *testing.T) {
 
 func TestTPM2(t *testing.T) {
 	twice(t, func(t *testing.T) {
-		k := hsmtest.TPM2(t)
-		wantElsewhere(t, k)
-		token := attach(t, k)
-		// It makes no keys for a session, and no RSA key that decrypts and cannot sign.
-		wantTrials(t, token, 0, map[hsm.Suite]bool{})
-		wantDecrypts(t, k)
+		k := hsmtest.TPM2(t, 0)
+		wantElsewhere(t, k.Token)
+		token := attach(t, k.Token)
+		trial := wantTrials(t, token, hsm.OAEP, map[hsm.Suite]bool{hsm.OAEP: true, hsm.OAEPSHA1: true})
+		if trial.RSABits != 3072 || !trial.Signs || !trial.OnToken {
+			t.Errorf("RSA of %d bits, signs: %v, on the token: %v; want 3072, and both", trial.RSABits, trial.Signs, trial.OnToken)
+		}
+		wantNothing(t, k.Token)
+		wantKeys(t, token, hsm.OAEP)
 	})
 }
 
-// wantDecrypts has another application make a pair of RSA, and decrypt with it.
-func wantDecrypts(t *testing.T, k *hsmtest.Token) {
-	t.Helper()
-	tool := func(args ...string) {
-		t.Helper()
-		args = append([]string{"--module", k.Module, "--token-label", k.Label, "--login", "--pin", k.PIN, "--id", "01"}, args...)
-		if out, err := exec.CommandContext(t.Context(), "pkcs11-tool", args...).CombinedOutput(); err != nil {
-			t.Fatalf("pkcs11-tool %v: %v\n%s", args, err, out)
+// The module mistakes objects for one another once the first ones on the token are
+// gone: other keys must be none the worse.
+func TestTPM2Destroys(t *testing.T) {
+	token := attach(t, hsmtest.TPM2(t, 0).Token)
+	for _, name := range []string{"first", "second", "third"} {
+		if _, err := token.CreateKey(bounded(t), name, hsm.OAEP); err != nil {
+			t.Fatal(err)
 		}
 	}
-	tool("--keypairgen", "--key-type", "rsa:2048")
-	tool("--read-object", "--type", "pubkey", "--output-file", k.Path("public"))
-	der, err := os.ReadFile(k.Path("public"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	public, err := x509.ParsePKIXPublicKey(der)
-	if err != nil {
-		t.Fatal(err)
-	}
-	encrypted, err := rsa.EncryptOAEP(sha256.New(), rand.Reader, public.(*rsa.PublicKey), []byte("some plaintext"), nil)
+	_, err := token.SetState(bounded(t), "first", 1, hsm.Disabled)
 	if err == nil {
-		err = os.WriteFile(k.Path("encrypted"), encrypted, 0o600)
+		_, err = token.Destroy(bounded(t), "first", 1)
 	}
 	if err != nil {
 		t.Fatal(err)
 	}
-	tool("--decrypt", "--mechanism", "RSA-PKCS-OAEP", "--hash-algorithm", "SHA256", "--input-file", k.Path("encrypted"), "--output-file", k.Path("decrypted"))
-	if got, err := os.ReadFile(k.Path("decrypted")); err != nil || string(got) != "some plaintext" {
-		t.Errorf("decrypted: %q, %v", got, err)
+	wantKeys(t, token, hsm.OAEP)
+	if _, err = token.SetState(bounded(t), "second", 1, hsm.Disabled); err == nil {
+		_, err = token.Destroy(bounded(t), "second", 1)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"third", hsm.OAEP.String()} {
+		key, err := token.Key(bounded(t), name)
+		if err == nil {
+			_, err = token.Wrap(bounded(t), key.Versions[0], nil, []byte("material"), nil) // after its canary
+		}
+		if err != nil {
+			t.Errorf("key %s: %v", name, err)
+		}
+	}
+}
+
+// wantNothing has another application list the token's objects.
+func wantNothing(t *testing.T, k *hsmtest.Token) {
+	t.Helper()
+	out, err := exec.CommandContext(t.Context(), "pkcs11-tool", "--module", k.Module, "--token-label", k.Label, "--login", "--pin", k.PIN, "--list-objects").Output()
+	if err != nil || bytes.Contains(out, []byte("Object")) {
+		t.Errorf("on the token: %v\n%s", err, out)
 	}
 }
 
@@ -129,8 +137,9 @@ func attach(t *testing.T, k *hsmtest.Token) *hsm.Token {
 	}
 }
 
-// wantTrials probes the token; works says which suites do.
-func wantTrials(t *testing.T, token *hsm.Token, use hsm.Suite, works map[hsm.Suite]bool) {
+// wantTrials probes the token; works says which suites do. It returns how the one did
+// that new keys use.
+func wantTrials(t *testing.T, token *hsm.Token, use hsm.Suite, works map[hsm.Suite]bool) (used hsm.Trial) {
 	t.Helper()
 	p, err := token.Probe(bounded(t))
 	if err != nil {
@@ -141,6 +150,9 @@ func wantTrials(t *testing.T, token *hsm.Token, use hsm.Suite, works map[hsm.Sui
 	for _, trial := range p.Trials {
 		if trial.Err == nil {
 			got[trial.Suite] = true
+			if trial.Suite == use {
+				used = trial
+			}
 		} else {
 			reasons.WriteString(trial.Suite.String() + ": " + trial.Err.Error() + "\n")
 		}
@@ -152,6 +164,7 @@ func wantTrials(t *testing.T, token *hsm.Token, use hsm.Suite, works map[hsm.Sui
 	if p.Use != use {
 		t.Errorf("a new key gets %v, want %v", p.Use, use)
 	}
+	return used
 }
 
 // wantKeys makes keys on the token, and wraps with them.

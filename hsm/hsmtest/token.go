@@ -23,8 +23,8 @@ type Token struct {
 	Label string
 	// PIN is in PINFile, too.
 	PIN, OfficerPIN, PINFile string
-	// DataObjects says whether it takes private data objects: else the catalogue of
-	// its keys must be in a file.
+	// DataObjects says whether it takes private data objects, and every process sees
+	// them: else the catalogue of its keys must be in a file.
 	DataObjects bool
 	// Dir is the test's own; it may put more there.
 	Dir string

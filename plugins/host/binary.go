@@ -87,7 +87,8 @@ func memoryFile() (*os.File, error) {
 	if err != nil {
 		return nil, fmt.Errorf("memory for the plugin's program: %w", err)
 	}
-	return os.NewFile(uintptr(fd), "plugin"), nil
+	defer func() { _ = unix.Close(fd) }()
+	return aboveDescriptors(uintptr(fd), "plugin") // it is executed by its number
 }
 
 func copyChecked(sealed *os.File, program io.Reader, path string, want []byte) error {

@@ -51,6 +51,15 @@ func (s *Supervisor) Check(ctx context.Context) (plugins.Health, error) {
 	return call(ctx, s, "check", func(ctx context.Context, r *plugins.Remote) (plugins.Health, error) { return r.Check(ctx) })
 }
 
+// Random implements plugins.RandomSource; Invalid where the plugin does not have the
+// capability.
+func (s *Supervisor) Random(ctx context.Context, dst []byte) error {
+	_, err := call(ctx, s, "random", func(ctx context.Context, r *plugins.Remote) (struct{}, error) {
+		return struct{}{}, r.Random(ctx, dst)
+	})
+	return err
+}
+
 // Close implements plugins.Backend; the end of Run's context ends the process.
 func (s *Supervisor) Close() error { return nil }
 

@@ -13,13 +13,16 @@ import (
 	"github.com/kms-agent/kms-agent/plugins/plugintest"
 )
 
-var _ plugins.Backend = (*host.Supervisor)(nil)
+var (
+	_ plugins.Backend      = (*host.Supervisor)(nil)
+	_ plugins.RandomSource = (*host.Supervisor)(nil)
+)
 
 func TestSupervisorKeepsTheContract(t *testing.T) {
 	s := plugintest.Start(t, config(t, puppetSettings{}))
 	plugintest.Run(t, func(*testing.T) plugintest.Instance {
 		return plugintest.Instance{
-			Backend: s, Key: orders, Other: plugins.KeyRef{URI: "memory:other", Version: "1"}, Missing: "memory:missing",
+			Backend: s, Key: orders, Other: plugins.KeyRef{URI: "memory:other", Version: "1"}, Missing: "memory:missing", Random: true,
 		}
 	})
 	if status := s.Status(); status.Failures != 0 || status.Calls < 100 || status.Plugin.Name != "memory" || status.Restarts != 0 {

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"time"
 
@@ -57,6 +58,10 @@ type Config struct {
 	Args    []string
 	// Env is the plugin's whole environment, beside what the handshake needs.
 	Env []string
+	// Descriptors are handed to the plugin under their names (plugins.Descriptor). It
+	// inherits no others. They stay the caller's, who keeps them open while the plugin
+	// may be started.
+	Descriptors []*os.File
 	// SHA256 is the program's digest, 64 hexadecimal digits.
 	SHA256 string
 	// Self runs this very program again, with Args; Command and SHA256 are empty.
@@ -134,6 +139,9 @@ func (cfg Config) checkRest() error {
 	if !filepath.IsAbs(cfg.RuntimeDir) || len(cfg.RuntimeDir) > maxRuntimeDir {
 		errs = append(errs, fmt.Errorf("the runtime directory %q is not an absolute path of at most %d bytes, which sockets need",
 			cfg.RuntimeDir, maxRuntimeDir))
+	}
+	if len(cfg.Descriptors) > MaxDescriptors {
+		errs = append(errs, fmt.Errorf("%d descriptors, %d are possible", len(cfg.Descriptors), MaxDescriptors))
 	}
 	if len(cfg.Settings) > maxSettings {
 		errs = append(errs, fmt.Errorf("the settings are %d bytes long, %d are possible", len(cfg.Settings), maxSettings))

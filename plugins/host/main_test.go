@@ -112,6 +112,10 @@ func (p *puppet) Open(ctx context.Context, config json.RawMessage) (plugins.Info
 		return plugins.Info{}, err
 	}
 	p.down, p.weather, p.stuck = s.Check == "unavailable", s.Weather, s.Close == "hang"
+	if path, ok := strings.CutPrefix(s.Check, "unavailable if "); ok {
+		_, err := os.Stat(path)
+		p.down = err == nil
+	}
 	if _, err := p.obey(ctx, s.Open); err != nil {
 		return plugins.Info{}, err
 	}
@@ -163,6 +167,8 @@ func (p *puppet) obey(ctx context.Context, order string) (string, error) {
 		return "ok", weather(ctx, argument)
 	case "up":
 		p.down = false
+	case "down":
+		p.down = true
 	case "hang":
 		p.mu.Unlock()
 		defer p.mu.Lock()
@@ -232,6 +238,11 @@ func (p *puppet) obey(ctx context.Context, order string) (string, error) {
 		return fmt.Sprint(value), err
 	case "proc":
 		return p.proc(argument)
+	case "descriptor":
+		return handed(argument)
+	case "files": // that a process which this one starts has open
+		out, err := exec.CommandContext(ctx, "/bin/ls", "-l", "/proc/self/fd").Output()
+		return fmt.Sprint(strings.Count(string(out), argument)), err
 	case "child":
 		cmd := exec.Command("/bin/sleep", "1000")
 		if err := cmd.Start(); err != nil {
@@ -274,6 +285,21 @@ func (p *puppet) proc(argument string) (string, error) {
 	}
 	b, err := os.ReadFile(path)
 	return matching(string(b), words), err
+}
+
+// handed returns what a descriptor of the agent's holds.
+func handed(name string) (string, error) {
+	f, err := plugins.Descriptor(name)
+	if err != nil {
+		return "", refusal(err)
+	}
+	defer func() { _ = f.Close() }()
+	content := make([]byte, 100)
+	n, err := f.ReadAt(content, 0)
+	if n == 0 {
+		return "", refusal(err)
+	}
+	return string(content[:n]), nil
 }
 
 // serveByHand is a plugin that somebody starts in a shell.

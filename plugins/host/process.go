@@ -87,7 +87,12 @@ func (p *process) start(ctx context.Context, cfg Config, program *program) error
 	}
 	defer func() { _ = rules.close() }()
 	p.confined = rules != nil
-	p.runner = newRunner(command(cfg, path), dir.path, rules, cfg.Logger)
+	cmd := command(cfg, path)
+	if err := handOver(cmd, cfg.Descriptors); err != nil {
+		return err
+	}
+	defer closeAll(cmd.ExtraFiles) // the process has its own by then
+	p.runner = newRunner(cmd, dir.path, rules, cfg.Logger)
 	p.client = plugin.NewClient(p.clientConfig(cfg))
 	defer context.AfterFunc(ctx, p.runner.kill)()
 	return p.connect(cfg.StatsHandler != nil)

@@ -2,6 +2,7 @@ package host
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"time"
 
@@ -11,8 +12,8 @@ import (
 // request asks Run for a new process; done has room for the one answer.
 type request struct{ done chan error }
 
-// Replace starts a new process, which must open the backend and answer before
-// the calls go to it, and then ends the old one when its calls are done. On an
+// Replace starts a new process, which must open the backend and be well, if the old one
+// is, before the calls go to it, and then ends the old one when its calls are done. On an
 // error the old process, if there is one, goes on. Without a process it ends the
 // wait for the next start.
 func (s *Supervisor) Replace(ctx context.Context) error {
@@ -52,6 +53,9 @@ func (r *request) answer(err error) {
 // that fails.
 func (s *Supervisor) replaced(ctx context.Context, p *process, asked *request) *process {
 	next, err := launch(ctx, s.cfg, &s.program)
+	if err == nil {
+		err = s.unworthy(ctx, p, next)
+	}
 	if err != nil {
 		s.cfg.Logger.Error("new plugin process does not work; the old one goes on", zap.Error(err))
 		asked.answer(err)
@@ -77,6 +81,20 @@ func (s *Supervisor) unreachable(p *process) *request {
 	p.nextMove = time.Now().Add(s.cfg.BackoffMax)
 	s.cfg.Logger.Warn("socket of the plugin is gone: its process is replaced")
 	return &request{done: make(chan error, 1)}
+}
+
+// unworthy ends a new process whose backend is not well while that of p is, as with a
+// password that was changed to a wrong one: it returns why.
+func (s *Supervisor) unworthy(ctx context.Context, p, next *process) error {
+	_, fault, _ := next.verdict()
+	if fault == nil {
+		return nil
+	}
+	s.checkIdle(ctx, p) // what it was when it was asked last may be past
+	if _, own, _ := p.verdict(); own != nil {
+		return nil //nolint:nilerr // neither is well
+	}
+	return errors.Join(fmt.Errorf("the new process is not well, and the old one is: %w", fault), next.stop(true))
 }
 
 // started gives the calls to a process that has just been launched.

@@ -108,6 +108,33 @@ func TestReplaceLetsCallsFinish(t *testing.T) {
 	}
 }
 
+// What is not well does not replace what is, as with a password that was changed to a
+// wrong one; it replaces what is not well either.
+func TestReplaceKeepsWhatIsWell(t *testing.T) {
+	obstacle := filepath.Join(t.TempDir(), "obstacle")
+	s, _ := start(t, config(t, puppetSettings{Check: "unavailable if " + obstacle}))
+	if err := s.Ready(bounded(t)); err != nil {
+		t.Fatal(err)
+	}
+	pid := s.Status().PID
+	if err := os.WriteFile(obstacle, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Replace(bounded(t)); err == nil || !strings.Contains(err.Error(), "upstream is away") {
+		t.Errorf("Replace: %v, want why the new process is not well", err)
+	}
+	if got := s.Status(); got.PID != pid || got.State != host.Up {
+		t.Errorf("process %d is %s, want %d and up", got.PID, got.State, pid)
+	}
+	if _, err := s.Wrap(bounded(t), orders, make([]byte, 32), plugins.Binding{Purpose: "message"}); err != nil {
+		t.Errorf("the old process: %v", err)
+	}
+	_, _ = order(t, s, "down")
+	if err := s.Replace(bounded(t)); err != nil || s.Status().PID == pid {
+		t.Errorf("Replace of what is not well: %v, process %d", err, s.Status().PID)
+	}
+}
+
 // What cannot work does not replace what works.
 func TestReplaceKeepsWhatWorks(t *testing.T) {
 	obstacle := filepath.Join(t.TempDir(), "obstacle")

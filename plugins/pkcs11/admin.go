@@ -38,6 +38,8 @@ type request struct {
 	Retry bool `json:"retry_pin,omitempty"`
 	// Confirmed lets the current version be disabled.
 	Confirmed bool `json:"confirmed,omitempty"`
+	// WrappingKeys are the keys' URIs, for check.
+	WrappingKeys []string `json:"wrapping_keys,omitempty"`
 }
 
 // answer is one JSON object on standard output.
@@ -46,31 +48,8 @@ type answer struct {
 	Class string     `json:"class,omitempty"` // the error's hsm.Kind
 	Probe *probe     `json:"probe,omitempty"`
 	Keys  []keyState `json:"keys,omitempty"`
-}
-
-type probe struct {
-	Module       string  `json:"module"`
-	Library      string  `json:"library"`
-	Manufacturer string  `json:"manufacturer"`
-	Cryptoki     string  `json:"cryptoki"`
-	Token        string  `json:"token"`
-	Model        string  `json:"model"`
-	Serial       string  `json:"serial"`
-	Firmware     string  `json:"firmware"`
-	Slot         uint    `json:"slot"`
-	Sessions     int     `json:"sessions"`
-	MaxSessions  uint    `json:"max_sessions,omitempty"`
-	Mechanisms   int     `json:"mechanisms"`
-	Suites       []trial `json:"suites"`
-	Use          string  `json:"use,omitempty"`
-}
-
-type trial struct {
-	Suite  string `json:"suite"`
-	Works  bool   `json:"works"`
-	IV     string `json:"iv,omitempty"`
-	PairUS int64  `json:"pair_us,omitempty"`
-	Reason string `json:"reason,omitempty"`
+	// Faults are what check found.
+	Faults []fault `json:"faults,omitempty"`
 }
 
 type keyState struct {
@@ -85,6 +64,8 @@ type versionState struct {
 	Suite   string    `json:"suite"`
 	ID      string    `json:"id"`
 	Created time.Time `json:"created"`
+	// Problem says why the version cannot be used, though its state lets it.
+	Problem string `json:"problem,omitempty"`
 }
 
 // administerOnce is the main function of `administer`. It returns the exit code.
@@ -125,7 +106,11 @@ func administer(args []string, in io.Reader, out, diagnostics io.Writer) int {
 	defer cancel()
 	var r request
 	a, err := answer{}, json.NewDecoder(io.LimitReader(in, 1<<20)).Decode(&r)
-	if err == nil {
+	switch {
+	case err != nil:
+	case r.Command == "check":
+		a.Faults = r.check()
+	default:
 		a, err = r.serve(ctx, diagnostics)
 	}
 	if err != nil {
@@ -148,13 +133,19 @@ func (r request) serve(ctx context.Context, diagnostics io.Writer) (answer, erro
 	s.retryPIN = r.Retry
 	waiting, giveUp := context.WithCancelCause(ctx)
 	defer giveUp(nil)
-	t, err := s.load(uri, func(e hsm.Event) {
+	pin, err := s.pin(ctx)
+	if err != nil {
+		return answer{}, &hsm.Error{Kind: hsm.Unauthenticated, Err: err}
+	}
+	said := ""
+	t, err := s.load(ctx, uri, pin, func(e hsm.Event) {
 		switch {
 		case e.Attached || e.Err == nil:
 		case hopeless(e.Err):
 			giveUp(e.Err)
-		case hsm.KindOf(e.Err) != hsm.Unauthenticated:
-			_, _ = fmt.Fprintln(diagnostics, "waiting for the token:", told(e.Err))
+		case hsm.KindOf(e.Err) != hsm.Unauthenticated && said != told(e.Err):
+			said = told(e.Err)
+			_, _ = fmt.Fprintln(diagnostics, "waiting for the token:", said)
 		}
 	})
 	if err != nil {
@@ -188,15 +179,15 @@ func (r request) serve(ctx context.Context, diagnostics io.Writer) (answer, erro
 }
 
 // load opens the token. A library that does not come back from being loaded is left
-// to the end of the process.
-func (s settings) load(uri hsm.URI, events func(hsm.Event)) (*hsm.Token, error) {
+// to the end of the process, as it is where nobody waits for it any more.
+func (s settings) load(ctx context.Context, uri hsm.URI, pin hsm.PINSource, events func(hsm.Event)) (*hsm.Token, error) {
 	type opened struct {
 		token *hsm.Token
 		err   error
 	}
 	done := make(chan opened, 1)
 	go func() {
-		t, err := s.openToken(uri, events, adminPatience)
+		t, err := s.openToken(uri, pin, events, adminPatience)
 		done <- opened{t, err}
 	}()
 	limit := time.Duration(s.HangAfter)
@@ -211,6 +202,8 @@ func (s settings) load(uri hsm.URI, events func(hsm.Event)) (*hsm.Token, error) 
 			return nil, &hsm.Error{Kind: hsm.Invalid, Err: o.err}
 		}
 		return o.token, nil
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
 	case <-timer.C:
 		return nil, &hsm.Error{Kind: hsm.Unavailable, Detail: fmt.Sprintf("the library %s has not come back from being loaded for %v", s.Module, limit)}
 	}
@@ -222,7 +215,8 @@ func hopeless(err error) bool {
 	return hsm.KindOf(err) == hsm.Invalid || strings.Contains(err.Error(), "no token matches")
 }
 
-// told is an error without the names of the kinds: the operator gets them as exit code.
+// told is an error without the names of the kinds: the operator gets them as exit code,
+// the agent as class.
 func told(err error) string {
 	if e := (*hsm.Error)(nil); errors.As(err, &e) && error(e) == err { //nolint:errorlint // this very link of the chain
 		switch {
@@ -235,10 +229,22 @@ func told(err error) string {
 		}
 		return e.Detail + ": " + told(e.Err)
 	}
-	if cause := errors.Unwrap(err); cause != nil {
-		return strings.Replace(err.Error(), cause.Error(), told(cause), 1)
+	text := err.Error()
+	for _, cause := range causes(err) {
+		text = strings.Replace(text, cause.Error(), told(cause), 1)
 	}
-	return err.Error()
+	return text
+}
+
+// causes are what an error wraps.
+func causes(err error) []error {
+	if joined, ok := err.(interface{ Unwrap() []error }); ok {
+		return joined.Unwrap()
+	}
+	if cause := errors.Unwrap(err); cause != nil {
+		return []error{cause}
+	}
+	return nil
 }
 
 func (r request) perform(ctx context.Context, t *hsm.Token) (answer, error) {
@@ -256,8 +262,8 @@ func (r request) perform(ctx context.Context, t *hsm.Token) (answer, error) {
 		p, err := t.Probe(ctx)
 		return answer{Probe: probed(p)}, err
 	case "list":
-		keys, err := t.Keys(ctx)
-		return answer{Keys: states(keys...)}, err
+		keys, err := list(ctx, t)
+		return answer{Keys: keys}, err
 	case "init-key":
 		k, err = t.CreateKey(ctx, r.Key, suite)
 	case "rotate":
@@ -279,6 +285,24 @@ func (r request) perform(ctx context.Context, t *hsm.Token) (answer, error) {
 	return answer{Keys: states(k)}, nil
 }
 
+// list returns the keys, and what is wrong with their versions on the token.
+func list(ctx context.Context, t *hsm.Token) ([]keyState, error) {
+	keys, err := t.Keys(ctx)
+	out := states(keys...)
+	for i, k := range keys {
+		for j, v := range k.Versions {
+			switch err := t.Verify(ctx, v); {
+			case err == nil:
+			case ctx.Err() != nil, hsm.KindOf(err) == hsm.Unavailable, hsm.KindOf(err) == hsm.Unauthenticated:
+				return nil, err
+			default:
+				out[i].Versions[j].Problem = told(err)
+			}
+		}
+	}
+	return out, err
+}
+
 // sparesCurrent refuses to disable the version that encryption needs, unless that is
 // confirmed.
 func (r request) sparesCurrent(ctx context.Context, t *hsm.Token) error {
@@ -288,25 +312,6 @@ func (r request) sparesCurrent(ctx context.Context, t *hsm.Token) error {
 	}
 	return &hsm.Error{Kind: hsm.Invalid, Detail: fmt.Sprintf("version %d of %q is the current one: nothing could be encrypted without it. "+
 		"Make another first with kms-agent hsm rotate %s, or repeat this with --confirm %s@%d", r.Version, r.Key, r.Key, r.Key, r.Version)}
-}
-
-func probed(p hsm.Probe) *probe {
-	out := &probe{
-		Module: p.Module, Library: p.Library, Manufacturer: p.Manufacturer, Cryptoki: p.Cryptoki, Token: p.Token.Label,
-		Model: p.Token.Model, Serial: p.Token.Serial, Firmware: p.Token.Firmware, Slot: p.Token.Slot, Sessions: p.Sessions,
-		MaxSessions: p.MaxSessions, Mechanisms: p.Mechanisms,
-	}
-	if p.Use != 0 {
-		out.Use = p.Use.String()
-	}
-	for _, s := range p.Trials {
-		t := trial{Suite: s.Suite.String(), Works: s.Err == nil, IV: s.IV, PairUS: s.Pair.Microseconds()}
-		if s.Err != nil {
-			t.Reason = told(s.Err)
-		}
-		out.Suites = append(out.Suites, t)
-	}
-	return out
 }
 
 func states(keys ...*hsm.Key) []keyState {

@@ -108,6 +108,58 @@ func TestDisableOfTheCurrentVersion(t *testing.T) {
 	r.must(request{Command: "disable", Key: "orders", Version: 1, Confirmed: true})
 }
 
+// The list says of a version whose key somebody has deleted, or made anew, that it is
+// not what its state says.
+func TestListOfWhatIsGone(t *testing.T) {
+	r := newRig(t)
+	r.must(request{Command: "init-key", Key: "orders"})
+	r.must(request{Command: "rotate", Key: "orders"})
+	id := r.must(request{Command: "rotate", Key: "orders"}).Keys[0].Versions[1].ID
+	r.must(request{Command: "disable", Key: "orders", Version: 1})
+	problems := func() (found []string) {
+		for _, v := range r.must(request{Command: "list"}).Keys[0].Versions {
+			found = append(found, v.Problem)
+		}
+		return found
+	}
+	if got := strings.Join(problems(), ""); got != "" {
+		t.Errorf("of keys that are well: %q", got)
+	}
+	r.Tool("--delete-object", "--type", "secrkey", "--id", id)
+	if got := problems(); got[0]+got[2] != "" || !strings.Contains(got[1], "has no key with the ID "+id) {
+		t.Errorf("of a key that is gone: %q", got)
+	}
+	r.Tool("--keygen", "--key-type", "AES:32", "--id", id, "--label", "other")
+	if got := problems(); got[0]+got[2] != "" || !strings.Contains(got[1], "is not the one") {
+		t.Errorf("of another key: %q", got)
+	}
+}
+
+// Who may remove the ledger of logins has a wrong PIN tried until the token is locked.
+func TestStateDirectoryOfOthers(t *testing.T) {
+	r := newRig(t)
+	if err := os.Chmod(r.state(), 0o770); err != nil {
+		t.Fatal(err)
+	}
+	a := r.administer(request{Command: "list"})
+	if a.Class != "invalid" || !strings.Contains(a.Error, "chmod 700") {
+		t.Errorf("%+v", a)
+	}
+}
+
+// A probe says what the suites use of the token, and why new keys get theirs.
+func TestProbeSaysWhy(t *testing.T) {
+	p := newRig(t).must(request{Command: "probe"}).Probe
+	if p.Use != "aes-gcm" || !strings.Contains(p.Why, "one operation") || p.Firmware == "" || p.Serial == "" {
+		t.Errorf("%+v", p)
+	}
+	for _, s := range p.Suites {
+		if len(s.Mechanisms) == 0 || s.Works == (s.Reason != "") {
+			t.Errorf("%+v", s)
+		}
+	}
+}
+
 func TestAdministerIsHardened(t *testing.T) {
 	cmd := exec.Command(os.Args[0])
 	cmd.Env = append(os.Environ(), administerVariable+"=1")
@@ -134,6 +186,12 @@ func TestSettingsFaultsAreToldTogether(t *testing.T) {
 		`{"hang_after": 5}`:                           {`settings.hang_after: a duration in quotes, such as "10s"`, "settings.module"},
 		`{"hang_after": "soon"}`:                      {`settings.hang_after: a duration in quotes, such as "10s"`},
 		`{"hang_after": "1ms"}`:                       {"settings.hang_after: 100ms to 10m"},
+		`{"token": "pkcs11:object=orders"}`:           {"settings.token: pkcs11:object=orders selects the token"},
+		`{"token": "pkcs11:"}`:                        {"settings.token: pkcs11: selects any token"},
+		`{"pin_file": "pin", "pin_variable": "P"}`:    {"settings.pin_file: exactly one", "settings.pin_file: must be an absolute path"},
+		`{"pinfile": "pin"}`:                          {"settings.pinfile: there is no such setting"},
+		`{"sessions": "many"}`:                        {"settings.sessions: must be of type int, not string"},
+		``:                                            {"settings: are missing"},
 		`{"fleet_size": 1000001, "hang_after": "5s"}`: {"settings.fleet_size: 0 or 1 to 1000000"},
 	} {
 		_, _, err := parseSettings(json.RawMessage(raw))
@@ -150,5 +208,12 @@ func TestToldHasNoKinds(t *testing.T) {
 	err := fmt.Errorf("look: %w", &hsm.Error{Kind: hsm.Unavailable, Detail: "the token is not attached", Err: inner})
 	if got, want := told(err), "look: the token is not attached: 2 tokens match"; got != want {
 		t.Errorf("%q, want %q", got, want)
+	}
+	tried := errors.Join(fmt.Errorf("aes-kwp: %w", &hsm.Error{Kind: hsm.Broken, Detail: "refused"}), fmt.Errorf("aes-gcm: %w", inner))
+	if got, want := told(&hsm.Error{Kind: hsm.Broken, Detail: "none works", Err: tried}), "none works: aes-kwp: refused\naes-gcm: 2 tokens match"; got != want {
+		t.Errorf("%q, want %q", got, want)
+	}
+	if got, want := classified(inner).Error(), "Invalid: 2 tokens match"; got != want {
+		t.Errorf("in the agent's log: %q, want %q", got, want)
 	}
 }

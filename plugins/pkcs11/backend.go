@@ -22,25 +22,26 @@ const (
 	maxNames = 10000
 )
 
-// backend implements plugins.Backend over one token.
+// backend implements plugins.Backend and plugins.RandomSource over one token.
 type backend struct {
 	token   *hsm.Token
 	counter *hsm.Counter
 	exit    func(int)
 
 	mu    sync.Mutex
-	names map[string]string // the key's name by its URI; mu guards it
+	names map[string]string // the key's name by its URI; mu guards it and what follows
+	of    hsm.TokenInfo     // the token that the URIs were compared with
 }
 
 func newBackend() *backend { return &backend{exit: os.Exit, names: map[string]string{}} }
 
 // Open takes the settings that docs/hsm.md describes.
-func (b *backend) Open(_ context.Context, raw json.RawMessage) (plugins.Info, error) {
+func (b *backend) Open(ctx context.Context, raw json.RawMessage) (plugins.Info, error) {
 	s, token, err := parseSettings(raw)
 	if err != nil {
 		return plugins.Info{}, plugins.Errorf(plugins.Invalid, "%w", err)
 	}
-	if b.token, b.counter, err = s.open(token, logEvents(os.Stderr)); err != nil {
+	if b.token, b.counter, err = s.open(ctx, token, logEvents(os.Stderr)); err != nil {
 		return plugins.Info{}, plugins.Errorf(plugins.Invalid, "%w", explained(err))
 	}
 	go func() {
@@ -48,7 +49,7 @@ func (b *backend) Open(_ context.Context, raw json.RawMessage) (plugins.Info, er
 		logLine(os.Stderr, "error", "the module hangs; the process ends", map[string]any{"error": b.token.Err().Error()})
 		b.exit(1)
 	}()
-	return plugins.Info{Name: backendName, Version: backendVersion, FIPS140: plugins.FIPS140Module()}, nil
+	return plugins.Info{Name: backendName, Version: backendVersion, FIPS140: plugins.FIPS140Module(), Capabilities: []string{plugins.CapabilityRandom}}, nil
 }
 
 // Wrap wraps under one version of a key on the token.
@@ -100,6 +101,12 @@ func (b *backend) Check(ctx context.Context) (plugins.Health, error) {
 	return plugins.Health{UpstreamLatency: time.Since(began), Detail: "the token answers"}, nil
 }
 
+// Random gives random of the token's own generator. Whether it has one is not known
+// before it is asked.
+func (b *backend) Random(ctx context.Context, dst []byte) error {
+	return classified(b.token.Random(ctx, dst))
+}
+
 // Close leaves the token.
 func (b *backend) Close() error {
 	if b.token == nil {
@@ -122,23 +129,15 @@ func (b *backend) version(ctx context.Context, key plugins.KeyRef) (*hsm.Version
 
 // name returns the name of the key that a URI means.
 func (b *backend) name(ctx context.Context, uri string) (string, error) {
-	b.mu.Lock()
-	name, ok := b.names[uri]
-	b.mu.Unlock()
-	if ok {
+	t, err := b.token.Info(ctx)
+	if err != nil {
+		return "", err
+	}
+	t.Flags, t.Firmware = 0, "" // which token it is does not depend on them
+	if name, ok := b.known(t, uri); ok {
 		return name, nil
 	}
-	u, err := hsm.ParseURI(uri)
-	if err != nil {
-		return "", &hsm.Error{Kind: hsm.KeyNotFound, Detail: "the wrapping key's URI", Err: err}
-	}
-	if u.Object == "" {
-		return "", &hsm.Error{Kind: hsm.KeyNotFound, Detail: fmt.Sprintf("the URI %.200q names no key: it must have object=NAME", uri)}
-	}
-	if u.ID != nil || u.Type != "" {
-		return "", &hsm.Error{Kind: hsm.KeyNotFound, Detail: fmt.Sprintf("the URI %.200q must name the key by object=NAME alone: its versions have IDs of their own", uri)}
-	}
-	t, err := b.token.Info(ctx)
+	u, err := keyURI(uri)
 	if err != nil {
 		return "", err
 	}
@@ -147,10 +146,38 @@ func (b *backend) name(ctx context.Context, uri string) (string, error) {
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if len(b.names) < maxNames {
+	if b.of == t && len(b.names) < maxNames {
 		b.names[uri] = u.Object
 	}
 	return u.Object, nil
+}
+
+// known returns what is remembered of a URI, as long as the token is the same: another
+// one may take its place, as after a restore.
+func (b *backend) known(t hsm.TokenInfo, uri string) (name string, ok bool) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.of != t {
+		b.of = t
+		clear(b.names)
+	}
+	name, ok = b.names[uri]
+	return name, ok
+}
+
+// keyURI reads the URI of a key: what selects the token, and object=NAME.
+func keyURI(uri string) (hsm.URI, error) {
+	u, err := hsm.ParseURI(uri)
+	if err != nil {
+		return u, &hsm.Error{Kind: hsm.KeyNotFound, Detail: "the wrapping key's URI", Err: err}
+	}
+	if u.Object == "" {
+		return u, &hsm.Error{Kind: hsm.KeyNotFound, Detail: fmt.Sprintf("the URI %.200q names no key: it must have object=NAME", uri)}
+	}
+	if u.ID != nil || u.Type != "" {
+		return u, &hsm.Error{Kind: hsm.KeyNotFound, Detail: fmt.Sprintf("the URI %.200q must name the key by object=NAME alone: its versions have IDs of their own", uri)}
+	}
+	return u, nil
 }
 
 func number(n uint32) string { return strconv.FormatUint(uint64(n), 10) }
@@ -190,11 +217,20 @@ func classified(err error) error {
 		class = plugins.Invalid
 	case hsm.Broken:
 	}
-	return &plugins.Error{Class: class, Err: explained(err)}
+	return &plugins.Error{Class: class, Err: explained(&plain{err})}
 }
+
+// plain is an error whose text is without the kinds' names: the class stands before it.
+type plain struct{ error }
+
+func (p *plain) Error() string { return told(p.error) }
+func (p *plain) Unwrap() error { return p.error }
 
 // explained names the cure of what confinement forbids.
 func explained(err error) error {
+	if strings.Contains(err.Error(), "C_Initialize") {
+		return fmt.Errorf("%w (a confined plugin has the environment that env in its backend's configuration has, and reaches what access names)", err)
+	}
 	if strings.Contains(err.Error(), "ermission denied") { // dlopen gives text alone
 		return fmt.Errorf("%w (a confined plugin reaches what access in its backend's configuration names: name the directory there)", err)
 	}

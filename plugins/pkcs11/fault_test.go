@@ -68,19 +68,7 @@ func TestProcessIsReplaced(t *testing.T) {
 // However often the process is started: a wrong PIN is tried once.
 func TestAWrongPINIsTriedOnce(t *testing.T) {
 	cfg, fault := faulty(t, "not the PIN")
-	s, err := host.New(cfg)
-	if err != nil {
-		t.Fatal(err)
-	}
-	ctx, cancel := context.WithCancel(context.Background())
-	ended := make(chan error, 1)
-	go func() { ended <- s.Run(ctx) }()
-	t.Cleanup(func() {
-		cancel()
-		if err := <-ended; !errors.Is(err, context.Canceled) {
-			t.Errorf("Run: %v", err)
-		}
-	})
+	s := unready(t, cfg)
 	for range 4 {
 		eventually(t, func() error {
 			_, err := s.Wrap(bounded(t), orders, make([]byte, 32), plugins.Binding{Purpose: "message"})
@@ -98,6 +86,25 @@ func TestAWrongPINIsTriedOnce(t *testing.T) {
 	}
 }
 
+// unready runs a supervisor whose backend need not be well.
+func unready(t *testing.T, cfg host.Config) *host.Supervisor {
+	t.Helper()
+	s, err := host.New(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	ended := make(chan error, 1)
+	go func() { ended <- s.Run(ctx) }()
+	t.Cleanup(func() {
+		cancel()
+		if err := <-ended; !errors.Is(err, context.Canceled) {
+			t.Errorf("Run: %v", err)
+		}
+	})
+	return s
+}
+
 func eventually(t *testing.T, is func() error) {
 	t.Helper()
 	var err error
@@ -107,4 +114,44 @@ func eventually(t *testing.T, is func() error) {
 		}
 	}
 	t.Fatalf("not within 20 s: %v", err)
+}
+
+// What goes wrong with a token's random is told by its class, ends in the caller's time,
+// and costs neither the process nor anybody's wrap.
+func TestRandomGoesWrong(t *testing.T) {
+	cfg, fault := faulty(t, hsmtest.PIN)
+	s := plugintest.Start(t, cfg)
+	material, pid := bytes.Repeat([]byte{7}, 32), s.Status().PID
+	wraps := func() error {
+		_, err := s.Wrap(bounded(t), orders, material, plugins.Binding{Purpose: "message"})
+		return err
+	}
+	eventually(t, wraps)
+	for _, c := range []struct {
+		rule string
+		time time.Duration
+		want plugins.Class
+	}{
+		{"C_GenerateRandom rv=0", 20 * time.Second, plugins.Internal}, // zeros
+		{"C_GenerateRandom rv=0x121", 20 * time.Second, plugins.Invalid},
+		{"C_GenerateRandom rv=0x05", 20 * time.Second, plugins.Unavailable},
+		{"C_GenerateRandom sleep_ms=300", 150 * time.Millisecond, plugins.Unavailable},
+	} {
+		fault.Set(c.rule)
+		ctx, cancel := context.WithTimeout(t.Context(), c.time)
+		dst := make([]byte, 32)
+		err := s.Random(ctx, dst)
+		cancel()
+		if plugins.ClassOf(err) != c.want || !bytes.Equal(dst, make([]byte, 32)) {
+			t.Errorf("%s: %x and %v, want %s", c.rule, dst, err, c.want)
+		}
+		if err := wraps(); err != nil {
+			t.Errorf("%s: a wrap: %v", c.rule, err)
+		}
+		fault.Set()
+		eventually(t, func() error { return s.Random(bounded(t), dst) })
+	}
+	if now := s.Status().PID; now != pid {
+		t.Errorf("process %d was replaced by %d", pid, now)
+	}
 }

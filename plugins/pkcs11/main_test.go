@@ -60,6 +60,12 @@ func (r *rig) json() json.RawMessage {
 // administer does what `kms-agent hsm` asks for, as it asks.
 func (r *rig) administer(q request) answer {
 	r.t.Helper()
+	a, _ := r.ask(q)
+	return a
+}
+
+func (r *rig) ask(q request) (a answer, said []byte) {
+	r.t.Helper()
 	q.Settings = r.json()
 	in, err := json.Marshal(q)
 	if err != nil {
@@ -71,11 +77,10 @@ func (r *rig) administer(q request) answer {
 	cmd.Env = append(os.Environ(), administerVariable+"=1")
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = bytes.NewReader(in), &out, &diagnostics
 	failed := cmd.Run()
-	var a answer
 	if err := json.Unmarshal(out.Bytes(), &a); err != nil || (failed == nil) != (a.Error == "") {
 		r.t.Fatalf("%s: %v, %v\n%s%s", q.Command, failed, err, out.Bytes(), diagnostics.Bytes())
 	}
-	return a
+	return a, diagnostics.Bytes()
 }
 
 func (r *rig) must(q request) answer {
@@ -113,6 +118,7 @@ func conform(t *testing.T, suite hsm.Suite, open func(t *testing.T, r *rig) plug
 			Key:     plugins.KeyRef{URI: "pkcs11:token=kms;object=orders", Version: "1"},
 			Other:   plugins.KeyRef{URI: "pkcs11:token=kms;object=other", Version: "1"},
 			Missing: "pkcs11:token=kms;object=missing",
+			Random:  true,
 			Disable: func(t *testing.T) {
 				r.must(request{Command: "disable", Key: "orders", Version: 1})
 				time.Sleep(1100 * time.Millisecond) // as long as what was read of the catalogue counts

@@ -4,6 +4,7 @@ package main
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"os"
 	"testing"
@@ -50,6 +51,7 @@ func conformOn(t *testing.T, k *hsmtest.Token, suite hsm.Suite, open func(t *tes
 			Key:     plugins.KeyRef{URI: uri + orders, Version: "1"},
 			Other:   plugins.KeyRef{URI: uri + other, Version: "1"},
 			Missing: uri + "missing",
+			Random:  true,
 			Disable: func(t *testing.T) {
 				own.must(request{Command: "disable", Key: orders, Version: 1})
 				time.Sleep(1100 * time.Millisecond) // as long as what was read of the catalogue counts
@@ -87,10 +89,19 @@ func TestConformanceOnNSS(t *testing.T) {
 	}
 }
 
-// A token that locks after three wrong PINs is not locked by a process that is started
+func TestConformanceOnTPM2(t *testing.T) {
+	k := hsmtest.TPM2(t, 0)
+	conformOn(t, k.Token, hsm.OAEP, overTheWire(k.Token))
+}
+
+// Tokens that lock after three wrong PINs are not locked by a process that is started
 // again and again with one: the right PIN works afterwards.
 func TestATokenIsNotLocked(t *testing.T) {
-	k := hsmtest.OpenCryptoki(t)
+	t.Run("opencryptoki", func(t *testing.T) { isNotLocked(t, hsmtest.OpenCryptoki(t)) })
+	t.Run("tpm2-pkcs11", func(t *testing.T) { isNotLocked(t, hsmtest.TPM2(t, 0).Token) })
+}
+
+func isNotLocked(t *testing.T, k *hsmtest.Token) {
 	r := moduleRig(t, k)
 	r.must(request{Command: "init-key", Key: "orders"})
 	right, err := os.ReadFile(k.PINFile)
@@ -101,22 +112,92 @@ func TestATokenIsNotLocked(t *testing.T) {
 		t.Fatal(err)
 	}
 	for range 6 {
-		if a := r.administer(request{Command: "list"}); a.Error == "" {
-			t.Fatal("a wrong PIN lists keys")
+		if a := r.administer(request{Command: "probe"}); a.Class != "unauthenticated" {
+			t.Fatalf("a wrong PIN: %+v", a)
 		}
 	}
 	if err := os.WriteFile(k.PINFile, right, 0o600); err != nil {
 		t.Fatal(err)
 	}
 	r.must(request{Command: "list"})
-	s := overTheWire(k)(t, r)
-	ref := plugins.KeyRef{URI: "pkcs11:object=orders", Version: "1"}
-	material := bytes.Repeat([]byte{7}, 32)
-	wrapped, err := s.Wrap(bounded(t), ref, material, plugins.Binding{Purpose: "message"})
+	s := newService(t, r, k)
+	s.opens(s.wrap())
+}
+
+// service is the backend in a process of its own, confined, with the key orders.
+type service struct {
+	t        *testing.T
+	backend  plugins.Backend
+	material []byte
+}
+
+func newService(t *testing.T, r *rig, k *hsmtest.Token) *service {
+	t.Helper()
+	return &service{t: t, backend: overTheWire(k)(t, r), material: bytes.Repeat([]byte{7}, 32)}
+}
+
+// wrapped is material under a version of the key.
+type wrapped struct {
+	version string
+	data    []byte
+}
+
+func (s *service) wrap(version ...string) wrapped {
+	s.t.Helper()
+	ref := plugins.KeyRef{URI: "pkcs11:object=orders", Version: append(version, "1")[0]}
+	data, err := s.backend.Wrap(bounded(s.t), ref, s.material, plugins.Binding{Purpose: "message"})
 	if err != nil {
-		t.Fatal(err)
+		s.t.Fatalf("Wrap under version %s: %v", ref.Version, err)
 	}
-	if got, err := s.Unwrap(bounded(t), ref, wrapped, plugins.Binding{Purpose: "message"}); err != nil || !bytes.Equal(got, material) {
-		t.Errorf("Unwrap: %d bytes, %v", len(got), err)
+	return wrapped{version: ref.Version, data: data}
+}
+
+func (s *service) unwrap(w wrapped) error {
+	got, err := s.backend.Unwrap(bounded(s.t), plugins.KeyRef{URI: "pkcs11:object=orders", Version: w.version}, w.data, plugins.Binding{Purpose: "message"})
+	if err == nil && !bytes.Equal(got, s.material) {
+		return errors.New("it opens to something else")
 	}
+	return err
+}
+
+func (s *service) opens(w wrapped) {
+	s.t.Helper()
+	if err := s.unwrap(w); err != nil {
+		s.t.Errorf("Unwrap under version %s: %v", w.version, err)
+	}
+}
+
+// A TPM that dies is an outage, and no more: the process gets over it when the TPM is
+// back, and what was wrapped before opens.
+func TestTPM2ComesBack(t *testing.T) {
+	k := hsmtest.TPM2(t, 0)
+	r := moduleRig(t, k.Token)
+	r.must(request{Command: "init-key", Key: "orders"})
+	s := newService(t, r, k.Token)
+	before := s.wrap()
+	k.Kill()
+	for range 3 {
+		if err := s.unwrap(before); plugins.ClassOf(err) != plugins.Unavailable {
+			t.Errorf("Unwrap without a TPM: %v, want Unavailable", err)
+		}
+	}
+	k.Start()
+	eventually(t, func() error { return s.unwrap(before) })
+	s.opens(s.wrap())
+}
+
+// A process that runs sees versions that another one makes, though the module has
+// what is on the token from its start. And there is hardly room in the TPM: it holds
+// the keys of one version.
+func TestTPM2Rotates(t *testing.T) {
+	k := hsmtest.TPM2(t, 2)
+	r := moduleRig(t, k.Token)
+	r.must(request{Command: "init-key", Key: "orders"})
+	s := newService(t, r, k.Token)
+	first := s.wrap()
+	r.must(request{Command: "rotate", Key: "orders"})
+	second := s.wrap("2")
+	s.opens(first)
+	s.opens(second)
+	s.opens(first)
 }

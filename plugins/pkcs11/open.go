@@ -1,12 +1,14 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"os"
 	"path/filepath"
+	"syscall"
 	"time"
 
 	"github.com/kms-agent/kms-agent/hsm"
@@ -28,12 +30,33 @@ func (s settings) stateDirectory() (string, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil { //nolint:gosec // the operator or the agent names it
 		return "", fmt.Errorf("the state directory: %w", err)
 	}
-	return dir, nil
+	return dir, ownDirectory(dir)
+}
+
+// ownDirectory refuses a directory in which others could remove the ledger, and so have
+// a PIN tried until the token is locked, or the counts of wraps.
+func ownDirectory(dir string) error {
+	info, err := os.Stat(dir) //nolint:gosec // the operator or the agent names it
+	if err != nil {
+		return fmt.Errorf("the state directory: %w", err)
+	}
+	owner, ok := info.Sys().(*syscall.Stat_t)
+	switch {
+	case info.Mode().Perm()&0o022 != 0:
+		return fmt.Errorf("the state directory %s has mode %04o, so others may change what is in it: chmod 700 it", dir, info.Mode().Perm())
+	case !ok || int(owner.Uid) != os.Geteuid():
+		return fmt.Errorf("the state directory %s belongs to another user than this one, uid %d", dir, os.Geteuid())
+	}
+	return nil
 }
 
 // open opens the token and the counts of its wraps.
-func (s settings) open(token hsm.URI, events func(hsm.Event)) (*hsm.Token, *hsm.Counter, error) {
+func (s settings) open(ctx context.Context, token hsm.URI, events func(hsm.Event)) (*hsm.Token, *hsm.Counter, error) {
 	dir, err := s.stateDirectory()
+	if err != nil {
+		return nil, nil, err
+	}
+	pin, err := s.pin(ctx)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -41,12 +64,12 @@ func (s settings) open(token hsm.URI, events func(hsm.Event)) (*hsm.Token, *hsm.
 	if err != nil {
 		return nil, nil, err
 	}
-	t, err := s.openToken(token, events, 0)
+	t, err := s.openToken(token, pin, events, 0)
 	return t, counter, err
 }
 
 // openToken opens the token alone. patience is how long an operation waits for it.
-func (s settings) openToken(token hsm.URI, events func(hsm.Event), patience time.Duration) (*hsm.Token, error) {
+func (s settings) openToken(token hsm.URI, pin hsm.PINSource, events func(hsm.Event), patience time.Duration) (*hsm.Token, error) {
 	dir, err := s.stateDirectory()
 	if err != nil {
 		return nil, err
@@ -56,7 +79,8 @@ func (s settings) openToken(token hsm.URI, events func(hsm.Event), patience time
 		catalogue = &hsm.CatalogueFile{Path: s.Catalogue, KeyFile: s.CatalogueKey}
 	}
 	return hsm.Open(hsm.Config{
-		Module: s.Module, Reserved: s.ModuleConfig, Token: token, Login: s.login(dir), Catalogue: catalogue, Sessions: s.Sessions,
+		Module: s.Module, Reserved: s.ModuleConfig, Token: token, Catalogue: catalogue, Sessions: s.Sessions,
+		Login:     &hsm.Ledger{Path: filepath.Join(dir, "logins.json"), PIN: pin, Retry: s.retryPIN},
 		HangAfter: time.Duration(s.HangAfter), Patience: patience, Events: events,
 		Stay: true, // the agent gives calls up by itself, and hang_after ends a process whose calls stay for good
 	})
@@ -76,7 +100,7 @@ func logEvents(w io.Writer) func(hsm.Event) {
 			fields["retry"] = e.Retry.Round(time.Millisecond).String()
 		}
 		if e.Err != nil {
-			fields["error"] = explained(e.Err).Error()
+			fields["error"] = explained(&plain{e.Err}).Error()
 		}
 		logLine(w, "warn", "token is not attached", fields)
 	}
@@ -98,11 +122,25 @@ func logLine(w io.Writer, level, message string, fields map[string]any) {
 	}
 }
 
-// login logs in with the PIN that the settings name.
-func (s settings) login(dir string) *hsm.Ledger {
-	return &hsm.Ledger{
-		Path:  filepath.Join(dir, "logins.json"),
-		PIN:   hsm.PINSource{File: s.PINFile, Credential: s.PINCred, Variable: s.PINVariable},
-		Retry: s.retryPIN,
+func (s settings) pinSource() hsm.PINSource {
+	return hsm.PINSource{File: s.PINFile, Credential: s.PINCred, Variable: s.PINVariable}
+}
+
+// pinPatience is how long the PIN may take to come through a pipe.
+const pinPatience = time.Minute
+
+// pin returns where the PIN is. One that comes through a pipe is here when it returns.
+func (s settings) pin(ctx context.Context) (hsm.PINSource, error) {
+	source := s.pinSource()
+	if s.PINDescr == "" {
+		return source, nil
 	}
+	file, err := plugins.Descriptor(s.PINDescr)
+	if err != nil {
+		return source, fmt.Errorf("settings.pin_descriptor: %w", err)
+	}
+	ctx, cancel := context.WithTimeout(ctx, pinPatience)
+	defer cancel()
+	source.Descriptor, err = hsm.OpenPINDescriptor(ctx, file)
+	return source, err
 }

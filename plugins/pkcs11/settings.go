@@ -19,6 +19,7 @@ type settings struct {
 	PINFile      string   `json:"pin_file"`
 	PINCred      string   `json:"pin_credential"`
 	PINVariable  string   `json:"pin_variable"`
+	PINDescr     string   `json:"pin_descriptor"`
 	Sessions     int      `json:"sessions"`
 	HangAfter    duration `json:"hang_after"`
 	FleetSize    uint64   `json:"fleet_size"`
@@ -50,6 +51,22 @@ func (d *duration) UnmarshalJSON(b []byte) error {
 	return nil
 }
 
+// pinFaults tells what is wrong with where the PIN is.
+func (s settings) pinFaults(fault func(format string, a ...any)) {
+	given := 0
+	for _, source := range []string{s.PINFile, s.PINCred, s.PINVariable, s.PINDescr} {
+		if source != "" {
+			given++
+		}
+	}
+	if given != 1 {
+		fault("pin_file: exactly one of pin_file, pin_credential, pin_descriptor and pin_variable says where the PIN is")
+	}
+	if s.PINFile != "" && !filepath.IsAbs(s.PINFile) {
+		fault("pin_file: must be an absolute path")
+	}
+}
+
 // maxFleet is how many hosts may share the keys of a token.
 const maxFleet = 1_000_000
 
@@ -59,7 +76,7 @@ func parseSettings(raw json.RawMessage) (settings, hsm.URI, error) {
 	d := json.NewDecoder(bytes.NewReader(raw))
 	d.DisallowUnknownFields()
 	if err := d.Decode(&s); err != nil {
-		return s, hsm.URI{}, fmt.Errorf("settings: %w", err)
+		return s, hsm.URI{}, unreadable(raw, err)
 	}
 	var errs []error
 	fault := func(format string, a ...any) { errs = append(errs, fmt.Errorf("settings."+format, a...)) }
@@ -72,16 +89,12 @@ func parseSettings(raw json.RawMessage) (settings, hsm.URI, error) {
 		fault("token: a PKCS#11 URI that selects the token is required, such as pkcs11:token=kms")
 	case err != nil:
 		fault("token: %w", err)
+	case token.Object != "" || token.ID != nil || token.Type != "":
+		fault("token: %s selects the token; what names a key, object=, stands in wrapping_key of a key", s.Token)
+	case token.Token+token.Manufacturer+token.Model+token.Serial == "" && token.Slot == nil:
+		fault("token: %s selects any token; name the one that is meant, as in pkcs11:token=kms", s.Token)
 	}
-	given := 0
-	for _, source := range []string{s.PINFile, s.PINCred, s.PINVariable} {
-		if source != "" {
-			given++
-		}
-	}
-	if given != 1 {
-		fault("pin_file, pin_credential or pin_variable: exactly one of them says where the PIN is")
-	}
+	s.pinFaults(fault)
 	if s.Sessions < 0 || s.Sessions > 1024 {
 		fault("sessions: 1 to 1024, or 0 for the default")
 	}

@@ -25,6 +25,7 @@ type faulty struct {
 	bind    func(plugins.Binding) plugins.Binding
 	key     func(plugins.KeyRef) plugins.KeyRef
 	wrap    func(plaintext, ciphertext []byte) []byte
+	random  func(dst []byte)
 	err     func(error) error
 	state   plugins.KeyState
 	current string
@@ -54,6 +55,14 @@ func (f *faulty) Describe(ctx context.Context, uri string) (plugins.Description,
 		}
 	}
 	return d, f.err(err)
+}
+
+func (f *faulty) Random(ctx context.Context, dst []byte) error {
+	err := f.Memory.Random(ctx, dst)
+	if err == nil {
+		f.random(dst)
+	}
+	return f.err(err)
 }
 
 // faults are the faults with the test of the suite that finds each.
@@ -95,6 +104,11 @@ func faults() map[string]struct {
 		"an outage instead":    {"UnknownKey", class(plugins.KeyNotFound, plugins.Unavailable)},
 		"disabled is missing":  {"DisabledVersion", class(plugins.KeyUnusable, plugins.KeyNotFound)},
 		"internal sizes":       {"Sizes", class(plugins.Invalid, plugins.Internal)},
+		"internal lengths":     {"Random", class(plugins.Invalid, plugins.Internal)},
+		"no random at all":     {"Random", func(f *faulty) { f.random = func(dst []byte) { clear(dst) } }},
+		"the same random":      {"Random", func(f *faulty) { f.random = func(dst []byte) { copy(dst, bytes.Repeat([]byte{7}, len(dst))) } }},
+		"half of it":           {"Random", func(f *faulty) { f.random = func(dst []byte) { clear(dst[len(dst)/2:]) } }},
+		"too much of it":       {"Random", func(f *faulty) { f.random = func(dst []byte) { clear(dst[len(dst):cap(dst)]) } }},
 		"always enabled":       {"DisabledVersion", func(f *faulty) { f.state = plugins.Enabled }},
 		"an unknown state":     {"Describe", func(f *faulty) { f.state = 9 }},
 		"an unlisted version":  {"Describe", func(f *faulty) { f.current = "99" }},
@@ -113,7 +127,7 @@ func TestFault(t *testing.T) {
 		settings, disable := memorySettings(t)
 		f := &faulty{
 			bind: func(b plugins.Binding) plugins.Binding { return b }, key: func(k plugins.KeyRef) plugins.KeyRef { return k },
-			wrap: func(_, c []byte) []byte { return c }, err: func(err error) error { return err },
+			wrap: func(_, c []byte) []byte { return c }, random: func([]byte) {}, err: func(err error) error { return err },
 		}
 		fault.make(f)
 		if _, err := f.Open(t.Context(), settings); err != nil {

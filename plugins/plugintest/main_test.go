@@ -38,8 +38,22 @@ func memorySettings(t *testing.T) (settings json.RawMessage, disable func(t *tes
 func instance(b plugins.Backend, disable func(t *testing.T)) plugintest.Instance {
 	return plugintest.Instance{
 		Backend: b, Key: plugins.KeyRef{URI: "memory:orders", Version: "2"}, Other: plugins.KeyRef{URI: "memory:other", Version: "1"},
-		Missing: "memory:missing", Disable: disable,
+		Missing: "memory:missing", Disable: disable, Random: true,
 	}
+}
+
+func TestMemoryWithoutRandom(t *testing.T) {
+	plugintest.Run(t, func(t *testing.T) plugintest.Instance {
+		settings, err := json.Marshal(plugintest.MemorySettings{
+			Keys: map[string]int{"memory:orders": 2, "memory:other": 1}, NoRandom: true,
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		i := instance(plugintest.OverTheWire(t, "memory", settings), nil)
+		i.Random = false
+		return i
+	})
 }
 
 func TestMemory(t *testing.T) {

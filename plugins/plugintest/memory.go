@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/aes"
 	"crypto/cipher"
+	"crypto/rand"
 	"crypto/sha256"
 	"encoding/json"
 	"os"
@@ -23,6 +24,8 @@ type MemorySettings struct {
 	Keys map[string]int `json:"keys"`
 	// DisabledBy is a file: while it exists, every version is disabled.
 	DisabledBy string `json:"disabled_by"`
+	// NoRandom leaves out plugins.CapabilityRandom.
+	NoRandom bool `json:"no_random"`
 }
 
 // Open implements plugins.Backend.
@@ -30,7 +33,11 @@ func (m *Memory) Open(_ context.Context, config json.RawMessage) (plugins.Info, 
 	if err := json.Unmarshal(config, &m.settings); err != nil {
 		return plugins.Info{}, plugins.Errorf(plugins.Invalid, "settings: %w", err)
 	}
-	return plugins.Info{Name: "memory", Version: "1"}, nil
+	info := plugins.Info{Name: "memory", Version: "1", Capabilities: []string{plugins.CapabilityRandom}}
+	if m.settings.NoRandom {
+		info.Capabilities = nil
+	}
+	return info, nil
 }
 
 // Wrap implements plugins.Backend.
@@ -81,6 +88,18 @@ func (m *Memory) Describe(ctx context.Context, uri string) (plugins.Description,
 // Check implements plugins.Backend.
 func (m *Memory) Check(ctx context.Context) (plugins.Health, error) {
 	return plugins.Health{Detail: "in memory"}, ctx.Err()
+}
+
+// Random implements plugins.RandomSource. It has no other random than the system's.
+func (m *Memory) Random(ctx context.Context, dst []byte) error {
+	if len(dst) == 0 || len(dst) > plugins.MaxRandomSize {
+		return plugins.Errorf(plugins.Invalid, "%d random bytes", len(dst))
+	}
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	_, _ = rand.Read(dst) // never fails: crypto/rand
+	return nil
 }
 
 // Close implements plugins.Backend.

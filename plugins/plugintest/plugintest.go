@@ -31,6 +31,8 @@ type Instance struct {
 	Missing string
 	// Disable makes Key's version unusable. Optional.
 	Disable func(t *testing.T)
+	// Random: the backend has plugins.CapabilityRandom.
+	Random bool
 }
 
 // Run tests the backend that open returns; each subtest opens its own, and
@@ -53,6 +55,7 @@ func Run(t *testing.T, open func(t *testing.T) Instance) {
 		{"Check", testCheck},
 		{"CiphertextsDiffer", testCiphertextsDiffer},
 		{"InputsAreNotChanged", testInputs},
+		{"Random", testRandom},
 		{"Concurrency", testConcurrency},
 		{"CancelledContext", testCancelled},
 		{"CloseTwice", testClose},
@@ -360,7 +363,11 @@ func testCancelled(t *testing.T, i Instance) {
 	_, wrapErr := i.Backend.Wrap(ctx, i.Key, random(t, 32), binding())
 	_, unwrapErr := i.Backend.Unwrap(ctx, i.Key, ciphertext, binding())
 	_, describeErr := i.Backend.Describe(ctx, i.Key.URI)
-	for method, err := range map[string]error{"Wrap": wrapErr, "Unwrap": unwrapErr, "Describe": describeErr} {
+	errs := map[string]error{"Wrap": wrapErr, "Unwrap": unwrapErr, "Describe": describeErr}
+	if source, ok := i.Backend.(plugins.RandomSource); ok && i.Random {
+		errs["Random"] = source.Random(ctx, make([]byte, 32))
+	}
+	for method, err := range errs {
 		// A backend that needs no time may answer; it must not say anything else.
 		if class := plugins.ClassOf(err); err != nil && class != plugins.Unavailable {
 			t.Errorf("%s with a cancelled context: got %s (%v), want success or Unavailable", method, class, err)

@@ -65,6 +65,13 @@ func (s *server) Evict(ctx context.Context, r *adminv1.EvictRequest) (*adminv1.E
 	})
 }
 
+func (s *server) KeysHealth(ctx context.Context, r *adminv1.KeysHealthRequest) (*adminv1.KeysHealthResponse, error) {
+	req := kms.AdminRequest{Operation: kms.AdminStatus, Key: r.GetKey(), Detail: "messages by their wraps"}
+	return administer(ctx, s, req, func() (*adminv1.KeysHealthResponse, error) {
+		return s.controller.KeysHealth(r.GetKey(), int(r.GetDays())), nil
+	})
+}
+
 func (s *server) Reload(ctx context.Context, _ *adminv1.ReloadRequest) (*adminv1.ReloadResponse, error) {
 	return administer(ctx, s, kms.AdminRequest{Operation: kms.AdminReload, Changes: true}, func() (*adminv1.ReloadResponse, error) {
 		generation, err := s.controller.Reload(ctx)

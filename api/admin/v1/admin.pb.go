@@ -124,6 +124,245 @@ func (x *EvictResponse) GetEvicted() uint64 {
 	return 0
 }
 
+type KeysHealthRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Of the key of this present name; empty: of all.
+	Key string `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`
+	// The past days, today among them; 0: 30.
+	Days          uint32 `protobuf:"varint,2,opt,name=days,proto3" json:"days,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *KeysHealthRequest) Reset() {
+	*x = KeysHealthRequest{}
+	mi := &file_admin_v1_admin_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *KeysHealthRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*KeysHealthRequest) ProtoMessage() {}
+
+func (x *KeysHealthRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_v1_admin_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use KeysHealthRequest.ProtoReflect.Descriptor instead.
+func (*KeysHealthRequest) Descriptor() ([]byte, []int) {
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *KeysHealthRequest) GetKey() string {
+	if x != nil {
+		return x.Key
+	}
+	return ""
+}
+
+func (x *KeysHealthRequest) GetDays() uint32 {
+	if x != nil {
+		return x.Days
+	}
+	return 0
+}
+
+type KeysHealthResponse struct {
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	Counts []*WrapCount           `protobuf:"bytes,1,rep,name=counts,proto3" json:"counts,omitempty"`
+	// Why the counts are not complete; empty when they are.
+	Problem       string `protobuf:"bytes,2,opt,name=problem,proto3" json:"problem,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *KeysHealthResponse) Reset() {
+	*x = KeysHealthResponse{}
+	mi := &file_admin_v1_admin_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *KeysHealthResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*KeysHealthResponse) ProtoMessage() {}
+
+func (x *KeysHealthResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_v1_admin_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use KeysHealthResponse.ProtoReflect.Descriptor instead.
+func (*KeysHealthResponse) Descriptor() ([]byte, []int) {
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *KeysHealthResponse) GetCounts() []*WrapCount {
+	if x != nil {
+		return x.Counts
+	}
+	return nil
+}
+
+func (x *KeysHealthResponse) GetProblem() string {
+	if x != nil {
+		return x.Problem
+	}
+	return ""
+}
+
+// WrapCount is how many messages, exported data keys or wrapped keys were made of a
+// key under the same wraps.
+type WrapCount struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Key   string                 `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`
+	// "message", "exported" or "wrap".
+	Purpose string     `protobuf:"bytes,2,opt,name=purpose,proto3" json:"purpose,omitempty"`
+	Wraps   []*KeyWrap `protobuf:"bytes,3,rep,name=wraps,proto3" json:"wraps,omitempty"`
+	Count   uint64     `protobuf:"varint,4,opt,name=count,proto3" json:"count,omitempty"`
+	// The last day on which one was made, in UTC: "2006-01-02".
+	LastDay       string `protobuf:"bytes,5,opt,name=last_day,json=lastDay,proto3" json:"last_day,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WrapCount) Reset() {
+	*x = WrapCount{}
+	mi := &file_admin_v1_admin_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WrapCount) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WrapCount) ProtoMessage() {}
+
+func (x *WrapCount) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_v1_admin_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WrapCount.ProtoReflect.Descriptor instead.
+func (*WrapCount) Descriptor() ([]byte, []int) {
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *WrapCount) GetKey() string {
+	if x != nil {
+		return x.Key
+	}
+	return ""
+}
+
+func (x *WrapCount) GetPurpose() string {
+	if x != nil {
+		return x.Purpose
+	}
+	return ""
+}
+
+func (x *WrapCount) GetWraps() []*KeyWrap {
+	if x != nil {
+		return x.Wraps
+	}
+	return nil
+}
+
+func (x *WrapCount) GetCount() uint64 {
+	if x != nil {
+		return x.Count
+	}
+	return 0
+}
+
+func (x *WrapCount) GetLastDay() string {
+	if x != nil {
+		return x.LastDay
+	}
+	return ""
+}
+
+type KeyWrap struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Backend       string                 `protobuf:"bytes,1,opt,name=backend,proto3" json:"backend,omitempty"`
+	Version       string                 `protobuf:"bytes,2,opt,name=version,proto3" json:"version,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *KeyWrap) Reset() {
+	*x = KeyWrap{}
+	mi := &file_admin_v1_admin_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *KeyWrap) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*KeyWrap) ProtoMessage() {}
+
+func (x *KeyWrap) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_v1_admin_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use KeyWrap.ProtoReflect.Descriptor instead.
+func (*KeyWrap) Descriptor() ([]byte, []int) {
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *KeyWrap) GetBackend() string {
+	if x != nil {
+		return x.Backend
+	}
+	return ""
+}
+
+func (x *KeyWrap) GetVersion() string {
+	if x != nil {
+		return x.Version
+	}
+	return ""
+}
+
 type ReloadRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -132,7 +371,7 @@ type ReloadRequest struct {
 
 func (x *ReloadRequest) Reset() {
 	*x = ReloadRequest{}
-	mi := &file_admin_v1_admin_proto_msgTypes[2]
+	mi := &file_admin_v1_admin_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -144,7 +383,7 @@ func (x *ReloadRequest) String() string {
 func (*ReloadRequest) ProtoMessage() {}
 
 func (x *ReloadRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[2]
+	mi := &file_admin_v1_admin_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -157,7 +396,7 @@ func (x *ReloadRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReloadRequest.ProtoReflect.Descriptor instead.
 func (*ReloadRequest) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{2}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{6}
 }
 
 type ReloadResponse struct {
@@ -170,7 +409,7 @@ type ReloadResponse struct {
 
 func (x *ReloadResponse) Reset() {
 	*x = ReloadResponse{}
-	mi := &file_admin_v1_admin_proto_msgTypes[3]
+	mi := &file_admin_v1_admin_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -182,7 +421,7 @@ func (x *ReloadResponse) String() string {
 func (*ReloadResponse) ProtoMessage() {}
 
 func (x *ReloadResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[3]
+	mi := &file_admin_v1_admin_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -195,7 +434,7 @@ func (x *ReloadResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReloadResponse.ProtoReflect.Descriptor instead.
 func (*ReloadResponse) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{3}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *ReloadResponse) GetGeneration() uint64 {
@@ -214,7 +453,7 @@ type RestartPluginRequest struct {
 
 func (x *RestartPluginRequest) Reset() {
 	*x = RestartPluginRequest{}
-	mi := &file_admin_v1_admin_proto_msgTypes[4]
+	mi := &file_admin_v1_admin_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -226,7 +465,7 @@ func (x *RestartPluginRequest) String() string {
 func (*RestartPluginRequest) ProtoMessage() {}
 
 func (x *RestartPluginRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[4]
+	mi := &file_admin_v1_admin_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -239,7 +478,7 @@ func (x *RestartPluginRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestartPluginRequest.ProtoReflect.Descriptor instead.
 func (*RestartPluginRequest) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{4}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *RestartPluginRequest) GetBackend() string {
@@ -259,7 +498,7 @@ type RestartPluginResponse struct {
 
 func (x *RestartPluginResponse) Reset() {
 	*x = RestartPluginResponse{}
-	mi := &file_admin_v1_admin_proto_msgTypes[5]
+	mi := &file_admin_v1_admin_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -271,7 +510,7 @@ func (x *RestartPluginResponse) String() string {
 func (*RestartPluginResponse) ProtoMessage() {}
 
 func (x *RestartPluginResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[5]
+	mi := &file_admin_v1_admin_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -284,7 +523,7 @@ func (x *RestartPluginResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestartPluginResponse.ProtoReflect.Descriptor instead.
 func (*RestartPluginResponse) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{5}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *RestartPluginResponse) GetPid() int32 {
@@ -306,7 +545,7 @@ type SetLogLevelRequest struct {
 
 func (x *SetLogLevelRequest) Reset() {
 	*x = SetLogLevelRequest{}
-	mi := &file_admin_v1_admin_proto_msgTypes[6]
+	mi := &file_admin_v1_admin_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -318,7 +557,7 @@ func (x *SetLogLevelRequest) String() string {
 func (*SetLogLevelRequest) ProtoMessage() {}
 
 func (x *SetLogLevelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[6]
+	mi := &file_admin_v1_admin_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -331,7 +570,7 @@ func (x *SetLogLevelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetLogLevelRequest.ProtoReflect.Descriptor instead.
 func (*SetLogLevelRequest) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{6}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *SetLogLevelRequest) GetLevel() string {
@@ -358,7 +597,7 @@ type SetLogLevelResponse struct {
 
 func (x *SetLogLevelResponse) Reset() {
 	*x = SetLogLevelResponse{}
-	mi := &file_admin_v1_admin_proto_msgTypes[7]
+	mi := &file_admin_v1_admin_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -370,7 +609,7 @@ func (x *SetLogLevelResponse) String() string {
 func (*SetLogLevelResponse) ProtoMessage() {}
 
 func (x *SetLogLevelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[7]
+	mi := &file_admin_v1_admin_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -383,7 +622,7 @@ func (x *SetLogLevelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetLogLevelResponse.ProtoReflect.Descriptor instead.
 func (*SetLogLevelResponse) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{7}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *SetLogLevelResponse) GetPrevious() string {
@@ -412,7 +651,7 @@ type ProfileRequest struct {
 
 func (x *ProfileRequest) Reset() {
 	*x = ProfileRequest{}
-	mi := &file_admin_v1_admin_proto_msgTypes[8]
+	mi := &file_admin_v1_admin_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -424,7 +663,7 @@ func (x *ProfileRequest) String() string {
 func (*ProfileRequest) ProtoMessage() {}
 
 func (x *ProfileRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[8]
+	mi := &file_admin_v1_admin_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -437,7 +676,7 @@ func (x *ProfileRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProfileRequest.ProtoReflect.Descriptor instead.
 func (*ProfileRequest) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{8}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *ProfileRequest) GetName() string {
@@ -463,7 +702,7 @@ type ProfileResponse struct {
 
 func (x *ProfileResponse) Reset() {
 	*x = ProfileResponse{}
-	mi := &file_admin_v1_admin_proto_msgTypes[9]
+	mi := &file_admin_v1_admin_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -475,7 +714,7 @@ func (x *ProfileResponse) String() string {
 func (*ProfileResponse) ProtoMessage() {}
 
 func (x *ProfileResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[9]
+	mi := &file_admin_v1_admin_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -488,7 +727,7 @@ func (x *ProfileResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProfileResponse.ProtoReflect.Descriptor instead.
 func (*ProfileResponse) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{9}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *ProfileResponse) GetData() []byte {
@@ -506,7 +745,7 @@ type StatusRequest struct {
 
 func (x *StatusRequest) Reset() {
 	*x = StatusRequest{}
-	mi := &file_admin_v1_admin_proto_msgTypes[10]
+	mi := &file_admin_v1_admin_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -518,7 +757,7 @@ func (x *StatusRequest) String() string {
 func (*StatusRequest) ProtoMessage() {}
 
 func (x *StatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[10]
+	mi := &file_admin_v1_admin_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -531,7 +770,7 @@ func (x *StatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusRequest.ProtoReflect.Descriptor instead.
 func (*StatusRequest) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{10}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{14}
 }
 
 type StatusResponse struct {
@@ -555,14 +794,19 @@ type StatusResponse struct {
 	// The policy rules that have limits, by name.
 	Limits []*LimitsStatus `protobuf:"bytes,14,rep,name=limits,proto3" json:"limits,omitempty"`
 	// Why the counts of daily limits cannot be stored; empty when they can.
-	LimitsError   string `protobuf:"bytes,15,opt,name=limits_error,json=limitsError,proto3" json:"limits_error,omitempty"`
+	LimitsError string `protobuf:"bytes,15,opt,name=limits_error,json=limitsError,proto3" json:"limits_error,omitempty"`
+	// Random of a backend that is mixed with the system's; absent where none is
+	// configured.
+	Random *RandomStatus `protobuf:"bytes,16,opt,name=random,proto3" json:"random,omitempty"`
+	// The backends that do not answer.
+	Outages       []*Outage `protobuf:"bytes,20,rep,name=outages,proto3" json:"outages,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *StatusResponse) Reset() {
 	*x = StatusResponse{}
-	mi := &file_admin_v1_admin_proto_msgTypes[11]
+	mi := &file_admin_v1_admin_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -574,7 +818,7 @@ func (x *StatusResponse) String() string {
 func (*StatusResponse) ProtoMessage() {}
 
 func (x *StatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[11]
+	mi := &file_admin_v1_admin_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -587,7 +831,7 @@ func (x *StatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusResponse.ProtoReflect.Descriptor instead.
 func (*StatusResponse) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{11}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *StatusResponse) GetState() string {
@@ -695,6 +939,256 @@ func (x *StatusResponse) GetLimitsError() string {
 	return ""
 }
 
+func (x *StatusResponse) GetRandom() *RandomStatus {
+	if x != nil {
+		return x.Random
+	}
+	return nil
+}
+
+func (x *StatusResponse) GetOutages() []*Outage {
+	if x != nil {
+		return x.Outages
+	}
+	return nil
+}
+
+type Outage struct {
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Backend string                 `protobuf:"bytes,1,opt,name=backend,proto3" json:"backend,omitempty"`
+	Lasts   *durationpb.Duration   `protobuf:"bytes,2,opt,name=lasts,proto3" json:"lasts,omitempty"`
+	// Requests that were served in grace, and that could not be served.
+	InGrace       uint64 `protobuf:"varint,3,opt,name=in_grace,json=inGrace,proto3" json:"in_grace,omitempty"`
+	Unserved      uint64 `protobuf:"varint,4,opt,name=unserved,proto3" json:"unserved,omitempty"`
+	LastError     string `protobuf:"bytes,5,opt,name=last_error,json=lastError,proto3" json:"last_error,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Outage) Reset() {
+	*x = Outage{}
+	mi := &file_admin_v1_admin_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Outage) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Outage) ProtoMessage() {}
+
+func (x *Outage) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_v1_admin_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Outage.ProtoReflect.Descriptor instead.
+func (*Outage) Descriptor() ([]byte, []int) {
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *Outage) GetBackend() string {
+	if x != nil {
+		return x.Backend
+	}
+	return ""
+}
+
+func (x *Outage) GetLasts() *durationpb.Duration {
+	if x != nil {
+		return x.Lasts
+	}
+	return nil
+}
+
+func (x *Outage) GetInGrace() uint64 {
+	if x != nil {
+		return x.InGrace
+	}
+	return 0
+}
+
+func (x *Outage) GetUnserved() uint64 {
+	if x != nil {
+		return x.Unserved
+	}
+	return 0
+}
+
+func (x *Outage) GetLastError() string {
+	if x != nil {
+		return x.LastError
+	}
+	return ""
+}
+
+type RandomStatus struct {
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Backend string                 `protobuf:"bytes,1,opt,name=backend,proto3" json:"backend,omitempty"`
+	// Bytes of the backend's random at hand, and how many there is room for.
+	PooledBytes uint64 `protobuf:"varint,2,opt,name=pooled_bytes,json=pooledBytes,proto3" json:"pooled_bytes,omitempty"`
+	PoolSize    uint64 `protobuf:"varint,3,opt,name=pool_size,json=poolSize,proto3" json:"pool_size,omitempty"`
+	// Why the backend gave none when it was asked last; empty when it did.
+	LastError     string       `protobuf:"bytes,4,opt,name=last_error,json=lastError,proto3" json:"last_error,omitempty"`
+	Uses          []*RandomUse `protobuf:"bytes,5,rep,name=uses,proto3" json:"uses,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RandomStatus) Reset() {
+	*x = RandomStatus{}
+	mi := &file_admin_v1_admin_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RandomStatus) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RandomStatus) ProtoMessage() {}
+
+func (x *RandomStatus) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_v1_admin_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RandomStatus.ProtoReflect.Descriptor instead.
+func (*RandomStatus) Descriptor() ([]byte, []int) {
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *RandomStatus) GetBackend() string {
+	if x != nil {
+		return x.Backend
+	}
+	return ""
+}
+
+func (x *RandomStatus) GetPooledBytes() uint64 {
+	if x != nil {
+		return x.PooledBytes
+	}
+	return 0
+}
+
+func (x *RandomStatus) GetPoolSize() uint64 {
+	if x != nil {
+		return x.PoolSize
+	}
+	return 0
+}
+
+func (x *RandomStatus) GetLastError() string {
+	if x != nil {
+		return x.LastError
+	}
+	return ""
+}
+
+func (x *RandomStatus) GetUses() []*RandomUse {
+	if x != nil {
+		return x.Uses
+	}
+	return nil
+}
+
+// RandomUse counts the random that the agent made for one use while a backend
+// was configured, since the agent started.
+type RandomUse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// "data-key" or "generate-random".
+	Use string `protobuf:"bytes,1,opt,name=use,proto3" json:"use,omitempty"`
+	// With random of the backend mixed in.
+	Mixed      uint64 `protobuf:"varint,2,opt,name=mixed,proto3" json:"mixed,omitempty"`
+	MixedBytes uint64 `protobuf:"varint,3,opt,name=mixed_bytes,json=mixedBytes,proto3" json:"mixed_bytes,omitempty"`
+	// Of the system's random alone.
+	Unmixed       uint64 `protobuf:"varint,4,opt,name=unmixed,proto3" json:"unmixed,omitempty"`
+	UnmixedBytes  uint64 `protobuf:"varint,5,opt,name=unmixed_bytes,json=unmixedBytes,proto3" json:"unmixed_bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RandomUse) Reset() {
+	*x = RandomUse{}
+	mi := &file_admin_v1_admin_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RandomUse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RandomUse) ProtoMessage() {}
+
+func (x *RandomUse) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_v1_admin_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RandomUse.ProtoReflect.Descriptor instead.
+func (*RandomUse) Descriptor() ([]byte, []int) {
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *RandomUse) GetUse() string {
+	if x != nil {
+		return x.Use
+	}
+	return ""
+}
+
+func (x *RandomUse) GetMixed() uint64 {
+	if x != nil {
+		return x.Mixed
+	}
+	return 0
+}
+
+func (x *RandomUse) GetMixedBytes() uint64 {
+	if x != nil {
+		return x.MixedBytes
+	}
+	return 0
+}
+
+func (x *RandomUse) GetUnmixed() uint64 {
+	if x != nil {
+		return x.Unmixed
+	}
+	return 0
+}
+
+func (x *RandomUse) GetUnmixedBytes() uint64 {
+	if x != nil {
+		return x.UnmixedBytes
+	}
+	return 0
+}
+
 type LimitsStatus struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Rule  string                 `protobuf:"bytes,1,opt,name=rule,proto3" json:"rule,omitempty"`
@@ -710,7 +1204,7 @@ type LimitsStatus struct {
 
 func (x *LimitsStatus) Reset() {
 	*x = LimitsStatus{}
-	mi := &file_admin_v1_admin_proto_msgTypes[12]
+	mi := &file_admin_v1_admin_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -722,7 +1216,7 @@ func (x *LimitsStatus) String() string {
 func (*LimitsStatus) ProtoMessage() {}
 
 func (x *LimitsStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[12]
+	mi := &file_admin_v1_admin_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -735,7 +1229,7 @@ func (x *LimitsStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LimitsStatus.ProtoReflect.Descriptor instead.
 func (*LimitsStatus) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{12}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *LimitsStatus) GetRule() string {
@@ -780,7 +1274,7 @@ type Configuration struct {
 
 func (x *Configuration) Reset() {
 	*x = Configuration{}
-	mi := &file_admin_v1_admin_proto_msgTypes[13]
+	mi := &file_admin_v1_admin_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -792,7 +1286,7 @@ func (x *Configuration) String() string {
 func (*Configuration) ProtoMessage() {}
 
 func (x *Configuration) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[13]
+	mi := &file_admin_v1_admin_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -805,7 +1299,7 @@ func (x *Configuration) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Configuration.ProtoReflect.Descriptor instead.
 func (*Configuration) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{13}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Configuration) GetFile() string {
@@ -855,7 +1349,7 @@ type Identity struct {
 
 func (x *Identity) Reset() {
 	*x = Identity{}
-	mi := &file_admin_v1_admin_proto_msgTypes[14]
+	mi := &file_admin_v1_admin_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -867,7 +1361,7 @@ func (x *Identity) String() string {
 func (*Identity) ProtoMessage() {}
 
 func (x *Identity) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[14]
+	mi := &file_admin_v1_admin_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -880,7 +1374,7 @@ func (x *Identity) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Identity.ProtoReflect.Descriptor instead.
 func (*Identity) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{14}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Identity) GetTrustDomain() string {
@@ -976,7 +1470,7 @@ type BackendStatus struct {
 
 func (x *BackendStatus) Reset() {
 	*x = BackendStatus{}
-	mi := &file_admin_v1_admin_proto_msgTypes[15]
+	mi := &file_admin_v1_admin_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -988,7 +1482,7 @@ func (x *BackendStatus) String() string {
 func (*BackendStatus) ProtoMessage() {}
 
 func (x *BackendStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[15]
+	mi := &file_admin_v1_admin_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1001,7 +1495,7 @@ func (x *BackendStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BackendStatus.ProtoReflect.Descriptor instead.
 func (*BackendStatus) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{15}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *BackendStatus) GetName() string {
@@ -1147,13 +1641,23 @@ type KeyStatus struct {
 	EncryptConfirmed *durationpb.Duration `protobuf:"bytes,5,opt,name=encrypt_confirmed,json=encryptConfirmed,proto3" json:"encrypt_confirmed,omitempty"`
 	DecryptConfirmed *durationpb.Duration `protobuf:"bytes,6,opt,name=decrypt_confirmed,json=decryptConfirmed,proto3" json:"decrypt_confirmed,omitempty"`
 	Problem          string               `protobuf:"bytes,7,opt,name=problem,proto3" json:"problem,omitempty"`
-	unknownFields    protoimpl.UnknownFields
-	sizeCache        protoimpl.SizeCache
+	// How long the key serves without its backend.
+	Encrypt *Endurance `protobuf:"bytes,8,opt,name=encrypt,proto3" json:"encrypt,omitempty"`
+	Decrypt *Endurance `protobuf:"bytes,9,opt,name=decrypt,proto3" json:"decrypt,omitempty"`
+	// Data keys that are ready for the time when the present ones are used up, and
+	// how many there should be.
+	Spares       uint32 `protobuf:"varint,10,opt,name=spares,proto3" json:"spares,omitempty"`
+	SparesWanted uint32 `protobuf:"varint,11,opt,name=spares_wanted,json=sparesWanted,proto3" json:"spares_wanted,omitempty"`
+	// Data keys that are held ready for decryption, of those that prewarm names.
+	Held          uint32 `protobuf:"varint,12,opt,name=held,proto3" json:"held,omitempty"`
+	HeldWanted    uint32 `protobuf:"varint,13,opt,name=held_wanted,json=heldWanted,proto3" json:"held_wanted,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *KeyStatus) Reset() {
 	*x = KeyStatus{}
-	mi := &file_admin_v1_admin_proto_msgTypes[16]
+	mi := &file_admin_v1_admin_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1165,7 +1669,7 @@ func (x *KeyStatus) String() string {
 func (*KeyStatus) ProtoMessage() {}
 
 func (x *KeyStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[16]
+	mi := &file_admin_v1_admin_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1178,7 +1682,7 @@ func (x *KeyStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeyStatus.ProtoReflect.Descriptor instead.
 func (*KeyStatus) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{16}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *KeyStatus) GetName() string {
@@ -1230,6 +1734,110 @@ func (x *KeyStatus) GetProblem() string {
 	return ""
 }
 
+func (x *KeyStatus) GetEncrypt() *Endurance {
+	if x != nil {
+		return x.Encrypt
+	}
+	return nil
+}
+
+func (x *KeyStatus) GetDecrypt() *Endurance {
+	if x != nil {
+		return x.Decrypt
+	}
+	return nil
+}
+
+func (x *KeyStatus) GetSpares() uint32 {
+	if x != nil {
+		return x.Spares
+	}
+	return 0
+}
+
+func (x *KeyStatus) GetSparesWanted() uint32 {
+	if x != nil {
+		return x.SparesWanted
+	}
+	return 0
+}
+
+func (x *KeyStatus) GetHeld() uint32 {
+	if x != nil {
+		return x.Held
+	}
+	return 0
+}
+
+func (x *KeyStatus) GetHeldWanted() uint32 {
+	if x != nil {
+		return x.HeldWanted
+	}
+	return 0
+}
+
+type Endurance struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The backend does not answer for the key; since so long ago.
+	Down  bool                 `protobuf:"varint,1,opt,name=down,proto3" json:"down,omitempty"`
+	Since *durationpb.Duration `protobuf:"bytes,2,opt,name=since,proto3" json:"since,omitempty"`
+	// How long the key still serves if it does not answer from now on.
+	Left          *durationpb.Duration `protobuf:"bytes,3,opt,name=left,proto3" json:"left,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Endurance) Reset() {
+	*x = Endurance{}
+	mi := &file_admin_v1_admin_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Endurance) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Endurance) ProtoMessage() {}
+
+func (x *Endurance) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_v1_admin_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Endurance.ProtoReflect.Descriptor instead.
+func (*Endurance) Descriptor() ([]byte, []int) {
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *Endurance) GetDown() bool {
+	if x != nil {
+		return x.Down
+	}
+	return false
+}
+
+func (x *Endurance) GetSince() *durationpb.Duration {
+	if x != nil {
+		return x.Since
+	}
+	return nil
+}
+
+func (x *Endurance) GetLeft() *durationpb.Duration {
+	if x != nil {
+		return x.Left
+	}
+	return nil
+}
+
 type CacheStatus struct {
 	state          protoimpl.MessageState `protogen:"open.v1"`
 	EncryptionKeys uint64                 `protobuf:"varint,1,opt,name=encryption_keys,json=encryptionKeys,proto3" json:"encryption_keys,omitempty"`
@@ -1241,14 +1849,19 @@ type CacheStatus struct {
 	Refreshes      uint64                 `protobuf:"varint,7,opt,name=refreshes,proto3" json:"refreshes,omitempty"`
 	Evictions      uint64                 `protobuf:"varint,8,opt,name=evictions,proto3" json:"evictions,omitempty"`
 	// "memfd_secret" or "mlock".
-	Memory        string `protobuf:"bytes,9,opt,name=memory,proto3" json:"memory,omitempty"`
+	Memory string `protobuf:"bytes,9,opt,name=memory,proto3" json:"memory,omitempty"`
+	// Data keys that are ready and not used yet.
+	Spares uint64 `protobuf:"varint,10,opt,name=spares,proto3" json:"spares,omitempty"`
+	// Requests that were served in grace, and that an outage kept from being served.
+	InGrace       uint64 `protobuf:"varint,11,opt,name=in_grace,json=inGrace,proto3" json:"in_grace,omitempty"`
+	Unserved      uint64 `protobuf:"varint,12,opt,name=unserved,proto3" json:"unserved,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *CacheStatus) Reset() {
 	*x = CacheStatus{}
-	mi := &file_admin_v1_admin_proto_msgTypes[17]
+	mi := &file_admin_v1_admin_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1260,7 +1873,7 @@ func (x *CacheStatus) String() string {
 func (*CacheStatus) ProtoMessage() {}
 
 func (x *CacheStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[17]
+	mi := &file_admin_v1_admin_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1273,7 +1886,7 @@ func (x *CacheStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CacheStatus.ProtoReflect.Descriptor instead.
 func (*CacheStatus) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{17}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *CacheStatus) GetEncryptionKeys() uint64 {
@@ -1339,6 +1952,27 @@ func (x *CacheStatus) GetMemory() string {
 	return ""
 }
 
+func (x *CacheStatus) GetSpares() uint64 {
+	if x != nil {
+		return x.Spares
+	}
+	return 0
+}
+
+func (x *CacheStatus) GetInGrace() uint64 {
+	if x != nil {
+		return x.InGrace
+	}
+	return 0
+}
+
+func (x *CacheStatus) GetUnserved() uint64 {
+	if x != nil {
+		return x.Unserved
+	}
+	return 0
+}
+
 type AuditStatus struct {
 	state    protoimpl.MessageState `protogen:"open.v1"`
 	File     string                 `protobuf:"bytes,1,opt,name=file,proto3" json:"file,omitempty"`
@@ -1363,7 +1997,7 @@ type AuditStatus struct {
 
 func (x *AuditStatus) Reset() {
 	*x = AuditStatus{}
-	mi := &file_admin_v1_admin_proto_msgTypes[18]
+	mi := &file_admin_v1_admin_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1375,7 +2009,7 @@ func (x *AuditStatus) String() string {
 func (*AuditStatus) ProtoMessage() {}
 
 func (x *AuditStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[18]
+	mi := &file_admin_v1_admin_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1388,7 +2022,7 @@ func (x *AuditStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditStatus.ProtoReflect.Descriptor instead.
 func (*AuditStatus) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{18}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *AuditStatus) GetFile() string {
@@ -1478,7 +2112,7 @@ type AuditSink struct {
 
 func (x *AuditSink) Reset() {
 	*x = AuditSink{}
-	mi := &file_admin_v1_admin_proto_msgTypes[19]
+	mi := &file_admin_v1_admin_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1490,7 +2124,7 @@ func (x *AuditSink) String() string {
 func (*AuditSink) ProtoMessage() {}
 
 func (x *AuditSink) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[19]
+	mi := &file_admin_v1_admin_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1503,7 +2137,7 @@ func (x *AuditSink) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditSink.ProtoReflect.Descriptor instead.
 func (*AuditSink) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{19}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *AuditSink) GetName() string {
@@ -1557,7 +2191,22 @@ const file_admin_v1_admin_proto_rawDesc = "" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x10\n" +
 	"\x03all\x18\x02 \x01(\bR\x03all\")\n" +
 	"\rEvictResponse\x12\x18\n" +
-	"\aevicted\x18\x01 \x01(\x04R\aevicted\"\x0f\n" +
+	"\aevicted\x18\x01 \x01(\x04R\aevicted\"9\n" +
+	"\x11KeysHealthRequest\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x12\n" +
+	"\x04days\x18\x02 \x01(\rR\x04days\"d\n" +
+	"\x12KeysHealthResponse\x124\n" +
+	"\x06counts\x18\x01 \x03(\v2\x1c.kmsagent.admin.v1.WrapCountR\x06counts\x12\x18\n" +
+	"\aproblem\x18\x02 \x01(\tR\aproblem\"\x9a\x01\n" +
+	"\tWrapCount\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x18\n" +
+	"\apurpose\x18\x02 \x01(\tR\apurpose\x120\n" +
+	"\x05wraps\x18\x03 \x03(\v2\x1a.kmsagent.admin.v1.KeyWrapR\x05wraps\x12\x14\n" +
+	"\x05count\x18\x04 \x01(\x04R\x05count\x12\x19\n" +
+	"\blast_day\x18\x05 \x01(\tR\alastDay\"=\n" +
+	"\aKeyWrap\x12\x18\n" +
+	"\abackend\x18\x01 \x01(\tR\abackend\x12\x18\n" +
+	"\aversion\x18\x02 \x01(\tR\aversion\"\x0f\n" +
 	"\rReloadRequest\"0\n" +
 	"\x0eReloadResponse\x12\x1e\n" +
 	"\n" +
@@ -1578,7 +2227,7 @@ const file_admin_v1_admin_proto_rawDesc = "" +
 	"\bduration\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\bduration\"%\n" +
 	"\x0fProfileResponse\x12\x12\n" +
 	"\x04data\x18\x01 \x01(\fR\x04data\"\x0f\n" +
-	"\rStatusRequest\"\x95\x05\n" +
+	"\rStatusRequest\"\x83\x06\n" +
 	"\x0eStatusResponse\x12\x14\n" +
 	"\x05state\x18\x01 \x01(\tR\x05state\x12\x1a\n" +
 	"\bproblems\x18\x02 \x03(\tR\bproblems\x12\x18\n" +
@@ -1595,7 +2244,30 @@ const file_admin_v1_admin_proto_rawDesc = "" +
 	"\x05audit\x18\f \x01(\v2\x1e.kmsagent.admin.v1.AuditStatusR\x05audit\x12\x1c\n" +
 	"\tlisteners\x18\r \x03(\tR\tlisteners\x127\n" +
 	"\x06limits\x18\x0e \x03(\v2\x1f.kmsagent.admin.v1.LimitsStatusR\x06limits\x12!\n" +
-	"\flimits_error\x18\x0f \x01(\tR\vlimitsError\"\xd8\x01\n" +
+	"\flimits_error\x18\x0f \x01(\tR\vlimitsError\x127\n" +
+	"\x06random\x18\x10 \x01(\v2\x1f.kmsagent.admin.v1.RandomStatusR\x06random\x123\n" +
+	"\aoutages\x18\x14 \x03(\v2\x19.kmsagent.admin.v1.OutageR\aoutages\"\xa9\x01\n" +
+	"\x06Outage\x12\x18\n" +
+	"\abackend\x18\x01 \x01(\tR\abackend\x12/\n" +
+	"\x05lasts\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\x05lasts\x12\x19\n" +
+	"\bin_grace\x18\x03 \x01(\x04R\ainGrace\x12\x1a\n" +
+	"\bunserved\x18\x04 \x01(\x04R\bunserved\x12\x1d\n" +
+	"\n" +
+	"last_error\x18\x05 \x01(\tR\tlastError\"\xb9\x01\n" +
+	"\fRandomStatus\x12\x18\n" +
+	"\abackend\x18\x01 \x01(\tR\abackend\x12!\n" +
+	"\fpooled_bytes\x18\x02 \x01(\x04R\vpooledBytes\x12\x1b\n" +
+	"\tpool_size\x18\x03 \x01(\x04R\bpoolSize\x12\x1d\n" +
+	"\n" +
+	"last_error\x18\x04 \x01(\tR\tlastError\x120\n" +
+	"\x04uses\x18\x05 \x03(\v2\x1c.kmsagent.admin.v1.RandomUseR\x04uses\"\x93\x01\n" +
+	"\tRandomUse\x12\x10\n" +
+	"\x03use\x18\x01 \x01(\tR\x03use\x12\x14\n" +
+	"\x05mixed\x18\x02 \x01(\x04R\x05mixed\x12\x1f\n" +
+	"\vmixed_bytes\x18\x03 \x01(\x04R\n" +
+	"mixedBytes\x12\x18\n" +
+	"\aunmixed\x18\x04 \x01(\x04R\aunmixed\x12#\n" +
+	"\runmixed_bytes\x18\x05 \x01(\x04R\funmixedBytes\"\xd8\x01\n" +
 	"\fLimitsStatus\x12\x12\n" +
 	"\x04rule\x18\x01 \x01(\tR\x04rule\x12\x16\n" +
 	"\x06limits\x18\x02 \x01(\tR\x06limits\x12\x18\n" +
@@ -1643,7 +2315,7 @@ const file_admin_v1_admin_proto_rawDesc = "" +
 	"\ffailure_rate\x18\x10 \x01(\x01R\vfailureRate\x12\x18\n" +
 	"\arefused\x18\x11 \x01(\x04R\arefused\x12\x18\n" +
 	"\aretries\x18\x12 \x01(\x04R\aretries\x125\n" +
-	"\bnext_try\x18\x13 \x01(\v2\x1a.google.protobuf.TimestampR\anextTry\"\xaf\x02\n" +
+	"\bnext_try\x18\x13 \x01(\v2\x1a.google.protobuf.TimestampR\anextTry\"\x91\x04\n" +
 	"\tKeyStatus\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
 	"\abackend\x18\x02 \x01(\tR\abackend\x12!\n" +
@@ -1651,7 +2323,19 @@ const file_admin_v1_admin_proto_rawDesc = "" +
 	"\x0fcurrent_version\x18\x04 \x01(\tR\x0ecurrentVersion\x12F\n" +
 	"\x11encrypt_confirmed\x18\x05 \x01(\v2\x19.google.protobuf.DurationR\x10encryptConfirmed\x12F\n" +
 	"\x11decrypt_confirmed\x18\x06 \x01(\v2\x19.google.protobuf.DurationR\x10decryptConfirmed\x12\x18\n" +
-	"\aproblem\x18\a \x01(\tR\aproblem\"\xa3\x02\n" +
+	"\aproblem\x18\a \x01(\tR\aproblem\x126\n" +
+	"\aencrypt\x18\b \x01(\v2\x1c.kmsagent.admin.v1.EnduranceR\aencrypt\x126\n" +
+	"\adecrypt\x18\t \x01(\v2\x1c.kmsagent.admin.v1.EnduranceR\adecrypt\x12\x16\n" +
+	"\x06spares\x18\n" +
+	" \x01(\rR\x06spares\x12#\n" +
+	"\rspares_wanted\x18\v \x01(\rR\fsparesWanted\x12\x12\n" +
+	"\x04held\x18\f \x01(\rR\x04held\x12\x1f\n" +
+	"\vheld_wanted\x18\r \x01(\rR\n" +
+	"heldWanted\"\x7f\n" +
+	"\tEndurance\x12\x12\n" +
+	"\x04down\x18\x01 \x01(\bR\x04down\x12/\n" +
+	"\x05since\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\x05since\x12-\n" +
+	"\x04left\x18\x03 \x01(\v2\x19.google.protobuf.DurationR\x04left\"\xf2\x02\n" +
 	"\vCacheStatus\x12'\n" +
 	"\x0fencryption_keys\x18\x01 \x01(\x04R\x0eencryptionKeys\x12'\n" +
 	"\x0fdecryption_keys\x18\x02 \x01(\x04R\x0edecryptionKeys\x12\x1f\n" +
@@ -1662,7 +2346,11 @@ const file_admin_v1_admin_proto_rawDesc = "" +
 	"\x06misses\x18\x06 \x01(\x04R\x06misses\x12\x1c\n" +
 	"\trefreshes\x18\a \x01(\x04R\trefreshes\x12\x1c\n" +
 	"\tevictions\x18\b \x01(\x04R\tevictions\x12\x16\n" +
-	"\x06memory\x18\t \x01(\tR\x06memory\"\xee\x02\n" +
+	"\x06memory\x18\t \x01(\tR\x06memory\x12\x16\n" +
+	"\x06spares\x18\n" +
+	" \x01(\x04R\x06spares\x12\x19\n" +
+	"\bin_grace\x18\v \x01(\x04R\ainGrace\x12\x1a\n" +
+	"\bunserved\x18\f \x01(\x04R\bunserved\"\xee\x02\n" +
 	"\vAuditStatus\x12\x12\n" +
 	"\x04file\x18\x01 \x01(\tR\x04file\x12\x1a\n" +
 	"\bsequence\x18\x02 \x01(\x04R\bsequence\x12\x18\n" +
@@ -1686,13 +2374,15 @@ const file_admin_v1_admin_proto_rawDesc = "" +
 	"\awritten\x18\x04 \x01(\x04R\awritten\x12\x12\n" +
 	"\x04lost\x18\x05 \x01(\x04R\x04lost\x12\x1d\n" +
 	"\n" +
-	"last_error\x18\x06 \x01(\tR\tlastError2\x87\x04\n" +
+	"last_error\x18\x06 \x01(\tR\tlastError2\xe2\x04\n" +
 	"\x05Admin\x12M\n" +
 	"\x06Status\x12 .kmsagent.admin.v1.StatusRequest\x1a!.kmsagent.admin.v1.StatusResponse\x12J\n" +
 	"\x05Evict\x12\x1f.kmsagent.admin.v1.EvictRequest\x1a .kmsagent.admin.v1.EvictResponse\x12M\n" +
 	"\x06Reload\x12 .kmsagent.admin.v1.ReloadRequest\x1a!.kmsagent.admin.v1.ReloadResponse\x12b\n" +
 	"\rRestartPlugin\x12'.kmsagent.admin.v1.RestartPluginRequest\x1a(.kmsagent.admin.v1.RestartPluginResponse\x12\\\n" +
-	"\vSetLogLevel\x12%.kmsagent.admin.v1.SetLogLevelRequest\x1a&.kmsagent.admin.v1.SetLogLevelResponse\x12R\n" +
+	"\vSetLogLevel\x12%.kmsagent.admin.v1.SetLogLevelRequest\x1a&.kmsagent.admin.v1.SetLogLevelResponse\x12Y\n" +
+	"\n" +
+	"KeysHealth\x12$.kmsagent.admin.v1.KeysHealthRequest\x1a%.kmsagent.admin.v1.KeysHealthResponse\x12R\n" +
 	"\aProfile\x12!.kmsagent.admin.v1.ProfileRequest\x1a\".kmsagent.admin.v1.ProfileResponse0\x01B5Z3github.com/kms-agent/kms-agent/api/admin/v1;adminv1b\x06proto3"
 
 var (
@@ -1707,70 +2397,90 @@ func file_admin_v1_admin_proto_rawDescGZIP() []byte {
 	return file_admin_v1_admin_proto_rawDescData
 }
 
-var file_admin_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 21)
+var file_admin_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 29)
 var file_admin_v1_admin_proto_goTypes = []any{
 	(*EvictRequest)(nil),          // 0: kmsagent.admin.v1.EvictRequest
 	(*EvictResponse)(nil),         // 1: kmsagent.admin.v1.EvictResponse
-	(*ReloadRequest)(nil),         // 2: kmsagent.admin.v1.ReloadRequest
-	(*ReloadResponse)(nil),        // 3: kmsagent.admin.v1.ReloadResponse
-	(*RestartPluginRequest)(nil),  // 4: kmsagent.admin.v1.RestartPluginRequest
-	(*RestartPluginResponse)(nil), // 5: kmsagent.admin.v1.RestartPluginResponse
-	(*SetLogLevelRequest)(nil),    // 6: kmsagent.admin.v1.SetLogLevelRequest
-	(*SetLogLevelResponse)(nil),   // 7: kmsagent.admin.v1.SetLogLevelResponse
-	(*ProfileRequest)(nil),        // 8: kmsagent.admin.v1.ProfileRequest
-	(*ProfileResponse)(nil),       // 9: kmsagent.admin.v1.ProfileResponse
-	(*StatusRequest)(nil),         // 10: kmsagent.admin.v1.StatusRequest
-	(*StatusResponse)(nil),        // 11: kmsagent.admin.v1.StatusResponse
-	(*LimitsStatus)(nil),          // 12: kmsagent.admin.v1.LimitsStatus
-	(*Configuration)(nil),         // 13: kmsagent.admin.v1.Configuration
-	(*Identity)(nil),              // 14: kmsagent.admin.v1.Identity
-	(*BackendStatus)(nil),         // 15: kmsagent.admin.v1.BackendStatus
-	(*KeyStatus)(nil),             // 16: kmsagent.admin.v1.KeyStatus
-	(*CacheStatus)(nil),           // 17: kmsagent.admin.v1.CacheStatus
-	(*AuditStatus)(nil),           // 18: kmsagent.admin.v1.AuditStatus
-	(*AuditSink)(nil),             // 19: kmsagent.admin.v1.AuditSink
-	nil,                           // 20: kmsagent.admin.v1.LimitsStatus.RefusedEntry
-	(*durationpb.Duration)(nil),   // 21: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil), // 22: google.protobuf.Timestamp
+	(*KeysHealthRequest)(nil),     // 2: kmsagent.admin.v1.KeysHealthRequest
+	(*KeysHealthResponse)(nil),    // 3: kmsagent.admin.v1.KeysHealthResponse
+	(*WrapCount)(nil),             // 4: kmsagent.admin.v1.WrapCount
+	(*KeyWrap)(nil),               // 5: kmsagent.admin.v1.KeyWrap
+	(*ReloadRequest)(nil),         // 6: kmsagent.admin.v1.ReloadRequest
+	(*ReloadResponse)(nil),        // 7: kmsagent.admin.v1.ReloadResponse
+	(*RestartPluginRequest)(nil),  // 8: kmsagent.admin.v1.RestartPluginRequest
+	(*RestartPluginResponse)(nil), // 9: kmsagent.admin.v1.RestartPluginResponse
+	(*SetLogLevelRequest)(nil),    // 10: kmsagent.admin.v1.SetLogLevelRequest
+	(*SetLogLevelResponse)(nil),   // 11: kmsagent.admin.v1.SetLogLevelResponse
+	(*ProfileRequest)(nil),        // 12: kmsagent.admin.v1.ProfileRequest
+	(*ProfileResponse)(nil),       // 13: kmsagent.admin.v1.ProfileResponse
+	(*StatusRequest)(nil),         // 14: kmsagent.admin.v1.StatusRequest
+	(*StatusResponse)(nil),        // 15: kmsagent.admin.v1.StatusResponse
+	(*Outage)(nil),                // 16: kmsagent.admin.v1.Outage
+	(*RandomStatus)(nil),          // 17: kmsagent.admin.v1.RandomStatus
+	(*RandomUse)(nil),             // 18: kmsagent.admin.v1.RandomUse
+	(*LimitsStatus)(nil),          // 19: kmsagent.admin.v1.LimitsStatus
+	(*Configuration)(nil),         // 20: kmsagent.admin.v1.Configuration
+	(*Identity)(nil),              // 21: kmsagent.admin.v1.Identity
+	(*BackendStatus)(nil),         // 22: kmsagent.admin.v1.BackendStatus
+	(*KeyStatus)(nil),             // 23: kmsagent.admin.v1.KeyStatus
+	(*Endurance)(nil),             // 24: kmsagent.admin.v1.Endurance
+	(*CacheStatus)(nil),           // 25: kmsagent.admin.v1.CacheStatus
+	(*AuditStatus)(nil),           // 26: kmsagent.admin.v1.AuditStatus
+	(*AuditSink)(nil),             // 27: kmsagent.admin.v1.AuditSink
+	nil,                           // 28: kmsagent.admin.v1.LimitsStatus.RefusedEntry
+	(*durationpb.Duration)(nil),   // 29: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil), // 30: google.protobuf.Timestamp
 }
 var file_admin_v1_admin_proto_depIdxs = []int32{
-	21, // 0: kmsagent.admin.v1.SetLogLevelRequest.for:type_name -> google.protobuf.Duration
-	21, // 1: kmsagent.admin.v1.ProfileRequest.duration:type_name -> google.protobuf.Duration
-	22, // 2: kmsagent.admin.v1.StatusResponse.started:type_name -> google.protobuf.Timestamp
-	13, // 3: kmsagent.admin.v1.StatusResponse.configuration:type_name -> kmsagent.admin.v1.Configuration
-	14, // 4: kmsagent.admin.v1.StatusResponse.identity:type_name -> kmsagent.admin.v1.Identity
-	15, // 5: kmsagent.admin.v1.StatusResponse.backends:type_name -> kmsagent.admin.v1.BackendStatus
-	16, // 6: kmsagent.admin.v1.StatusResponse.keys:type_name -> kmsagent.admin.v1.KeyStatus
-	17, // 7: kmsagent.admin.v1.StatusResponse.cache:type_name -> kmsagent.admin.v1.CacheStatus
-	18, // 8: kmsagent.admin.v1.StatusResponse.audit:type_name -> kmsagent.admin.v1.AuditStatus
-	12, // 9: kmsagent.admin.v1.StatusResponse.limits:type_name -> kmsagent.admin.v1.LimitsStatus
-	20, // 10: kmsagent.admin.v1.LimitsStatus.refused:type_name -> kmsagent.admin.v1.LimitsStatus.RefusedEntry
-	22, // 11: kmsagent.admin.v1.Configuration.loaded:type_name -> google.protobuf.Timestamp
-	22, // 12: kmsagent.admin.v1.Identity.expires:type_name -> google.protobuf.Timestamp
-	22, // 13: kmsagent.admin.v1.Identity.updated:type_name -> google.protobuf.Timestamp
-	22, // 14: kmsagent.admin.v1.BackendStatus.since:type_name -> google.protobuf.Timestamp
-	22, // 15: kmsagent.admin.v1.BackendStatus.next_try:type_name -> google.protobuf.Timestamp
-	21, // 16: kmsagent.admin.v1.KeyStatus.encrypt_confirmed:type_name -> google.protobuf.Duration
-	21, // 17: kmsagent.admin.v1.KeyStatus.decrypt_confirmed:type_name -> google.protobuf.Duration
-	19, // 18: kmsagent.admin.v1.AuditStatus.sinks:type_name -> kmsagent.admin.v1.AuditSink
-	19, // 19: kmsagent.admin.v1.AuditStatus.checkpoints:type_name -> kmsagent.admin.v1.AuditSink
-	10, // 20: kmsagent.admin.v1.Admin.Status:input_type -> kmsagent.admin.v1.StatusRequest
-	0,  // 21: kmsagent.admin.v1.Admin.Evict:input_type -> kmsagent.admin.v1.EvictRequest
-	2,  // 22: kmsagent.admin.v1.Admin.Reload:input_type -> kmsagent.admin.v1.ReloadRequest
-	4,  // 23: kmsagent.admin.v1.Admin.RestartPlugin:input_type -> kmsagent.admin.v1.RestartPluginRequest
-	6,  // 24: kmsagent.admin.v1.Admin.SetLogLevel:input_type -> kmsagent.admin.v1.SetLogLevelRequest
-	8,  // 25: kmsagent.admin.v1.Admin.Profile:input_type -> kmsagent.admin.v1.ProfileRequest
-	11, // 26: kmsagent.admin.v1.Admin.Status:output_type -> kmsagent.admin.v1.StatusResponse
-	1,  // 27: kmsagent.admin.v1.Admin.Evict:output_type -> kmsagent.admin.v1.EvictResponse
-	3,  // 28: kmsagent.admin.v1.Admin.Reload:output_type -> kmsagent.admin.v1.ReloadResponse
-	5,  // 29: kmsagent.admin.v1.Admin.RestartPlugin:output_type -> kmsagent.admin.v1.RestartPluginResponse
-	7,  // 30: kmsagent.admin.v1.Admin.SetLogLevel:output_type -> kmsagent.admin.v1.SetLogLevelResponse
-	9,  // 31: kmsagent.admin.v1.Admin.Profile:output_type -> kmsagent.admin.v1.ProfileResponse
-	26, // [26:32] is the sub-list for method output_type
-	20, // [20:26] is the sub-list for method input_type
-	20, // [20:20] is the sub-list for extension type_name
-	20, // [20:20] is the sub-list for extension extendee
-	0,  // [0:20] is the sub-list for field type_name
+	4,  // 0: kmsagent.admin.v1.KeysHealthResponse.counts:type_name -> kmsagent.admin.v1.WrapCount
+	5,  // 1: kmsagent.admin.v1.WrapCount.wraps:type_name -> kmsagent.admin.v1.KeyWrap
+	29, // 2: kmsagent.admin.v1.SetLogLevelRequest.for:type_name -> google.protobuf.Duration
+	29, // 3: kmsagent.admin.v1.ProfileRequest.duration:type_name -> google.protobuf.Duration
+	30, // 4: kmsagent.admin.v1.StatusResponse.started:type_name -> google.protobuf.Timestamp
+	20, // 5: kmsagent.admin.v1.StatusResponse.configuration:type_name -> kmsagent.admin.v1.Configuration
+	21, // 6: kmsagent.admin.v1.StatusResponse.identity:type_name -> kmsagent.admin.v1.Identity
+	22, // 7: kmsagent.admin.v1.StatusResponse.backends:type_name -> kmsagent.admin.v1.BackendStatus
+	23, // 8: kmsagent.admin.v1.StatusResponse.keys:type_name -> kmsagent.admin.v1.KeyStatus
+	25, // 9: kmsagent.admin.v1.StatusResponse.cache:type_name -> kmsagent.admin.v1.CacheStatus
+	26, // 10: kmsagent.admin.v1.StatusResponse.audit:type_name -> kmsagent.admin.v1.AuditStatus
+	19, // 11: kmsagent.admin.v1.StatusResponse.limits:type_name -> kmsagent.admin.v1.LimitsStatus
+	17, // 12: kmsagent.admin.v1.StatusResponse.random:type_name -> kmsagent.admin.v1.RandomStatus
+	16, // 13: kmsagent.admin.v1.StatusResponse.outages:type_name -> kmsagent.admin.v1.Outage
+	29, // 14: kmsagent.admin.v1.Outage.lasts:type_name -> google.protobuf.Duration
+	18, // 15: kmsagent.admin.v1.RandomStatus.uses:type_name -> kmsagent.admin.v1.RandomUse
+	28, // 16: kmsagent.admin.v1.LimitsStatus.refused:type_name -> kmsagent.admin.v1.LimitsStatus.RefusedEntry
+	30, // 17: kmsagent.admin.v1.Configuration.loaded:type_name -> google.protobuf.Timestamp
+	30, // 18: kmsagent.admin.v1.Identity.expires:type_name -> google.protobuf.Timestamp
+	30, // 19: kmsagent.admin.v1.Identity.updated:type_name -> google.protobuf.Timestamp
+	30, // 20: kmsagent.admin.v1.BackendStatus.since:type_name -> google.protobuf.Timestamp
+	30, // 21: kmsagent.admin.v1.BackendStatus.next_try:type_name -> google.protobuf.Timestamp
+	29, // 22: kmsagent.admin.v1.KeyStatus.encrypt_confirmed:type_name -> google.protobuf.Duration
+	29, // 23: kmsagent.admin.v1.KeyStatus.decrypt_confirmed:type_name -> google.protobuf.Duration
+	24, // 24: kmsagent.admin.v1.KeyStatus.encrypt:type_name -> kmsagent.admin.v1.Endurance
+	24, // 25: kmsagent.admin.v1.KeyStatus.decrypt:type_name -> kmsagent.admin.v1.Endurance
+	29, // 26: kmsagent.admin.v1.Endurance.since:type_name -> google.protobuf.Duration
+	29, // 27: kmsagent.admin.v1.Endurance.left:type_name -> google.protobuf.Duration
+	27, // 28: kmsagent.admin.v1.AuditStatus.sinks:type_name -> kmsagent.admin.v1.AuditSink
+	27, // 29: kmsagent.admin.v1.AuditStatus.checkpoints:type_name -> kmsagent.admin.v1.AuditSink
+	14, // 30: kmsagent.admin.v1.Admin.Status:input_type -> kmsagent.admin.v1.StatusRequest
+	0,  // 31: kmsagent.admin.v1.Admin.Evict:input_type -> kmsagent.admin.v1.EvictRequest
+	6,  // 32: kmsagent.admin.v1.Admin.Reload:input_type -> kmsagent.admin.v1.ReloadRequest
+	8,  // 33: kmsagent.admin.v1.Admin.RestartPlugin:input_type -> kmsagent.admin.v1.RestartPluginRequest
+	10, // 34: kmsagent.admin.v1.Admin.SetLogLevel:input_type -> kmsagent.admin.v1.SetLogLevelRequest
+	2,  // 35: kmsagent.admin.v1.Admin.KeysHealth:input_type -> kmsagent.admin.v1.KeysHealthRequest
+	12, // 36: kmsagent.admin.v1.Admin.Profile:input_type -> kmsagent.admin.v1.ProfileRequest
+	15, // 37: kmsagent.admin.v1.Admin.Status:output_type -> kmsagent.admin.v1.StatusResponse
+	1,  // 38: kmsagent.admin.v1.Admin.Evict:output_type -> kmsagent.admin.v1.EvictResponse
+	7,  // 39: kmsagent.admin.v1.Admin.Reload:output_type -> kmsagent.admin.v1.ReloadResponse
+	9,  // 40: kmsagent.admin.v1.Admin.RestartPlugin:output_type -> kmsagent.admin.v1.RestartPluginResponse
+	11, // 41: kmsagent.admin.v1.Admin.SetLogLevel:output_type -> kmsagent.admin.v1.SetLogLevelResponse
+	3,  // 42: kmsagent.admin.v1.Admin.KeysHealth:output_type -> kmsagent.admin.v1.KeysHealthResponse
+	13, // 43: kmsagent.admin.v1.Admin.Profile:output_type -> kmsagent.admin.v1.ProfileResponse
+	37, // [37:44] is the sub-list for method output_type
+	30, // [30:37] is the sub-list for method input_type
+	30, // [30:30] is the sub-list for extension type_name
+	30, // [30:30] is the sub-list for extension extendee
+	0,  // [0:30] is the sub-list for field type_name
 }
 
 func init() { file_admin_v1_admin_proto_init() }
@@ -1784,7 +2494,7 @@ func file_admin_v1_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_admin_v1_admin_proto_rawDesc), len(file_admin_v1_admin_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   21,
+			NumMessages:   29,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -26,6 +26,7 @@ const (
 	Admin_Reload_FullMethodName        = "/kmsagent.admin.v1.Admin/Reload"
 	Admin_RestartPlugin_FullMethodName = "/kmsagent.admin.v1.Admin/RestartPlugin"
 	Admin_SetLogLevel_FullMethodName   = "/kmsagent.admin.v1.Admin/SetLogLevel"
+	Admin_KeysHealth_FullMethodName    = "/kmsagent.admin.v1.Admin/KeysHealth"
 	Admin_Profile_FullMethodName       = "/kmsagent.admin.v1.Admin/Profile"
 )
 
@@ -48,6 +49,8 @@ type AdminClient interface {
 	// SetLogLevel changes what the agent logs, until the configuration says
 	// something else.
 	SetLogLevel(ctx context.Context, in *SetLogLevelRequest, opts ...grpc.CallOption) (*SetLogLevelResponse, error)
+	// KeysHealth tells how many messages of the past days carry which wraps.
+	KeysHealth(ctx context.Context, in *KeysHealthRequest, opts ...grpc.CallOption) (*KeysHealthResponse, error)
 	// Profile takes a profile of the process, in pprof's format, or an execution
 	// trace.
 	Profile(ctx context.Context, in *ProfileRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ProfileResponse], error)
@@ -111,6 +114,16 @@ func (c *adminClient) SetLogLevel(ctx context.Context, in *SetLogLevelRequest, o
 	return out, nil
 }
 
+func (c *adminClient) KeysHealth(ctx context.Context, in *KeysHealthRequest, opts ...grpc.CallOption) (*KeysHealthResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(KeysHealthResponse)
+	err := c.cc.Invoke(ctx, Admin_KeysHealth_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *adminClient) Profile(ctx context.Context, in *ProfileRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ProfileResponse], error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	stream, err := c.cc.NewStream(ctx, &Admin_ServiceDesc.Streams[0], Admin_Profile_FullMethodName, cOpts...)
@@ -149,6 +162,8 @@ type AdminServer interface {
 	// SetLogLevel changes what the agent logs, until the configuration says
 	// something else.
 	SetLogLevel(context.Context, *SetLogLevelRequest) (*SetLogLevelResponse, error)
+	// KeysHealth tells how many messages of the past days carry which wraps.
+	KeysHealth(context.Context, *KeysHealthRequest) (*KeysHealthResponse, error)
 	// Profile takes a profile of the process, in pprof's format, or an execution
 	// trace.
 	Profile(*ProfileRequest, grpc.ServerStreamingServer[ProfileResponse]) error
@@ -176,6 +191,9 @@ func (UnimplementedAdminServer) RestartPlugin(context.Context, *RestartPluginReq
 }
 func (UnimplementedAdminServer) SetLogLevel(context.Context, *SetLogLevelRequest) (*SetLogLevelResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method SetLogLevel not implemented")
+}
+func (UnimplementedAdminServer) KeysHealth(context.Context, *KeysHealthRequest) (*KeysHealthResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method KeysHealth not implemented")
 }
 func (UnimplementedAdminServer) Profile(*ProfileRequest, grpc.ServerStreamingServer[ProfileResponse]) error {
 	return status.Error(codes.Unimplemented, "method Profile not implemented")
@@ -291,6 +309,24 @@ func _Admin_SetLogLevel_Handler(srv interface{}, ctx context.Context, dec func(i
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Admin_KeysHealth_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(KeysHealthRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).KeysHealth(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_KeysHealth_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).KeysHealth(ctx, req.(*KeysHealthRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _Admin_Profile_Handler(srv interface{}, stream grpc.ServerStream) error {
 	m := new(ProfileRequest)
 	if err := stream.RecvMsg(m); err != nil {
@@ -328,6 +364,10 @@ var Admin_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "SetLogLevel",
 			Handler:    _Admin_SetLogLevel_Handler,
+		},
+		{
+			MethodName: "KeysHealth",
+			Handler:    _Admin_KeysHealth_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{

@@ -140,8 +140,9 @@ type OpenResponse struct {
 	Name    string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	Version string                 `protobuf:"bytes,2,opt,name=version,proto3" json:"version,omitempty"`
 	// Ephemeral ECDH P-256 public key of the plugin, uncompressed, 65 bytes.
-	PluginPublicKey []byte   `protobuf:"bytes,3,opt,name=plugin_public_key,json=pluginPublicKey,proto3" json:"plugin_public_key,omitempty"`
-	Capabilities    []string `protobuf:"bytes,4,rep,name=capabilities,proto3" json:"capabilities,omitempty"`
+	PluginPublicKey []byte `protobuf:"bytes,3,opt,name=plugin_public_key,json=pluginPublicKey,proto3" json:"plugin_public_key,omitempty"`
+	// Optional services of the plugin: "random".
+	Capabilities []string `protobuf:"bytes,4,rep,name=capabilities,proto3" json:"capabilities,omitempty"`
 	// Go's FIPS 140-3 module: "off" or its version.
 	Fips140 string `protobuf:"bytes,5,opt,name=fips140,proto3" json:"fips140,omitempty"`
 	// Whether the plugin serves Calls.
@@ -222,7 +223,7 @@ func (x *OpenResponse) GetCalls() bool {
 	return false
 }
 
-// Sealed is key material under the session key: AES-256-GCM.
+// Sealed is key material, or random, under the session key: AES-256-GCM.
 type Sealed struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Nonce         []byte                 `protobuf:"bytes,1,opt,name=nonce,proto3" json:"nonce,omitempty"`
@@ -879,6 +880,104 @@ func (x *CheckResponse) GetUpstreamLatency() *durationpb.Duration {
 	return nil
 }
 
+type RandomRequest struct {
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	Length uint32                 `protobuf:"varint,1,opt,name=length,proto3" json:"length,omitempty"`
+	// 16 random bytes, to which the answer is bound: no answer fits two requests.
+	Nonce         []byte `protobuf:"bytes,2,opt,name=nonce,proto3" json:"nonce,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RandomRequest) Reset() {
+	*x = RandomRequest{}
+	mi := &file_plugin_v1_plugin_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RandomRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RandomRequest) ProtoMessage() {}
+
+func (x *RandomRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_plugin_v1_plugin_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RandomRequest.ProtoReflect.Descriptor instead.
+func (*RandomRequest) Descriptor() ([]byte, []int) {
+	return file_plugin_v1_plugin_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *RandomRequest) GetLength() uint32 {
+	if x != nil {
+		return x.Length
+	}
+	return 0
+}
+
+func (x *RandomRequest) GetNonce() []byte {
+	if x != nil {
+		return x.Nonce
+	}
+	return nil
+}
+
+type RandomResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// As many bytes as were asked for.
+	Random        *Sealed `protobuf:"bytes,1,opt,name=random,proto3" json:"random,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RandomResponse) Reset() {
+	*x = RandomResponse{}
+	mi := &file_plugin_v1_plugin_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RandomResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RandomResponse) ProtoMessage() {}
+
+func (x *RandomResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_plugin_v1_plugin_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RandomResponse.ProtoReflect.Descriptor instead.
+func (*RandomResponse) Descriptor() ([]byte, []int) {
+	return file_plugin_v1_plugin_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *RandomResponse) GetRandom() *Sealed {
+	if x != nil {
+		return x.Random
+	}
+	return nil
+}
+
 type CallsRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Calls         []*Call                `protobuf:"bytes,1,rep,name=calls,proto3" json:"calls,omitempty"`
@@ -888,7 +987,7 @@ type CallsRequest struct {
 
 func (x *CallsRequest) Reset() {
 	*x = CallsRequest{}
-	mi := &file_plugin_v1_plugin_proto_msgTypes[14]
+	mi := &file_plugin_v1_plugin_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -900,7 +999,7 @@ func (x *CallsRequest) String() string {
 func (*CallsRequest) ProtoMessage() {}
 
 func (x *CallsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_plugin_v1_plugin_proto_msgTypes[14]
+	mi := &file_plugin_v1_plugin_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -913,7 +1012,7 @@ func (x *CallsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CallsRequest.ProtoReflect.Descriptor instead.
 func (*CallsRequest) Descriptor() ([]byte, []int) {
-	return file_plugin_v1_plugin_proto_rawDescGZIP(), []int{14}
+	return file_plugin_v1_plugin_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *CallsRequest) GetCalls() []*Call {
@@ -941,7 +1040,7 @@ type Call struct {
 
 func (x *Call) Reset() {
 	*x = Call{}
-	mi := &file_plugin_v1_plugin_proto_msgTypes[15]
+	mi := &file_plugin_v1_plugin_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -953,7 +1052,7 @@ func (x *Call) String() string {
 func (*Call) ProtoMessage() {}
 
 func (x *Call) ProtoReflect() protoreflect.Message {
-	mi := &file_plugin_v1_plugin_proto_msgTypes[15]
+	mi := &file_plugin_v1_plugin_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -966,7 +1065,7 @@ func (x *Call) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Call.ProtoReflect.Descriptor instead.
 func (*Call) Descriptor() ([]byte, []int) {
-	return file_plugin_v1_plugin_proto_rawDescGZIP(), []int{15}
+	return file_plugin_v1_plugin_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Call) GetId() uint64 {
@@ -1049,7 +1148,7 @@ type CallsResponse struct {
 
 func (x *CallsResponse) Reset() {
 	*x = CallsResponse{}
-	mi := &file_plugin_v1_plugin_proto_msgTypes[16]
+	mi := &file_plugin_v1_plugin_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1061,7 +1160,7 @@ func (x *CallsResponse) String() string {
 func (*CallsResponse) ProtoMessage() {}
 
 func (x *CallsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_plugin_v1_plugin_proto_msgTypes[16]
+	mi := &file_plugin_v1_plugin_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1074,7 +1173,7 @@ func (x *CallsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CallsResponse.ProtoReflect.Descriptor instead.
 func (*CallsResponse) Descriptor() ([]byte, []int) {
-	return file_plugin_v1_plugin_proto_rawDescGZIP(), []int{16}
+	return file_plugin_v1_plugin_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *CallsResponse) GetAnswers() []*Answer {
@@ -1099,7 +1198,7 @@ type Answer struct {
 
 func (x *Answer) Reset() {
 	*x = Answer{}
-	mi := &file_plugin_v1_plugin_proto_msgTypes[17]
+	mi := &file_plugin_v1_plugin_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1111,7 +1210,7 @@ func (x *Answer) String() string {
 func (*Answer) ProtoMessage() {}
 
 func (x *Answer) ProtoReflect() protoreflect.Message {
-	mi := &file_plugin_v1_plugin_proto_msgTypes[17]
+	mi := &file_plugin_v1_plugin_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1124,7 +1223,7 @@ func (x *Answer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Answer.ProtoReflect.Descriptor instead.
 func (*Answer) Descriptor() ([]byte, []int) {
-	return file_plugin_v1_plugin_proto_rawDescGZIP(), []int{17}
+	return file_plugin_v1_plugin_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Answer) GetId() uint64 {
@@ -1260,7 +1359,12 @@ const file_plugin_v1_plugin_proto_rawDesc = "" +
 	"\fCheckRequest\"m\n" +
 	"\rCheckResponse\x12\x16\n" +
 	"\x06detail\x18\x01 \x01(\tR\x06detail\x12D\n" +
-	"\x10upstream_latency\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\x0fupstreamLatency\">\n" +
+	"\x10upstream_latency\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\x0fupstreamLatency\"=\n" +
+	"\rRandomRequest\x12\x16\n" +
+	"\x06length\x18\x01 \x01(\rR\x06length\x12\x14\n" +
+	"\x05nonce\x18\x02 \x01(\fR\x05nonce\"D\n" +
+	"\x0eRandomResponse\x122\n" +
+	"\x06random\x18\x01 \x01(\v2\x1a.kmsagent.plugin.v1.SealedR\x06random\">\n" +
 	"\fCallsRequest\x12.\n" +
 	"\x05calls\x18\x01 \x03(\v2\x18.kmsagent.plugin.v1.CallR\x05calls\"\xe4\x01\n" +
 	"\x04Call\x12\x0e\n" +
@@ -1277,14 +1381,15 @@ const file_plugin_v1_plugin_proto_rawDesc = "" +
 	"\x04wrap\x18\x02 \x01(\v2 .kmsagent.plugin.v1.WrapResponseH\x00R\x04wrap\x12<\n" +
 	"\x06unwrap\x18\x03 \x01(\v2\".kmsagent.plugin.v1.UnwrapResponseH\x00R\x06unwrap\x12\x16\n" +
 	"\x05error\x18\x04 \x01(\fH\x00R\x05errorB\b\n" +
-	"\x06result2\xe7\x03\n" +
+	"\x06result2\xb8\x04\n" +
 	"\aBackend\x12I\n" +
 	"\x04Open\x12\x1f.kmsagent.plugin.v1.OpenRequest\x1a .kmsagent.plugin.v1.OpenResponse\x12I\n" +
 	"\x04Wrap\x12\x1f.kmsagent.plugin.v1.WrapRequest\x1a .kmsagent.plugin.v1.WrapResponse\x12O\n" +
 	"\x06Unwrap\x12!.kmsagent.plugin.v1.UnwrapRequest\x1a\".kmsagent.plugin.v1.UnwrapResponse\x12P\n" +
 	"\x05Calls\x12 .kmsagent.plugin.v1.CallsRequest\x1a!.kmsagent.plugin.v1.CallsResponse(\x010\x01\x12U\n" +
 	"\bDescribe\x12#.kmsagent.plugin.v1.DescribeRequest\x1a$.kmsagent.plugin.v1.DescribeResponse\x12L\n" +
-	"\x05Check\x12 .kmsagent.plugin.v1.CheckRequest\x1a!.kmsagent.plugin.v1.CheckResponseB7Z5github.com/kms-agent/kms-agent/api/plugin/v1;pluginv1b\x06proto3"
+	"\x05Check\x12 .kmsagent.plugin.v1.CheckRequest\x1a!.kmsagent.plugin.v1.CheckResponse\x12O\n" +
+	"\x06Random\x12!.kmsagent.plugin.v1.RandomRequest\x1a\".kmsagent.plugin.v1.RandomResponseB7Z5github.com/kms-agent/kms-agent/api/plugin/v1;pluginv1b\x06proto3"
 
 var (
 	file_plugin_v1_plugin_proto_rawDescOnce sync.Once
@@ -1299,7 +1404,7 @@ func file_plugin_v1_plugin_proto_rawDescGZIP() []byte {
 }
 
 var file_plugin_v1_plugin_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_plugin_v1_plugin_proto_msgTypes = make([]protoimpl.MessageInfo, 19)
+var file_plugin_v1_plugin_proto_msgTypes = make([]protoimpl.MessageInfo, 21)
 var file_plugin_v1_plugin_proto_goTypes = []any{
 	(KeyVersion_State)(0),         // 0: kmsagent.plugin.v1.KeyVersion.State
 	(*OpenRequest)(nil),           // 1: kmsagent.plugin.v1.OpenRequest
@@ -1316,16 +1421,18 @@ var file_plugin_v1_plugin_proto_goTypes = []any{
 	(*KeyVersion)(nil),            // 12: kmsagent.plugin.v1.KeyVersion
 	(*CheckRequest)(nil),          // 13: kmsagent.plugin.v1.CheckRequest
 	(*CheckResponse)(nil),         // 14: kmsagent.plugin.v1.CheckResponse
-	(*CallsRequest)(nil),          // 15: kmsagent.plugin.v1.CallsRequest
-	(*Call)(nil),                  // 16: kmsagent.plugin.v1.Call
-	(*CallsResponse)(nil),         // 17: kmsagent.plugin.v1.CallsResponse
-	(*Answer)(nil),                // 18: kmsagent.plugin.v1.Answer
-	nil,                           // 19: kmsagent.plugin.v1.Binding.ContextEntry
-	(*timestamppb.Timestamp)(nil), // 20: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 21: google.protobuf.Duration
+	(*RandomRequest)(nil),         // 15: kmsagent.plugin.v1.RandomRequest
+	(*RandomResponse)(nil),        // 16: kmsagent.plugin.v1.RandomResponse
+	(*CallsRequest)(nil),          // 17: kmsagent.plugin.v1.CallsRequest
+	(*Call)(nil),                  // 18: kmsagent.plugin.v1.Call
+	(*CallsResponse)(nil),         // 19: kmsagent.plugin.v1.CallsResponse
+	(*Answer)(nil),                // 20: kmsagent.plugin.v1.Answer
+	nil,                           // 21: kmsagent.plugin.v1.Binding.ContextEntry
+	(*timestamppb.Timestamp)(nil), // 22: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 23: google.protobuf.Duration
 }
 var file_plugin_v1_plugin_proto_depIdxs = []int32{
-	19, // 0: kmsagent.plugin.v1.Binding.context:type_name -> kmsagent.plugin.v1.Binding.ContextEntry
+	21, // 0: kmsagent.plugin.v1.Binding.context:type_name -> kmsagent.plugin.v1.Binding.ContextEntry
 	4,  // 1: kmsagent.plugin.v1.WrapRequest.key:type_name -> kmsagent.plugin.v1.KeyRef
 	3,  // 2: kmsagent.plugin.v1.WrapRequest.plaintext:type_name -> kmsagent.plugin.v1.Sealed
 	5,  // 3: kmsagent.plugin.v1.WrapRequest.binding:type_name -> kmsagent.plugin.v1.Binding
@@ -1335,32 +1442,35 @@ var file_plugin_v1_plugin_proto_depIdxs = []int32{
 	3,  // 7: kmsagent.plugin.v1.UnwrapResponse.plaintext:type_name -> kmsagent.plugin.v1.Sealed
 	12, // 8: kmsagent.plugin.v1.DescribeResponse.versions:type_name -> kmsagent.plugin.v1.KeyVersion
 	0,  // 9: kmsagent.plugin.v1.KeyVersion.state:type_name -> kmsagent.plugin.v1.KeyVersion.State
-	20, // 10: kmsagent.plugin.v1.KeyVersion.created:type_name -> google.protobuf.Timestamp
-	21, // 11: kmsagent.plugin.v1.CheckResponse.upstream_latency:type_name -> google.protobuf.Duration
-	16, // 12: kmsagent.plugin.v1.CallsRequest.calls:type_name -> kmsagent.plugin.v1.Call
-	21, // 13: kmsagent.plugin.v1.Call.timeout:type_name -> google.protobuf.Duration
-	6,  // 14: kmsagent.plugin.v1.Call.wrap:type_name -> kmsagent.plugin.v1.WrapRequest
-	8,  // 15: kmsagent.plugin.v1.Call.unwrap:type_name -> kmsagent.plugin.v1.UnwrapRequest
-	18, // 16: kmsagent.plugin.v1.CallsResponse.answers:type_name -> kmsagent.plugin.v1.Answer
-	7,  // 17: kmsagent.plugin.v1.Answer.wrap:type_name -> kmsagent.plugin.v1.WrapResponse
-	9,  // 18: kmsagent.plugin.v1.Answer.unwrap:type_name -> kmsagent.plugin.v1.UnwrapResponse
-	1,  // 19: kmsagent.plugin.v1.Backend.Open:input_type -> kmsagent.plugin.v1.OpenRequest
-	6,  // 20: kmsagent.plugin.v1.Backend.Wrap:input_type -> kmsagent.plugin.v1.WrapRequest
-	8,  // 21: kmsagent.plugin.v1.Backend.Unwrap:input_type -> kmsagent.plugin.v1.UnwrapRequest
-	15, // 22: kmsagent.plugin.v1.Backend.Calls:input_type -> kmsagent.plugin.v1.CallsRequest
-	10, // 23: kmsagent.plugin.v1.Backend.Describe:input_type -> kmsagent.plugin.v1.DescribeRequest
-	13, // 24: kmsagent.plugin.v1.Backend.Check:input_type -> kmsagent.plugin.v1.CheckRequest
-	2,  // 25: kmsagent.plugin.v1.Backend.Open:output_type -> kmsagent.plugin.v1.OpenResponse
-	7,  // 26: kmsagent.plugin.v1.Backend.Wrap:output_type -> kmsagent.plugin.v1.WrapResponse
-	9,  // 27: kmsagent.plugin.v1.Backend.Unwrap:output_type -> kmsagent.plugin.v1.UnwrapResponse
-	17, // 28: kmsagent.plugin.v1.Backend.Calls:output_type -> kmsagent.plugin.v1.CallsResponse
-	11, // 29: kmsagent.plugin.v1.Backend.Describe:output_type -> kmsagent.plugin.v1.DescribeResponse
-	14, // 30: kmsagent.plugin.v1.Backend.Check:output_type -> kmsagent.plugin.v1.CheckResponse
-	25, // [25:31] is the sub-list for method output_type
-	19, // [19:25] is the sub-list for method input_type
-	19, // [19:19] is the sub-list for extension type_name
-	19, // [19:19] is the sub-list for extension extendee
-	0,  // [0:19] is the sub-list for field type_name
+	22, // 10: kmsagent.plugin.v1.KeyVersion.created:type_name -> google.protobuf.Timestamp
+	23, // 11: kmsagent.plugin.v1.CheckResponse.upstream_latency:type_name -> google.protobuf.Duration
+	3,  // 12: kmsagent.plugin.v1.RandomResponse.random:type_name -> kmsagent.plugin.v1.Sealed
+	18, // 13: kmsagent.plugin.v1.CallsRequest.calls:type_name -> kmsagent.plugin.v1.Call
+	23, // 14: kmsagent.plugin.v1.Call.timeout:type_name -> google.protobuf.Duration
+	6,  // 15: kmsagent.plugin.v1.Call.wrap:type_name -> kmsagent.plugin.v1.WrapRequest
+	8,  // 16: kmsagent.plugin.v1.Call.unwrap:type_name -> kmsagent.plugin.v1.UnwrapRequest
+	20, // 17: kmsagent.plugin.v1.CallsResponse.answers:type_name -> kmsagent.plugin.v1.Answer
+	7,  // 18: kmsagent.plugin.v1.Answer.wrap:type_name -> kmsagent.plugin.v1.WrapResponse
+	9,  // 19: kmsagent.plugin.v1.Answer.unwrap:type_name -> kmsagent.plugin.v1.UnwrapResponse
+	1,  // 20: kmsagent.plugin.v1.Backend.Open:input_type -> kmsagent.plugin.v1.OpenRequest
+	6,  // 21: kmsagent.plugin.v1.Backend.Wrap:input_type -> kmsagent.plugin.v1.WrapRequest
+	8,  // 22: kmsagent.plugin.v1.Backend.Unwrap:input_type -> kmsagent.plugin.v1.UnwrapRequest
+	17, // 23: kmsagent.plugin.v1.Backend.Calls:input_type -> kmsagent.plugin.v1.CallsRequest
+	10, // 24: kmsagent.plugin.v1.Backend.Describe:input_type -> kmsagent.plugin.v1.DescribeRequest
+	13, // 25: kmsagent.plugin.v1.Backend.Check:input_type -> kmsagent.plugin.v1.CheckRequest
+	15, // 26: kmsagent.plugin.v1.Backend.Random:input_type -> kmsagent.plugin.v1.RandomRequest
+	2,  // 27: kmsagent.plugin.v1.Backend.Open:output_type -> kmsagent.plugin.v1.OpenResponse
+	7,  // 28: kmsagent.plugin.v1.Backend.Wrap:output_type -> kmsagent.plugin.v1.WrapResponse
+	9,  // 29: kmsagent.plugin.v1.Backend.Unwrap:output_type -> kmsagent.plugin.v1.UnwrapResponse
+	19, // 30: kmsagent.plugin.v1.Backend.Calls:output_type -> kmsagent.plugin.v1.CallsResponse
+	11, // 31: kmsagent.plugin.v1.Backend.Describe:output_type -> kmsagent.plugin.v1.DescribeResponse
+	14, // 32: kmsagent.plugin.v1.Backend.Check:output_type -> kmsagent.plugin.v1.CheckResponse
+	16, // 33: kmsagent.plugin.v1.Backend.Random:output_type -> kmsagent.plugin.v1.RandomResponse
+	27, // [27:34] is the sub-list for method output_type
+	20, // [20:27] is the sub-list for method input_type
+	20, // [20:20] is the sub-list for extension type_name
+	20, // [20:20] is the sub-list for extension extendee
+	0,  // [0:20] is the sub-list for field type_name
 }
 
 func init() { file_plugin_v1_plugin_proto_init() }
@@ -1368,12 +1478,12 @@ func file_plugin_v1_plugin_proto_init() {
 	if File_plugin_v1_plugin_proto != nil {
 		return
 	}
-	file_plugin_v1_plugin_proto_msgTypes[15].OneofWrappers = []any{
+	file_plugin_v1_plugin_proto_msgTypes[17].OneofWrappers = []any{
 		(*Call_Wrap)(nil),
 		(*Call_Unwrap)(nil),
 		(*Call_Cancel)(nil),
 	}
-	file_plugin_v1_plugin_proto_msgTypes[17].OneofWrappers = []any{
+	file_plugin_v1_plugin_proto_msgTypes[19].OneofWrappers = []any{
 		(*Answer_Wrap)(nil),
 		(*Answer_Unwrap)(nil),
 		(*Answer_Error)(nil),
@@ -1384,7 +1494,7 @@ func file_plugin_v1_plugin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_plugin_v1_plugin_proto_rawDesc), len(file_plugin_v1_plugin_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   19,
+			NumMessages:   21,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

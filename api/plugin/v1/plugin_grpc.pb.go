@@ -31,6 +31,7 @@ const (
 	Backend_Calls_FullMethodName    = "/kmsagent.plugin.v1.Backend/Calls"
 	Backend_Describe_FullMethodName = "/kmsagent.plugin.v1.Backend/Describe"
 	Backend_Check_FullMethodName    = "/kmsagent.plugin.v1.Backend/Check"
+	Backend_Random_FullMethodName   = "/kmsagent.plugin.v1.Backend/Random"
 )
 
 // BackendClient is the client API for Backend service.
@@ -53,6 +54,9 @@ type BackendClient interface {
 	// Check tells whether the backend could serve now. It must not cost an
 	// upstream key operation where the upstream bills for it.
 	Check(ctx context.Context, in *CheckRequest, opts ...grpc.CallOption) (*CheckResponse, error)
+	// Random gives 1 to 1024 bytes of the upstream's own random. It is optional
+	// (capability "random") and not asked of a plugin that does not name it.
+	Random(ctx context.Context, in *RandomRequest, opts ...grpc.CallOption) (*RandomResponse, error)
 }
 
 type backendClient struct {
@@ -126,6 +130,16 @@ func (c *backendClient) Check(ctx context.Context, in *CheckRequest, opts ...grp
 	return out, nil
 }
 
+func (c *backendClient) Random(ctx context.Context, in *RandomRequest, opts ...grpc.CallOption) (*RandomResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(RandomResponse)
+	err := c.cc.Invoke(ctx, Backend_Random_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // BackendServer is the server API for Backend service.
 // All implementations must embed UnimplementedBackendServer
 // for forward compatibility.
@@ -146,6 +160,9 @@ type BackendServer interface {
 	// Check tells whether the backend could serve now. It must not cost an
 	// upstream key operation where the upstream bills for it.
 	Check(context.Context, *CheckRequest) (*CheckResponse, error)
+	// Random gives 1 to 1024 bytes of the upstream's own random. It is optional
+	// (capability "random") and not asked of a plugin that does not name it.
+	Random(context.Context, *RandomRequest) (*RandomResponse, error)
 	mustEmbedUnimplementedBackendServer()
 }
 
@@ -173,6 +190,9 @@ func (UnimplementedBackendServer) Describe(context.Context, *DescribeRequest) (*
 }
 func (UnimplementedBackendServer) Check(context.Context, *CheckRequest) (*CheckResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Check not implemented")
+}
+func (UnimplementedBackendServer) Random(context.Context, *RandomRequest) (*RandomResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Random not implemented")
 }
 func (UnimplementedBackendServer) mustEmbedUnimplementedBackendServer() {}
 func (UnimplementedBackendServer) testEmbeddedByValue()                 {}
@@ -292,6 +312,24 @@ func _Backend_Check_Handler(srv interface{}, ctx context.Context, dec func(inter
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Backend_Random_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RandomRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(BackendServer).Random(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Backend_Random_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(BackendServer).Random(ctx, req.(*RandomRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Backend_ServiceDesc is the grpc.ServiceDesc for Backend service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -318,6 +356,10 @@ var Backend_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Check",
 			Handler:    _Backend_Check_Handler,
+		},
+		{
+			MethodName: "Random",
+			Handler:    _Backend_Random_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{

@@ -28,10 +28,11 @@ import (
 
 // Report is how often what was looked for stands in memory.
 type Report struct {
-	// Control counts a key that is kept on purpose, Keys the data keys, PIN the PIN.
-	Control, Keys, PIN int
-	Regions            int
-	Bytes              int64
+	// Control counts a key that is kept on purpose, Keys the data keys, Random what the
+	// token gave, PIN the PIN.
+	Control, Keys, Random, PIN int
+	Regions                    int
+	Bytes                      int64
 }
 
 const (
@@ -94,6 +95,10 @@ func run(args []string) (r Report, err error) {
 			return r, err
 		}
 	}
+	random, err := draw(token)
+	if err != nil {
+		return r, err
+	}
 	control := make([]byte, keySize)
 	unmask(control, masked(-1))
 	for range 3 {
@@ -113,6 +118,13 @@ func run(args []string) (r Report, err error) {
 			return r, err
 		}
 		r.Keys += found
+	}
+	for _, hidden := range random {
+		found, err := s.count(hidden)
+		if err != nil {
+			return r, err
+		}
+		r.Random += found
 	}
 	r.PIN, err = s.count(pin)
 	r.Regions, r.Bytes = s.regions, s.bytes
@@ -157,6 +169,29 @@ func work(token *hsm.Token, suite hsm.Suite) error {
 	}
 	wg.Wait()
 	return errors.Join(errs...)
+}
+
+// draw returns random of the token, masked, with a deadline and without.
+func draw(token *hsm.Token) (hidden [][]byte, err error) {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	memory, err := unix.Mmap(-1, 0, 4096, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+	if err != nil {
+		return nil, err
+	}
+	for i := range rounds {
+		own := context.Background()
+		if i%2 == 0 {
+			own = ctx
+		}
+		if err := token.Random(own, memory[:keySize]); err != nil {
+			return nil, err
+		}
+		hidden = append(hidden, make([]byte, keySize))
+		unmask(hidden[i], memory[:keySize])
+		clear(memory)
+	}
+	return hidden, nil
 }
 
 // scanner reads the memory of this process into a buffer of its own, which it leaves

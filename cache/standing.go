@@ -1,0 +1,77 @@
+package cache
+
+import "time"
+
+// Standing is what is known of an Authority.
+type Standing struct {
+	// Confirmed tells that upstream has said yes, in a call that began so long ago.
+	Confirmed bool
+	Age       time.Duration
+	// Refused is ErrSuspended or ErrRevoked, as from Recheck; nil: neither.
+	Refused error
+	// Down tells that upstream does not answer for it, since so long ago. GraceLeft is
+	// how long it serves still, whatever its age; it is given for Confirmed ones only.
+	Down      bool
+	Since     time.Duration
+	GraceLeft time.Duration
+}
+
+// Standing tells what is known of an Authority, and how long it would still serve
+// under these limits if upstream did not answer from now on, or does not already.
+func (c *Cache) Standing(name Authority, l Limits) Standing {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	a := c.authorities[name]
+	if a == nil {
+		return Standing{}
+	}
+	now := c.cfg.Now()
+	s := Standing{Confirmed: a.known, Down: a.reach.down}
+	if a.standing != good {
+		s.Refused = a.suspension()
+	}
+	since := now
+	if s.Down {
+		since = a.reach.since
+		s.Since = now - since
+	}
+	if s.Confirmed {
+		s.Age = max(0, now-a.confirmed)
+		s.GraceLeft = max(0, a.confirmed+max(0, l.MaxAge)-now)
+		if l.Grace > 0 {
+			s.GraceLeft = max(s.GraceLeft, a.graceEnd(l, since)-now)
+		}
+	}
+	return s
+}
+
+// SparesOf returns how many data keys of a logical key stand ready, and how many of
+// the places that it is used in should have.
+func (c *Cache) SparesOf(key string) (ready, wanted int) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for where, p := range c.pools {
+		if where.Key == key {
+			ready, wanted = ready+len(p.ready), wanted+p.wanted
+		}
+	}
+	return ready, wanted
+}
+
+// Reached tells the cache that a backend answers again, by a question that concerned
+// no key, so that an outage of which nothing is left to be served does not last for
+// ever.
+func (c *Cache) Reached(backend string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	u := c.upstreams[backend]
+	if u == nil || !u.down {
+		return
+	}
+	for name, a := range c.authorities {
+		if name.Backend == backend && a.reach.down && len(a.entries) > 0 {
+			return // its own refresh will tell
+		}
+	}
+	u.down = false
+}

@@ -1,0 +1,154 @@
+package main
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/kms-agent/kms-agent/hsm/hsmtest"
+	"github.com/kms-agent/kms-agent/plugins"
+	"github.com/kms-agent/kms-agent/plugins/plugintest"
+)
+
+// What can be known before an agent starts is told, without loading the library.
+func TestCheck(t *testing.T) {
+	r := newTalkative(t)
+	t.Setenv("VENDOR_HANGS", "1") // who loads it does not come back
+	good := r.settings["module"]
+	empty, notes := r.Path("empty"), r.Path("notes")
+	r.Write("empty", "")
+	r.Write("notes", "no library")
+	for _, c := range []struct {
+		setting string
+		value   any
+		key     string
+		want    string // setting or key, and a part of the message
+		warning bool
+	}{
+		{setting: "sessions", value: 4},
+		{setting: "module", value: "/usr/lib/missing.so", want: "module: /usr/lib/missing.so does not exist"},
+		{setting: "module", value: notes, want: "module: " + notes + " is no shared library"},
+		{setting: "module", value: "/proc/self/exe", want: "module: /proc/self/exe exports no"},
+		{setting: "token", value: "kms", want: "token: a PKCS#11 URI begins"},
+		{setting: "unknown", value: 1, want: "unknown: there is no such setting"},
+		{setting: "pin_file", value: empty, want: "pin_file: the PIN is empty: " + empty, warning: true},
+		{setting: "pin_file", value: r.Path("missing"), want: "pin_file: the PIN: open", warning: true},
+		{key: "pkcs11:token=kms", want: "pkcs11:token=kms: the URI", warning: true},
+		{key: "pkcs11:token=other;object=orders", want: "pkcs11:token=other;object=orders: names the token", warning: true},
+	} {
+		before := r.settings[c.setting]
+		if c.setting != "" {
+			r.settings[c.setting] = c.value
+		}
+		q := request{Command: "check", WrappingKeys: []string{"pkcs11:token=kms;object=orders"}}
+		if c.key != "" {
+			q.WrappingKeys = []string{c.key}
+		}
+		faults := r.must(q).Faults
+		switch {
+		case c.want == "" && len(faults) == 0:
+		case c.want == "" || len(faults) != 1:
+			t.Errorf("%s = %v: %+v, want %q", c.setting, c.value, faults, c.want)
+		default:
+			f := faults[0]
+			if got := f.Setting + f.WrappingKey + ": " + f.Message; !strings.HasPrefix(got, c.want) || f.Warning != c.warning {
+				t.Errorf("%s = %v: %q, warning %v, want %q", c.setting, c.value, got, f.Warning, c.want)
+			}
+		}
+		if delete(r.settings, c.setting); before != nil {
+			r.settings[c.setting] = before
+		}
+	}
+	if r.settings["module"] != good {
+		t.Fatal("the settings are not as they were")
+	}
+}
+
+// The agent hands the PIN over as an open file: the confined plugin, which cannot open
+// it, logs in, and does so again when it was changed.
+func TestPINByDescriptor(t *testing.T) {
+	r := newRig(t)
+	r.must(request{Command: "init-key", Key: "orders"})
+	path := filepath.Join(t.TempDir(), "pin")
+	if err := os.WriteFile(path, []byte("not the PIN"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	f, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = f.Close() }()
+	delete(r.settings, "pin_file")
+	r.settings["pin_descriptor"] = path
+	cfg := plugintest.Config(t, "pkcs11", r.json())
+	cfg.Env, cfg.Descriptors = append(cfg.Env, r.Env()...), []*os.File{f} // its name is the path
+	cfg.Access.Read, cfg.Access.Write = []string{r.Path("softhsm2.conf")}, []string{r.Tokens(), r.state()}
+	s := unready(t, cfg)
+	wrap := func() error {
+		_, err := s.Wrap(bounded(t), orders, make([]byte, 32), plugins.Binding{Purpose: "message"})
+		return err
+	}
+	eventually(t, func() error {
+		if err := wrap(); plugins.ClassOf(err) != plugins.Unauthenticated || !strings.Contains(err.Error(), "descriptor "+path) {
+			return fmt.Errorf("with a wrong PIN: %w", errors.Join(err, errors.New("want Unauthenticated")))
+		}
+		return nil
+	})
+	if err := os.WriteFile(path, []byte(hsmtest.PIN), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, wrap)
+	if err := s.Replace(bounded(t)); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, wrap)
+}
+
+// What was found out of a URI holds for the token that it was compared with.
+func TestAnotherTokenTakesThePlace(t *testing.T) {
+	r := newRig(t)
+	r.must(request{Command: "init-key", Key: "orders"})
+	serial := r.must(request{Command: "probe"}).Probe.Serial
+	uri := "pkcs11:token=kms;serial=" + serial + ";object=orders"
+	cfg := plugintest.Config(t, "pkcs11", r.json())
+	cfg.Env = append(cfg.Env, r.Env()...)
+	cfg.Access.Read, cfg.Access.Write = []string{r.Dir()}, []string{r.Tokens(), r.state()}
+	s := plugintest.Start(t, cfg)
+	eventually(t, func() error { _, err := s.Describe(bounded(t), uri); return err })
+	entries, err := filepath.Glob(r.Tokens() + "/*")
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.Run("softhsm2-util", "--init-token", "--free", "--label", "kms", "--so-pin", "87654321", "--pin", hsmtest.PIN)
+	for _, e := range entries {
+		if err := os.RemoveAll(e); err != nil {
+			t.Fatal(err)
+		}
+	}
+	r.must(request{Command: "init-key", Key: "orders"})
+	eventually(t, func() error {
+		if _, err := s.Describe(bounded(t), uri); plugins.ClassOf(err) != plugins.KeyNotFound {
+			return fmt.Errorf("the URI has the serial number of the token that is gone: %w", errors.Join(err, errors.New("want KeyNotFound")))
+		}
+		return nil
+	})
+	if _, err := s.Describe(bounded(t), orders.URI); err != nil {
+		t.Errorf("the key of the new token: %v", err)
+	}
+}
+
+// An operator who waits is told why once, not with each attempt.
+func TestWaitingIsToldOnce(t *testing.T) {
+	r := newRig(t)
+	if err := os.Rename(r.Tokens(), r.Path("away")); err != nil {
+		t.Fatal(err)
+	}
+	a, diagnostics := r.ask(request{Command: "list"})
+	if n := bytes.Count(diagnostics, []byte("waiting for the token")); n != 1 || a.Class != "unavailable" {
+		t.Errorf("told %d times, %+v:\n%s", n, a, diagnostics)
+	}
+}
