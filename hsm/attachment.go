@@ -17,12 +17,13 @@ type attachment struct {
 	since  int64 // by the token's now
 	slot   uint
 	info   cryptoki.Token
-	anchor cryptoki.Session
-	places chan struct{} // one for each session that may still be used
-	broken chan struct{} // closed by breaks
-	worked atomic.Bool   // key material was wrapped or unwrapped
-	login  sync.Mutex    // one login at a time, in the anchor session
-	logins atomic.Int64  // when the login under way began
+	anchor cryptoki.Session // of who has login
+	places chan struct{}    // one for each session that may still be used
+	broken chan struct{}    // closed by breaks
+	worked atomic.Bool      // it served: a caller, or a canary opened in keys that were tested
+	login  chan struct{}    // has room for who logs in, in the anchor session
+	logins atomic.Int64     // when the login under way began
+	epoch  atomic.Int64     // one more with each login: handles do not outlive it
 
 	mu    sync.Mutex
 	why   error // mu guards why and what follows
@@ -35,7 +36,7 @@ type attachment struct {
 func newAttachment(t *Token, slot uint, info cryptoki.Token, anchor cryptoki.Session, sessions int) *attachment {
 	a := &attachment{
 		token: t, since: t.now(), slot: slot, info: info, anchor: anchor, places: make(chan struct{}, sessions),
-		broken: make(chan struct{}), live: map[*worker]struct{}{}, empty: make(chan struct{}),
+		broken: make(chan struct{}), login: make(chan struct{}, 1), live: map[*worker]struct{}{}, empty: make(chan struct{}),
 	}
 	for range sessions {
 		a.places <- struct{}{}

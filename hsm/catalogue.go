@@ -304,6 +304,9 @@ func records(s cryptoki.Session, name string) ([]*Key, error) {
 	if err != nil {
 		return nil, err
 	}
+	if len(objects) == 0 {
+		return nil, loggedIn(s)
+	}
 	latest := map[string]*Key{}
 	for _, o := range objects {
 		value, err := s.Attribute(o, pkcs11.CKA_VALUE)
@@ -353,7 +356,7 @@ func (t *Token) manage(ctx context.Context, f func(*worker) error) error {
 		case fewer:
 			a.shrinks()
 		case loginAgain:
-			if err := t.relogin(a); KindOf(err) == Unauthenticated {
+			if err := t.relogin(ctx, a); KindOf(err) == Unauthenticated {
 				return err
 			}
 		case reconnect:

@@ -119,7 +119,7 @@ func (t *Token) judge(ctx context.Context, a *attachment, v *Version, err error,
 		v.unbind(a)
 		return false, err
 	case loginAgain:
-		if err := t.relogin(a); err != nil {
+		if err := t.relogin(ctx, a); err != nil {
 			return KindOf(err) == Unauthenticated, err
 		}
 		return false, err
@@ -158,15 +158,64 @@ func (t *Token) judge(ctx context.Context, a *attachment, v *Version, err error,
 	return true, errorf(Broken, err, "the module gave a wrong answer")
 }
 
-// relogin logs in again, once for all who lost the login.
-func (t *Token) relogin(a *attachment) error {
-	a.login.Lock()
-	defer a.login.Unlock()
+// relogin logs in again, once for all who lost the login. Who does not wait for it
+// leaves it to itself.
+func (t *Token) relogin(ctx context.Context, a *attachment) error {
+	select {
+	case a.login <- struct{}{}:
+	case <-a.broken:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	var w *worker
+	if cap(a.places) == 1 { // the module may be one that must be alone with its thread
+		var err error
+		if w, err = a.acquire(ctx); err != nil {
+			<-a.login
+			return err
+		}
+	}
+	done := make(chan error, 1)
+	go func() { // detach waits for it
+		done <- t.again(a)
+		if w != nil {
+			a.release(w)
+		}
+		<-a.login
+	}()
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+// again logs in, in another anchor session where that is lost too. The caller has
+// a.login.
+func (t *Token) again(a *attachment) error {
 	if a.cause() != nil {
 		return nil
 	}
+	mark := func(do func() error) error {
+		a.logins.Store(t.now())
+		defer a.logins.Store(0)
+		return do()
+	}
+	lost := mark(func() error { _, err := a.anchor.State(); return err })
+	if stepFor(lost) == newSession {
+		if err := mark(func() (err error) { a.anchor, err = t.module.Open(a.slot); return err }); err != nil {
+			err := errorf(Unavailable, err, "open a session to log in")
+			a.breaks(err)
+			return err
+		}
+	}
 	err := t.logIn(a.anchor, a.slot, &a.logins)
-	if err != nil && KindOf(err) != Unauthenticated {
+	switch {
+	case err == nil:
+		a.epoch.Add(1)
+	case KindOf(err) != Unauthenticated:
 		a.breaks(err)
 	}
 	return err
@@ -187,7 +236,7 @@ func (t *Token) canary(ctx context.Context, a *attachment, v *Version) error {
 	case findAgain:
 		v.unbind(a)
 	case loginAgain:
-		return errors.Join(err, t.relogin(a))
+		return errors.Join(err, t.relogin(ctx, a))
 	case newSession, fewer:
 	case refuse, giveUp:
 		v.unbind(a) // another key has its place, or it may not be used any more

@@ -481,11 +481,13 @@ func (t *Token) detach(a *attachment) bool {
 	case <-t.dead:
 		return false
 	}
-	a.login.Lock()
-	defer a.login.Unlock()
-	_ = t.call(func() error { // the connection may be lost
-		return errors.Join(t.module.CloseAllSessions(a.slot), t.module.Finalize())
-	})
+	select {
+	case a.login <- struct{}{}: // and never given back
+	case <-t.dead:
+		return false
+	}
+	_ = t.call(func() error { return t.module.CloseAllSessions(a.slot) }) // the connection may be lost
+	_ = t.call(t.module.Finalize)
 	t.guarded.Store(nil)
 	return t.Err() == nil
 }

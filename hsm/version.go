@@ -214,6 +214,16 @@ func (t *Token) present(a *attachment) error {
 
 var errNoKey = errors.New("no such key")
 
+// loggedIn returns nil where the session sees private objects. Who has lost the login
+// does not find them, which says nothing of them.
+func loggedIn(s cryptoki.Session) error {
+	state, err := s.State()
+	if err != nil || state == pkcs11.CKS_RO_USER_FUNCTIONS || state == pkcs11.CKS_RW_USER_FUNCTIONS {
+		return err
+	}
+	return &cryptoki.CallError{Function: "C_FindObjects", Code: cryptoki.Error(pkcs11.CKR_USER_NOT_LOGGED_IN)}
+}
+
 // one returns the object of a class with an ID; it must be alone.
 func one(s cryptoki.Session, class uint, id ID) (cryptoki.Object, error) {
 	found, err := s.Find([]cryptoki.Attribute{
@@ -224,6 +234,9 @@ func one(s cryptoki.Session, class uint, id ID) (cryptoki.Object, error) {
 	}
 	switch len(found) {
 	case 0:
+		if err := loggedIn(s); err != nil {
+			return 0, err
+		}
 		return 0, errNoKey
 	case 1:
 		return found[0], nil
