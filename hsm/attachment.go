@@ -20,7 +20,9 @@ type attachment struct {
 	anchor cryptoki.Session // of who has login
 	places chan struct{}    // one for each session that may still be used
 	broken chan struct{}    // closed by breaks
-	worked atomic.Bool      // it served: a caller, or a canary opened in keys that were tested
+	worked atomic.Bool      // key material was wrapped or unwrapped, with keys that were tested
+	read   atomic.Bool      // manage did something
+	unread atomic.Bool      // what manage does has broken it
 	login  chan struct{}    // has room for who logs in, in the anchor session
 	logins atomic.Int64     // when the login under way began
 	epoch  atomic.Int64     // one more with each login: handles do not outlive it
@@ -141,10 +143,14 @@ func (a *attachment) breaks(why error) {
 	}
 }
 
-// proved tells whether the attachment was good for something: it served, or lasted.
-// One that breaks as soon as it is used is as if there were none.
+// proved tells whether the attachment was good for something: it did before what then
+// broke it, or lasted. One that breaks as soon as it is used is as if there were none.
 func (a *attachment) proved() bool {
-	return a.worked.Load() || time.Duration(a.token.now()-a.since) > reconnectMax
+	worked := &a.worked
+	if a.unread.Load() {
+		worked = &a.read
+	}
+	return worked.Load() || time.Duration(a.token.now()-a.since) > reconnectMax
 }
 
 // over tells whether the attachment is broken.

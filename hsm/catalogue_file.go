@@ -165,7 +165,10 @@ func (c *CatalogueFile) write(keys []*Key) error {
 	if err := renameio.WriteFile(c.Path, content, 0o600); err != nil {
 		return errorf(Unavailable, err, "the catalogue %s cannot be written", c.Path)
 	}
-	return syncDirectory(filepath.Dir(c.Path))
+	if err := syncDirectory(filepath.Dir(c.Path)); err != nil {
+		return errorf(Unavailable, err, "the catalogue %s is written, and may be lost with the power", c.Path)
+	}
+	return nil
 }
 
 func (c *CatalogueFile) mac(body []byte) ([]byte, error) {
@@ -201,5 +204,8 @@ func (c *CatalogueFile) makeKey() error {
 	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
 		return errorf(Unavailable, errors.Join(err, os.Remove(c.KeyFile)), "the key of the catalogue")
 	}
-	return syncDirectory(filepath.Dir(c.KeyFile))
+	if err := syncDirectory(filepath.Dir(c.KeyFile)); err != nil {
+		return errorf(Unavailable, err, "the key of the catalogue")
+	}
+	return nil
 }

@@ -126,7 +126,6 @@ func Open(cfg Config) (*Token, error) {
 		cfg: cfg, module: module, start: time.Now(), end: cancel, dead: make(chan struct{}), changed: make(chan struct{}),
 		lastErr: errors.New("the token has not been attached yet"),
 	}
-	t.keys.token = t
 	t.ended.Go(func() { t.keep(ctx) })
 	t.ended.Go(func() { t.guard(ctx) })
 	return t, nil
