@@ -458,7 +458,7 @@ func (t *Token) watch(ctx context.Context, a *attachment) error {
 		select {
 		case <-ctx.Done():
 			a.breaks(errorf(Unavailable, nil, "the token is closed"))
-			return ctx.Err()
+			return a.cause()
 		case <-a.broken:
 			return a.cause()
 		case <-tick.C:
