@@ -404,7 +404,7 @@ func (t *Token) manage(ctx context.Context, f func(*worker) error) error {
 // again does what the failure of a function of manage asks for, and returns an error
 // where it is final.
 func (t *Token) again(ctx context.Context, a *attachment, err error) error {
-	if a.cause() != nil {
+	if a.over() {
 		return nil
 	}
 	switch stepFor(err) {

@@ -226,7 +226,7 @@ func (t *Token) relogin(ctx context.Context, a *attachment) error {
 // enterAgain logs in, in another anchor session where that is lost too. The caller has
 // a.login.
 func (t *Token) enterAgain(a *attachment) error {
-	if a.cause() != nil {
+	if a.over() {
 		return nil
 	}
 	mark := func(do func() error) error {

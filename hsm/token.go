@@ -344,9 +344,8 @@ func (t *Token) attach() (*attachment, error) {
 
 // enter finds the token and logs in. locks is what Initialize returned.
 func (t *Token) enter(locks bool) (*attachment, error) {
-	var slot uint
-	var info cryptoki.Token
-	if err := t.call(func() (err error) { slot, info, err = t.find(); return err }); err != nil {
+	slot, info, err := t.find()
+	if err != nil {
 		return nil, err
 	}
 	var anchor cryptoki.Session
@@ -361,15 +360,15 @@ func (t *Token) enter(locks bool) (*attachment, error) {
 
 // find returns the slot of the one token that is meant.
 func (t *Token) find() (slot uint, info cryptoki.Token, err error) {
-	slots, err := t.module.Slots()
-	if err != nil {
+	var slots []uint
+	if err := t.call(func() (err error) { slots, err = t.module.Slots(); return err }); err != nil {
 		return 0, info, errorf(Unavailable, err, "list the slots")
 	}
 	var seen []string
 	found := 0
 	for _, s := range slots {
-		i, err := t.module.Token(s)
-		if err != nil {
+		var i cryptoki.Token
+		if err := t.call(func() (err error) { i, err = t.module.Token(s); return err }); err != nil {
 			seen = append(seen, fmt.Sprintf("slot %d: %v", s, err))
 			continue
 		}

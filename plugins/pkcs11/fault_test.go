@@ -89,7 +89,9 @@ func TestHangAtTheStart(t *testing.T) {
 			go func() { ended <- s.Run(ctx) }()
 			t.Cleanup(func() {
 				cancel()
-				<-ended
+				if err := <-ended; !errors.Is(err, context.Canceled) {
+					t.Errorf("Run: %v", err)
+				}
 			})
 			processes := 0
 			eventually(t, func() error {
