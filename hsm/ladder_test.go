@@ -123,7 +123,7 @@ func TestWhatOnlyAnotherConnectionCures(t *testing.T) {
 		"the health":    {"C_DecryptInit", func(r *rig, _ *hsm.Version, _ []byte) error { return r.Check(bounded(r.t)) }},
 		"the catalogue": {"C_FindObjectsInit", func(r *rig, _ *hsm.Version, _ []byte) error { _, err := r.Keys(bounded(r.t)); return err }},
 	} {
-		for _, code := range []string{"0xb3", "0xb0", "0x90", "0x82", "0x60", "0x101"} {
+		for _, code := range []string{"0xb3", "0x82", "0x101"} { // a session, a handle, a login
 			t.Run(name+" "+code, func(t *testing.T) {
 				r, fault := newFaultyRig(t, func(_ *rig, c *hsm.Config) { c.Patience = 5 * time.Second })
 				v := r.key("orders", 0)
@@ -149,7 +149,7 @@ func TestWhatOnlyAnotherConnectionCures(t *testing.T) {
 // Connections that are lost as soon as they are used are no storm of them, however many
 // callers there are.
 func TestNoStorm(t *testing.T) {
-	for _, rule := range []string{"C_Encrypt rv=0x30", "C_EncryptInit rv=0x32", "C_Decrypt rv=0x30", "C_Decrypt rv=0xb3", "C_FindObjectsInit rv=0x30", "C_GetAttributeValue rv=0x30", "C_GetAttributeValue rv=0xb3", "C_DecryptInit rv=0x101"} {
+	for _, rule := range []string{"C_Encrypt rv=0x30", "C_Decrypt rv=0x30", "C_Decrypt rv=0xb3", "C_FindObjectsInit rv=0x30", "C_GetAttributeValue rv=0x30", "C_DecryptInit rv=0x101"} {
 		t.Run(rule, func(t *testing.T) {
 			r, fault := newFaultyRig(t, func(_ *rig, c *hsm.Config) { c.Patience = 50 * time.Millisecond })
 			v := r.key("orders", 0)
@@ -157,7 +157,7 @@ func TestNoStorm(t *testing.T) {
 			fault.Set(rule)
 			_ = fault.Calls()
 			var callers sync.WaitGroup
-			for end := time.Now().Add(1500 * time.Millisecond); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
+			for end := time.Now().Add(time.Second); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
 				callers.Go(func() { _, _ = r.Wrap(bounded(t), v, nil, material(32), bound) })
 				callers.Go(func() { _, _ = r.Unwrap(bounded(t), v, nil, wrapped, bound) })
 				callers.Go(func() { _, _ = r.Version(bounded(t), "orders", 2) })
