@@ -28,6 +28,11 @@ func (t *Token) CreateKey(ctx context.Context, name string, suite Suite) (*Key, 
 	if KindOf(err) != KeyNotFound && !errors.Is(err, errNoCatalogue) {
 		return nil, err
 	}
+	if errors.Is(err, errNoCatalogue) {
+		if err := t.cfg.Catalogue.mayBegin(); err != nil {
+			return nil, err
+		}
+	}
 	return t.addVersion(ctx, &Key{Name: name}, suite)
 }
 
