@@ -4,10 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os/exec"
+	"strings"
 	"testing"
 	"time"
 
 	"github.com/kms-agent/kms-agent/hsm"
+	"github.com/kms-agent/kms-agent/hsm/hsmtest"
 )
 
 // A change of a key whose answer is lost, wherever that is, is made once: the key that
@@ -30,11 +33,25 @@ func TestChangeWhoseAnswerIsLost(t *testing.T) {
 			}
 			m := material(32)
 			r.opens(k.Versions[1], r.wrap(k.Versions[1], m), m)
+			if n := r.dataObjects(); n != 1 {
+				t.Errorf("%d records of the key, want one", n)
+			}
 			if k, err = r.Rotate(bounded(t), "orders", 0); err != nil || k.Current != 3 {
 				t.Errorf("Rotate again: %+v, %v", k, err)
 			}
 		})
 	}
+}
+
+// dataObjects returns how many records are on the token.
+func (r *rig) dataObjects() int {
+	r.t.Helper()
+	out, err := exec.CommandContext(r.t.Context(), "pkcs11-tool", "--module", softHSM, "--token-label", hsmtest.Label, "--login", "--pin", userPIN,
+		"--list-objects", "--type", "data").CombinedOutput()
+	if err != nil {
+		r.t.Fatalf("%v\n%s", err, out)
+	}
+	return strings.Count(string(out), "kmsagent/")
 }
 
 // Who does not wait for a change leaves it to be made: what is on the token in the end
@@ -75,11 +92,15 @@ func TestChangeThatIsLeft(t *testing.T) {
 func TestReplacedWhileItIsRead(t *testing.T) {
 	r, fault := newFaultyRig(t)
 	r.key("orders", 0)
+	_ = fault.Calls()
 	for range 3 {
 		fault.Set("C_GetAttributeValue rv=0x82 count=1")
 		if keys, err := r.Keys(bounded(t)); err != nil || len(keys) != 1 {
 			t.Errorf("%d keys, %v; want one", len(keys), err)
 		}
+	}
+	if n := fault.Calls()["C_CloseSession"]; n != 0 {
+		t.Errorf("%d sessions were closed, want none", n)
 	}
 }
 
