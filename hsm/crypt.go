@@ -189,69 +189,6 @@ func refusal(err error) error {
 	return errorf(Broken, err, "the token does not take what it must: see docs/hsm.md for the code")
 }
 
-// relogin logs in again, once for all who lost the login. Who does not wait for it
-// leaves it to itself.
-func (t *Token) relogin(ctx context.Context, a *attachment) error {
-	select {
-	case a.login <- struct{}{}:
-	case <-a.broken:
-		return nil
-	case <-ctx.Done():
-		return context.Cause(ctx)
-	}
-	var w *worker
-	if cap(a.places) == 1 { // the module may be one that must be alone with its thread
-		var err error
-		if w, err = a.acquire(ctx); err != nil {
-			<-a.login
-			return err
-		}
-	}
-	done := make(chan error, 1)
-	go func() { // detach waits for it
-		done <- t.enterAgain(a)
-		if w != nil {
-			a.release(w)
-		}
-		<-a.login
-	}()
-	select {
-	case err := <-done:
-		return err
-	case <-ctx.Done():
-		return context.Cause(ctx)
-	}
-}
-
-// enterAgain logs in, in another anchor session where that is lost too. The caller has
-// a.login.
-func (t *Token) enterAgain(a *attachment) error {
-	if a.over() {
-		return nil
-	}
-	mark := func(do func() error) error {
-		a.logins.Store(t.now())
-		defer a.logins.Store(0)
-		return do()
-	}
-	lost := mark(func() error { _, err := a.anchor.State(); return err })
-	if stepFor(lost) == newSession {
-		if err := mark(func() (err error) { a.anchor, err = t.module.Open(a.slot); return err }); err != nil {
-			err := errorf(Unavailable, err, "open a session to log in")
-			a.breaks(err)
-			return err
-		}
-	}
-	err := t.logIn(a.anchor, a.slot, &a.logins)
-	switch {
-	case err == nil:
-		a.epoch.Add(1)
-	case KindOf(err) != Unauthenticated:
-		a.breaks(err)
-	}
-	return err
-}
-
 // canary opens what was wrapped when the version was made. Only this tells whether
 // token and key are well. Where they are not, it sees to a new attachment.
 func (t *Token) canary(ctx context.Context, a *attachment, v *Version) error {
