@@ -6,8 +6,10 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -28,7 +30,7 @@ func TestMain(m *testing.M) {
 	if len(os.Args) > 2 && slices.Equal(os.Args[1:3], []string{"plugin", "serve"}) {
 		main()
 	}
-	testscript.Main(m, map[string]func(){"kms-agent": main, "hardened": hardened})
+	testscript.Main(m, map[string]func(){"kms-agent": main, "hardened": hardened, "mortal": mortal})
 }
 
 func TestScripts(t *testing.T) {
@@ -87,6 +89,25 @@ func hardened() {
 	var core unix.Rlimit
 	err = errors.Join(err, unix.Getrlimit(unix.RLIMIT_CORE, &core))
 	fmt.Printf("dumpable=%d core=%d,%d umask=%04o %v\n", dumpable, core.Cur, core.Max, unix.Umask(0), err)
+}
+
+// mortal is kms-agent without root's power to pass over the modes of files.
+func mortal() {
+	runtime.LockOSThread() // capabilities are the thread's, and go on from this one
+	if os.Geteuid() == 0 {
+		for _, capability := range []uintptr{unix.CAP_DAC_OVERRIDE, unix.CAP_DAC_READ_SEARCH} {
+			if err := unix.Prctl(unix.PR_CAPBSET_DROP, capability, 0, 0, 0); err != nil {
+				fmt.Println(err)
+				os.Exit(99)
+			}
+		}
+	}
+	path, err := exec.LookPath("kms-agent")
+	if err == nil {
+		err = unix.Exec(path, append([]string{"kms-agent"}, os.Args[1:]...), os.Environ())
+	}
+	fmt.Println(err)
+	os.Exit(99)
 }
 
 // notify gives the commands that follow a service manager to tell their state.
