@@ -43,7 +43,7 @@ func TestScripts(t *testing.T) {
 			return nil
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
-			"auditlog": writeAuditLog, "await": await, "exit": exitStatus,
+			"auditlog": writeAuditLog, "await": await, "await-lines": awaitLines, "exit": exitStatus,
 			"subst": substitute, "retry": retry, "retry-until": retryUntil, "signal": signalBackground,
 			"notify": notify, "notified": notified,
 		},
@@ -70,6 +70,16 @@ func await(ts *testscript.TestScript, neg bool, args []string) {
 	repeat(ts, func() bool {
 		_, err := os.Stat(ts.MkAbs(args[0]))
 		return (err == nil) != neg
+	})
+}
+
+// awaitLines waits until a file has so many lines.
+func awaitLines(ts *testscript.TestScript, _ bool, args []string) {
+	want, err := strconv.Atoi(args[0])
+	ts.Check(err)
+	repeat(ts, func() bool {
+		text, err := os.ReadFile(ts.MkAbs(args[1]))
+		return err == nil && strings.Count(string(text), "\n") >= want
 	})
 }
 
