@@ -40,8 +40,14 @@ func (f *folder) draft() (*draft, error) {
 		}
 		_ = d.file.Close() // without /proc it could get no name
 	}
+	return f.namedDraft()
+}
+
+// namedDraft makes a draft with a name, of which a process that is killed leaves
+// something behind.
+func (f *folder) namedDraft() (*draft, error) {
 	name := draftPrefix + rand.Text()
-	fd, err = f.openat(name, unix.O_CREAT|unix.O_EXCL|unix.O_NOFOLLOW|unix.O_RDWR|unix.O_CLOEXEC, 0o600)
+	fd, err := f.openat(name, unix.O_CREAT|unix.O_EXCL|unix.O_NOFOLLOW|unix.O_RDWR|unix.O_CLOEXEC, 0o600)
 	if err != nil {
 		return nil, fail(ReasonUnwritable, fmt.Errorf("no file can be made in %s: %w", f.path, withoutPath(err)))
 	}

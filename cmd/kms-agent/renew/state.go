@@ -85,6 +85,9 @@ func parseRecord(line []byte) (Record, error) {
 		}
 		r.Path = string(e.Bytes)
 	}
+	if len(r.Wrapping) == 0 {
+		r.Wrapping = nil
+	}
 	switch {
 	case !filepath.IsAbs(r.Path):
 		return Record{}, errors.New("the path is not absolute")
