@@ -83,6 +83,7 @@ var ErrFailed = errors.New("some files were not renewed")
 type run struct {
 	Options
 	agent    *client.Client
+	began    time.Time
 	patience *patience
 	targets  targets
 	tally    tally
@@ -106,7 +107,7 @@ func Run(ctx context.Context, agent *client.Client, o Options, paths []string) (
 	if o.Progress == nil {
 		o.Progress = &Progress{}
 	}
-	r := &run{Options: o, agent: agent, end: end, patience: newPatience(o.Wait, o.Progress)}
+	r := &run{Options: o, agent: agent, began: time.Now(), end: end, patience: newPatience(o.Wait, o.Progress)}
 	r.tooLarge.Store(MaxInside + 1)
 	if !o.DryRun {
 		if err := r.greet(ctx); err != nil {

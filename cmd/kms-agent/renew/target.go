@@ -14,8 +14,8 @@ import (
 )
 
 // settling is longer than an agent goes without asking its backend for the
-// current version. Who has just rotated a key must not be told that all is
-// current.
+// current version. Who has rotated a key just before the run must not be told
+// that all is current.
 const settling = 1200 * time.Millisecond
 
 // targets knows under what new messages are, by the key of the old ones.
@@ -74,7 +74,7 @@ func (r *run) target(ctx context.Context, old heading) (Label, error) {
 		return Label{}, err
 	}
 	l, err := r.ask(ctx, old)
-	if err == nil && r.asWanted(old, l) && pauseFor(ctx, settling) {
+	if left := settling - time.Since(r.began); err == nil && r.asWanted(old, l) && left > 0 && pauseFor(ctx, left) {
 		l, err = r.ask(ctx, old)
 	}
 	switch {
