@@ -36,7 +36,7 @@ func newReencrypt(a *app) *cobra.Command {
 context or the newest version of its key. It needs decrypt on the old key and
 encrypt on the new one. The agent does so inside itself for messages of up to
 1 MiB; of longer ones the plaintext passes through this process's memory, piece by
-piece, unless --no-stream refuses that. It is never on a disk.
+piece, unless --no-stream refuses that. It is never written to a file.
 
 Without arguments one message is read from --in and the new one written to --out.
 

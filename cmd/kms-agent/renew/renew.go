@@ -1,6 +1,6 @@
 // Package renew makes new messages of the old ones in trees of files. Each file
 // is whole at every moment, the old message or the new one, and no plaintext is
-// ever on a disk.
+// ever written to one.
 package renew
 
 import (

@@ -268,6 +268,28 @@ func TestInterrupted(t *testing.T) {
 	counts(t, s, map[renew.Outcome]int64{renew.Renewed: 1})
 }
 
+// TestInterruptedWhileWaiting: who waits for the agent stops, and has failed
+// nothing.
+func TestInterruptedWhileWaiting(t *testing.T) {
+	f := newFake()
+	c := serve(t, f)
+	path := filepath.Join(t.TempDir(), "file")
+	write(t, path, f.seal("orders", nil, []byte("x")))
+	f.under(version2)
+	ctx, cancel := context.WithCancel(t.Context())
+	f.before = func(string) error {
+		cancel()
+		return refusal(codes.Unavailable, client.ErrShuttingDown, time.Hour)
+	}
+	o := options()
+	o.Wait = 2 * time.Hour
+	s, err := renew.Run(ctx, c, o, []string{path})
+	if !errors.Is(err, context.Canceled) {
+		t.Errorf("error %v", err)
+	}
+	counts(t, s, nil)
+}
+
 // TestHostileNeighbour: who may write to the directory swaps files for links all
 // the time, and reaches nothing outside of it.
 func TestHostileNeighbour(t *testing.T) {
