@@ -18,12 +18,15 @@ type attachment struct {
 	since  int64 // by the token's now
 	slot   uint
 	info   cryptoki.Token
-	anchor cryptoki.Session
-	places chan struct{} // one for each session that may still be used
-	broken chan struct{} // closed by breaks
-	worked atomic.Bool   // key material was wrapped or unwrapped
-	login  sync.Mutex    // one login at a time, in the anchor session
-	logins atomic.Int64  // when the login under way began
+	anchor cryptoki.Session // of who has login
+	places chan struct{}    // one for each session that may still be used
+	broken chan struct{}    // closed by breaks
+	worked atomic.Bool      // key material was wrapped or unwrapped, with keys that were tested
+	read   atomic.Bool      // manage did something
+	unread atomic.Bool      // what manage does has broken it
+	login  chan struct{}    // has room for who logs in, in the anchor session
+	logins atomic.Int64     // when the login under way began
+	epoch  atomic.Int64     // one more with each login: handles do not outlive it
 
 	mu    sync.Mutex
 	why   error // mu guards why and what follows
@@ -36,7 +39,7 @@ type attachment struct {
 func newAttachment(t *Token, slot uint, info cryptoki.Token, anchor cryptoki.Session, sessions int) *attachment {
 	a := &attachment{
 		token: t, since: t.now(), slot: slot, info: info, anchor: anchor, places: make(chan struct{}, sessions),
-		broken: make(chan struct{}), live: map[*worker]struct{}{}, empty: make(chan struct{}),
+		broken: make(chan struct{}), login: make(chan struct{}, 1), live: map[*worker]struct{}{}, empty: make(chan struct{}),
 	}
 	for range sessions {
 		a.places <- struct{}{}
@@ -161,10 +164,14 @@ func (t *Token) renewNow(ctx context.Context) {
 	}
 }
 
-// proved tells whether the attachment was good for something: it served, or lasted.
-// One that breaks as soon as it is used is as if there were none.
+// proved tells whether the attachment was good for something: it did before what then
+// broke it, or lasted. One that breaks as soon as it is used is as if there were none.
 func (a *attachment) proved() bool {
-	return a.worked.Load() || time.Duration(a.token.now()-a.since) > reconnectMax
+	worked := &a.worked
+	if a.unread.Load() {
+		worked = &a.read
+	}
+	return worked.Load() || time.Duration(a.token.now()-a.since) > reconnectMax
 }
 
 // over tells whether the attachment is broken.

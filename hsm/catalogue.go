@@ -6,7 +6,9 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -36,7 +38,6 @@ type Key struct {
 	Versions []*Version
 
 	revision uint64
-	object   cryptoki.Object
 }
 
 // Version returns a version by its number.
@@ -50,8 +51,8 @@ func (k *Key) Version(number uint32) (*Version, error) {
 }
 
 // record is how a key stands on the token: the value of a private data object, as
-// JSON. Who changes a key writes a record with the next revision and destroys the
-// one before.
+// JSON. Who changes a key writes a record with the next revision and destroys those
+// before.
 type record struct {
 	Format   int             `json:"format"`
 	Key      string          `json:"key"`
@@ -102,6 +103,9 @@ func parseKey(b []byte) (*Key, error) {
 	d.DisallowUnknownFields()
 	if err := d.Decode(&r); err != nil {
 		return nil, err
+	}
+	if _, err := d.Token(); !errors.Is(err, io.EOF) {
+		return nil, errors.New("there is more after the record")
 	}
 	if r.Format != 1 {
 		return nil, fmt.Errorf("format %d: this release reads format 1", r.Format)
@@ -166,14 +170,13 @@ func checkName(name string) error {
 
 // keyring is what was read of the catalogue.
 type keyring struct {
-	token *Token
-	mu    sync.Mutex
-	read  map[string]read
+	mu   sync.Mutex
+	read map[string]read // mu guards read
 }
 
 type read struct {
 	key *Key
-	at  int64
+	at  int64 // when the reading began
 }
 
 func (r *keyring) cached(name string) (read, bool) {
@@ -183,20 +186,21 @@ func (r *keyring) cached(name string) (read, bool) {
 	return got, ok
 }
 
-// keep keeps a key that was read now. Versions that are what they were stay the
-// same values, and keep their handles.
-func (r *keyring) keep(k *Key) *Key {
+// keep keeps a key whose reading began at a time. Versions that are what they were stay
+// the same values, and keep their handles.
+func (r *keyring) keep(k *Key, at int64) *Key {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.read == nil {
 		r.read = map[string]read{}
 	}
 	for _, v := range k.Versions {
-		v.seen = r.token.now()
+		v.seen = at
 	}
 	if old, ok := r.read[k.Name]; ok {
-		if old.key.revision > k.revision {
-			k = old.key // somebody read later than we did
+		// Revisions do not tell: a key that is restored or made anew has lower ones.
+		if old.at > at {
+			return old.key // somebody read later than we did
 		}
 		for i, v := range k.Versions {
 			if before, err := old.key.Version(v.Number); err == nil && before.same(v) {
@@ -204,7 +208,7 @@ func (r *keyring) keep(k *Key) *Key {
 			}
 		}
 	}
-	r.read[k.Name] = read{key: k, at: r.token.now()}
+	r.read[k.Name] = read{key: k, at: at}
 	return k
 }
 
@@ -248,13 +252,14 @@ func (t *Token) readKey(ctx context.Context, name string) (*Key, error) {
 	if err := checkName(name); err != nil {
 		return nil, errorf(KeyNotFound, err, "")
 	}
+	at := t.now()
 	keys, err := t.readKeys(ctx, name)
 	if err != nil {
 		return nil, err
 	}
 	for _, k := range keys {
 		if k.Name == name {
-			return t.keys.keep(k), nil
+			return t.keys.keep(k, at), nil
 		}
 	}
 	t.keys.forget(name)
@@ -263,12 +268,13 @@ func (t *Token) readKey(ctx context.Context, name string) (*Key, error) {
 
 // Keys returns all keys on the token, by name.
 func (t *Token) Keys(ctx context.Context) ([]*Key, error) {
+	at := t.now()
 	keys, err := t.readKeys(ctx, "")
 	if err != nil {
 		return nil, err
 	}
 	for i, k := range keys {
-		keys[i] = t.keys.keep(k)
+		keys[i] = t.keys.keep(k, at)
 	}
 	return keys, nil
 }
@@ -280,7 +286,7 @@ func (t *Token) readKeys(ctx context.Context, name string) ([]*Key, error) {
 	}
 	found := new([]*Key)
 	err := t.manage(ctx, func(w *worker) (err error) {
-		*found, err = records(w.session, name)
+		*found, err = records(w, name)
 		return err
 	})
 	if err == nil && len(*found) == 0 {
@@ -295,24 +301,65 @@ func (t *Token) readKeys(ctx context.Context, name string) ([]*Key, error) {
 // errTwice says that a key has two records of one revision.
 var errTwice = errors.New("two records")
 
+// entry is one record on the token.
+type entry struct {
+	key    *Key
+	object cryptoki.Object
+	value  []byte
+}
+
 // records reads the records on the token, of one key or of all.
-func records(s cryptoki.Session, name string) ([]*Key, error) {
+func records(w *worker, name string) ([]*Key, error) {
+	list, err := entries(w, name)
+	if err != nil {
+		return nil, err
+	}
+	found := map[string]entry{}
+	for _, e := range list {
+		switch old, ok := found[e.key.Name]; {
+		case !ok || old.key.revision < e.key.revision:
+			found[e.key.Name] = e
+		case old.key.revision == e.key.revision && !bytes.Equal(old.value, e.value):
+			return nil, errorf(Broken, errTwice, "key %s was changed by two administrators at once: remove one of its two data objects of revision %d", e.key.Name, e.key.revision)
+		}
+	}
+	keys := make([]*Key, 0, len(found))
+	for _, e := range found {
+		keys = append(keys, e.key)
+	}
+	slices.SortFunc(keys, func(a, b *Key) int { return strings.Compare(a.Name, b.Name) })
+	return keys, nil
+}
+
+// entries reads all records, those too that another follows. One that is replaced
+// meanwhile is in a list that is read anew: a key is not gone because it changes.
+func entries(w *worker, name string) (list []entry, err error) {
+	for range attempts {
+		if list, err = entriesOnce(w, name); stepFor(err) != findAgain && !errors.Is(err, cryptoki.ErrNoAttribute) {
+			return list, err
+		}
+	}
+	return nil, err
+}
+
+func entriesOnce(w *worker, name string) ([]entry, error) {
 	template := []cryptoki.Attribute{
 		cryptoki.Number(pkcs11.CKA_CLASS, pkcs11.CKO_DATA), cryptoki.Bool(pkcs11.CKA_TOKEN, true), cryptoki.Text(pkcs11.CKA_APPLICATION, application),
 	}
 	if name != "" {
 		template = append(template, cryptoki.Text(pkcs11.CKA_LABEL, labelPrefix+name))
 	}
-	objects, err := s.Find(template, maxKeys)
+	objects, err := w.session.Find(template, maxKeys)
 	if err != nil {
 		return nil, err
 	}
-	latest := map[string]*Key{}
+	if len(objects) == 0 {
+		return nil, loggedIn(w.session)
+	}
+	list := make([]entry, 0, len(objects))
 	for _, o := range objects {
-		value, err := s.Attribute(o, pkcs11.CKA_VALUE)
-		if stepFor(err) == findAgain || errors.Is(err, cryptoki.ErrNoAttribute) {
-			continue // it was replaced just now
-		}
+		w.lives() // it is calls by the hundred, none of which hangs
+		value, err := w.session.Attribute(o, pkcs11.CKA_VALUE)
 		if err != nil {
 			return nil, err
 		}
@@ -320,56 +367,7 @@ func records(s cryptoki.Session, name string) ([]*Key, error) {
 		if err != nil {
 			return nil, errorf(Broken, err, "a record of kms-agent on the token")
 		}
-		k.object = o
-		switch old := latest[k.Name]; {
-		case old == nil || old.revision < k.revision:
-			latest[k.Name] = k
-		case old.revision == k.revision:
-			return nil, errorf(Broken, errTwice, "key %s was changed by two administrators at once: remove one of its two data objects of revision %d", k.Name, k.revision)
-		}
+		list = append(list, entry{key: k, object: o, value: value})
 	}
-	keys := make([]*Key, 0, len(latest))
-	for _, k := range latest {
-		keys = append(keys, k)
-	}
-	slices.SortFunc(keys, func(a, b *Key) int { return bytes.Compare([]byte(a.Name), []byte(b.Name)) })
-	return keys, nil
-}
-
-// manage runs a function in a session, again where the session was lost.
-func (t *Token) manage(ctx context.Context, f func(*worker) error) error {
-	var last error
-	for range attempts {
-		a, err := t.attached(ctx)
-		if err != nil {
-			return err
-		}
-		if err = t.do(ctx, a, f); err == nil || ctx.Err() != nil {
-			return err
-		}
-		if known := (*Error)(nil); errors.As(err, &known) && known.Kind != Unavailable {
-			return err
-		}
-		last = err
-		switch stepFor(err) {
-		case newSession, findAgain:
-		case fewer:
-			a.shrinks()
-		case loginAgain:
-			if err := t.relogin(a); KindOf(err) == Unauthenticated {
-				return err
-			}
-		case reconnect:
-			a.breaks(errorf(Unavailable, err, "the connection to the token is lost"))
-		case askCanary:
-			if t.examine(ctx, a) == nil {
-				return errorf(Broken, err, "the token refuses this, and is well otherwise")
-			}
-		default:
-			if !a.over() {
-				return errorf(Broken, err, "the token refuses this")
-			}
-		}
-	}
-	return errorf(Unavailable, last, "tried %d times", attempts)
+	return list, nil
 }

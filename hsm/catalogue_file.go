@@ -165,7 +165,10 @@ func (c *CatalogueFile) write(keys []*Key) error {
 	if err := renameio.WriteFile(c.Path, content, 0o600); err != nil {
 		return errorf(Unavailable, err, "the catalogue %s cannot be written", c.Path)
 	}
-	return syncDirectory(filepath.Dir(c.Path))
+	if err := syncDirectory(filepath.Dir(c.Path)); err != nil {
+		return errorf(Unavailable, err, "the catalogue %s is written, and may be lost with the power", c.Path)
+	}
+	return nil
 }
 
 func (c *CatalogueFile) mac(body []byte) ([]byte, error) {
@@ -184,12 +187,21 @@ func (c *CatalogueFile) mac(body []byte) ([]byte, error) {
 	return mac.Sum(nil), nil
 }
 
-// makeKey makes the key of a catalogue that begins. One that is there is used.
-func (c *CatalogueFile) makeKey() error {
-	f, err := os.OpenFile(c.KeyFile, os.O_WRONLY|os.O_CREATE|os.O_EXCL|unix.O_CLOEXEC, 0o600)
-	if errors.Is(err, fs.ErrExist) {
+// mayBegin returns why there must be no new catalogue: where the key of one is there, the
+// one that is missing told of other keys, and who gets the new one takes them for gone.
+func (c *CatalogueFile) mayBegin() error {
+	if _, err := os.Lstat(c.KeyFile); errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
+	return errorf(Invalid, errNoCatalogue, "%s is missing, and its key %s is there: copy the catalogue from a host that has it; where there was none, remove the key", c.Path, c.KeyFile)
+}
+
+// makeKey makes the key of a catalogue that begins.
+func (c *CatalogueFile) makeKey() error {
+	if err := c.mayBegin(); err != nil {
+		return err
+	}
+	f, err := os.OpenFile(c.KeyFile, os.O_WRONLY|os.O_CREATE|os.O_EXCL|unix.O_CLOEXEC, 0o600)
 	if err != nil {
 		return errorf(Unavailable, err, "the key of the catalogue")
 	}
@@ -201,5 +213,8 @@ func (c *CatalogueFile) makeKey() error {
 	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
 		return errorf(Unavailable, errors.Join(err, os.Remove(c.KeyFile)), "the key of the catalogue")
 	}
-	return syncDirectory(filepath.Dir(c.KeyFile))
+	if err := syncDirectory(filepath.Dir(c.KeyFile)); err != nil {
+		return errorf(Unavailable, err, "the key of the catalogue")
+	}
+	return nil
 }

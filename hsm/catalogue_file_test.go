@@ -118,3 +118,23 @@ func TestKeyThatOnlyTheFileHas(t *testing.T) {
 		t.Errorf("attached %d times, want 2", n)
 	}
 }
+
+// A catalogue that is missing is none that begins: the next one would tell hosts that the
+// keys of the first are gone.
+func TestCatalogueThatIsLost(t *testing.T) {
+	r := newRig(t, inFile)
+	r.key("orders", hsm.GCM)
+	if err := os.Rename(r.path("catalogue"), r.path("elsewhere")); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := r.CreateKey(bounded(t), "letters", hsm.GCM); hsm.KindOf(err) != hsm.Invalid || !strings.Contains(err.Error(), "is missing") {
+		t.Errorf("CreateKey: %v, want that the catalogue is missing", err)
+	}
+	if _, err := os.Stat(r.path("catalogue")); err == nil {
+		t.Error("there is another catalogue")
+	}
+	if err := os.Rename(r.path("elsewhere"), r.path("catalogue")); err != nil {
+		t.Fatal(err)
+	}
+	r.key("letters", hsm.GCM)
+}

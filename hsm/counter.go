@@ -143,7 +143,10 @@ func (c *Counter) change(how func(wraps map[string]uint64)) error {
 	if err != nil {
 		return err
 	}
-	return renameio.WriteFile(c.path, b, 0o600)
+	if err := renameio.WriteFile(c.path, b, 0o600); err != nil {
+		return err
+	}
+	return syncDirectory(filepath.Dir(c.path))
 }
 
 // Used returns how many wraps of a version were made on this host, at most, and how

@@ -47,16 +47,18 @@ func (t *Token) Unwrap(ctx context.Context, v *Version, dst, wrapped, aad []byte
 // that can help, and never for the sake of what a caller sent.
 func (t *Token) crypt(ctx context.Context, v *Version, h header, dst, in, iv, aad []byte, unwrap bool) ([]byte, error) {
 	var last error
+	var a *attachment
 	doubts := 0
 	for range attempts {
-		a, err := t.attached(ctx)
-		if err != nil {
+		var err error
+		if a, err = t.attached(ctx); err != nil {
 			return nil, err
 		}
 		keys, err := t.bind(ctx, a, v)
 		if err == nil {
 			var out []byte
 			if out, err = t.once(ctx, a, v, h, keys, dst, in, iv, aad, unwrap); err == nil {
+				a.worked.Store(true)
 				return out, nil
 			}
 		}
@@ -66,6 +68,7 @@ func (t *Token) crypt(ctx context.Context, v *Version, h header, dst, in, iv, aa
 		}
 		last = err
 	}
+	_ = t.examineWith(ctx, a, v, !unwrap)
 	return nil, errorf(Unavailable, last, "tried %d times", attempts)
 }
 
@@ -87,13 +90,16 @@ func (t *Token) once(ctx context.Context, a *attachment, v *Version, h header, k
 		a.discard(w)
 		return nil, err
 	}
+	if !unwrap && v.repeats(w.iv) {
+		a.discard(w)
+		return nil, errVector
+	}
 	if !unwrap {
 		dst = append(append(h.append(dst), byte(len(w.iv))), w.iv...)
 	}
 	dst = append(dst, w.out[:n]...)
 	w.cleanAfter(max(n, len(in)))
 	a.release(w)
-	a.worked.Store(true)
 	t.last.Store(t.now())
 	t.used.Store(v)
 	return dst, nil
@@ -106,10 +112,10 @@ func (t *Token) judge(ctx context.Context, a *attachment, v *Version, err error,
 	if known := (*Error)(nil); errors.As(err, &known) && known.Kind != Unavailable {
 		return true, err
 	}
-	if cause := ctx.Err(); cause != nil {
-		return true, err
+	if ctx.Err() != nil {
+		return true, context.Cause(ctx)
 	}
-	switch stepFor(err) {
+	switch t.stepOf(a, v, err, unwrap) {
 	case newSession:
 		return false, err
 	case fewer:
@@ -119,7 +125,7 @@ func (t *Token) judge(ctx context.Context, a *attachment, v *Version, err error,
 		v.unbind(a)
 		return false, err
 	case loginAgain:
-		if err := t.relogin(a); err != nil {
+		if err := t.relogin(ctx, a); err != nil {
 			return KindOf(err) == Unauthenticated, err
 		}
 		return false, err
@@ -132,19 +138,7 @@ func (t *Token) judge(ctx context.Context, a *attachment, v *Version, err error,
 		}
 		return true, errorf(Broken, err, "the token does not take what it took before")
 	case askCanary:
-		if a.cause() != nil {
-			return false, err
-		}
-		if t.canary(ctx, a, v) != nil {
-			return false, err // it has done what there is to do
-		}
-		if *doubts++; *doubts == 1 {
-			return false, err
-		}
-		if unwrap {
-			return true, errOpen
-		}
-		return true, errorf(Broken, err, "the token does not wrap, and is well otherwise")
+		return t.doubt(ctx, a, v, err, unwrap, doubts)
 	case fixPIN:
 		return true, errorf(Unauthenticated, err, "the token wants another PIN")
 	case giveUp:
@@ -152,24 +146,47 @@ func (t *Token) judge(ctx context.Context, a *attachment, v *Version, err error,
 	if a.cause() != nil {
 		return false, err
 	}
-	if errors.As(err, new(cryptoki.Error)) {
-		return true, errorf(KeyUnusable, err, "the token does not let this version of the key be used: see docs/hsm.md for the code")
-	}
-	return true, errorf(Broken, err, "the module gave a wrong answer")
+	return true, refusal(err)
 }
 
-// relogin logs in again, once for all who lost the login.
-func (t *Token) relogin(a *attachment) error {
-	a.login.Lock()
-	defer a.login.Unlock()
+// stepOf is stepFor for an operation with a version. What somebody gave us to unwrap is
+// no reason for another connection and says nothing of the key, whatever the token makes
+// of it: where the keys are known only a canary does.
+func (t *Token) stepOf(a *attachment, v *Version, err error, unwrap bool) step {
+	s := stepFor(err)
+	if unwrap && v.bound(a) != nil && (s == reconnect || s == giveUp && errors.As(err, new(cryptoki.Error))) {
+		return askCanary
+	}
+	return s
+}
+
+// doubt lets the canary decide between the data and the token.
+func (t *Token) doubt(ctx context.Context, a *attachment, v *Version, err error, unwrap bool, doubts *int) (final bool, _ error) {
 	if a.cause() != nil {
-		return nil
+		return false, err
 	}
-	err := t.logIn(a.anchor, a.slot, &a.logins)
-	if err != nil && KindOf(err) != Unauthenticated {
-		a.breaks(err)
+	if t.canary(ctx, a, v) != nil {
+		return false, err // it has done what there is to do
 	}
-	return err
+	if *doubts++; *doubts == 1 {
+		return false, err
+	}
+	if unwrap {
+		return true, errOpen
+	}
+	return true, errorf(Broken, err, "the token does not wrap, and is well otherwise")
+}
+
+// refusal is what it means that nothing helps.
+func refusal(err error) error {
+	var code cryptoki.Error
+	switch {
+	case !errors.As(err, &code):
+		return errorf(Broken, err, "the module gave a wrong answer")
+	case code.Policy():
+		return errorf(KeyUnusable, err, "the token does not let this version of the key be used: see docs/hsm.md for the code")
+	}
+	return errorf(Broken, err, "the token does not take what it must: see docs/hsm.md for the code")
 }
 
 // canary opens what was wrapped when the version was made. Only this tells whether
@@ -187,7 +204,7 @@ func (t *Token) canary(ctx context.Context, a *attachment, v *Version) error {
 	case findAgain:
 		v.unbind(a)
 	case loginAgain:
-		return errors.Join(err, t.relogin(a))
+		return errors.Join(err, t.relogin(ctx, a))
 	case newSession, fewer:
 	case refuse, giveUp:
 		v.unbind(a) // another key has its place, or it may not be used any more
@@ -202,6 +219,9 @@ func (t *Token) openCanary(ctx context.Context, a *attachment, v *Version, keys 
 	h, iv, ciphertext, err := parseWrapped(v.canary)
 	if err != nil {
 		return errorf(Broken, err, "the canary of version %d", v.Number)
+	}
+	if h != v.header() || len(iv) != v.Suite.ivLength(v.style) || !v.Suite.fits(len(ciphertext)) {
+		return errOpen // it is the canary of another version, or suite
 	}
 	out, err := t.once(ctx, a, v, h, keys, nil, ciphertext, iv, v.canaryAAD(), true)
 	if err != nil {
@@ -222,16 +242,25 @@ func (t *Token) examine(ctx context.Context, a *attachment) error {
 	if v == nil || v.mayUnwrap() != nil {
 		return t.answers(ctx, a)
 	}
+	return t.examineWith(ctx, a, v, false)
+}
+
+// examineWith is examine with a version, which wraps where that is what failed. What
+// neither sessions, handles nor logins cure is cured by another connection, if at all.
+func (t *Token) examineWith(ctx context.Context, a *attachment, v *Version, wrap bool) error {
 	var last error
 	for range attempts {
-		_, err := t.bind(ctx, a, v)
+		keys, err := t.bind(ctx, a, v)
 		if err != nil {
 			_, err = t.judge(ctx, a, v, err, false, new(int))
-		} else if err = t.canary(ctx, a, v); err == nil {
-			return nil
+		} else if err = t.canary(ctx, a, v); err == nil && wrap {
+			err = t.selfTest(ctx, a, v, keys)
 		}
 		known := (*Error)(nil)
 		switch {
+		case err == nil:
+			a.worked.Store(true)
+			return nil
 		case isCallers(err), ctx.Err() != nil, KindOf(err) == Unauthenticated:
 			return err
 		case a.cause() != nil:
@@ -242,18 +271,29 @@ func (t *Token) examine(ctx context.Context, a *attachment) error {
 		}
 		last = err
 	}
-	return errorf(Unavailable, last, "the token does not open what it has wrapped itself")
+	last = errorf(Unavailable, last, "the token does not open what it has wrapped itself")
+	// Who has no session for us has not lost those that we have.
+	if errors.As(last, new(cryptoki.Error)) && stepFor(last) != fewer {
+		a.breaks(last)
+	}
+	return last
 }
 
 // answers finds out whether the token answers at all.
 func (t *Token) answers(ctx context.Context, a *attachment) error {
-	err := t.do(ctx, a, func(w *worker) error {
-		var b [1]byte
-		return w.session.Random(b[:])
-	})
-	if err != nil && !isCallers(err) && stepFor(err) != giveUp {
-		a.breaks(errorf(Unavailable, err, "the token does not answer"))
+	var err error
+	for range attempts {
+		err = t.do(ctx, a, func(w *worker) error {
+			var b [1]byte
+			return w.session.Random(b[:])
+		})
+		if s := stepFor(err); err == nil || isCallers(err) || s == giveUp || s == fewer {
+			return err
+		} else if s != newSession {
+			break
+		}
 	}
+	a.breaks(errorf(Unavailable, err, "the token does not answer"))
 	return err
 }
 

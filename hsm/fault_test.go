@@ -42,6 +42,8 @@ func TestCodes(t *testing.T) {
 		{"DEVICE_MEMORY", 0x31, fine, hsm.Unavailable, 2},
 		{"DEVICE_REMOVED", 0x32, fine, hsm.Unavailable, 2},
 		{"TOKEN_NOT_PRESENT", 0xE0, fine, hsm.Unavailable, 2},
+		{"TOKEN_NOT_RECOGNIZED", 0xE1, fine, hsm.Unavailable, 2},
+		{"SLOT_ID_INVALID", 0x03, fine, hsm.Unavailable, 2},
 		{"CRYPTOKI_NOT_INITIALIZED", 0x190, fine, hsm.Unavailable, 2},
 		{"GENERAL_ERROR", 0x05, fine, hsm.Unavailable, 1},
 		{"FUNCTION_FAILED", 0x06, fine, hsm.Unavailable, 1},
@@ -52,6 +54,7 @@ func TestCodes(t *testing.T) {
 		{"MECHANISM_INVALID", 0x70, hsm.KeyUnusable, hsm.KeyUnusable, 1},
 		{"KEY_FUNCTION_NOT_PERMITTED", 0x68, hsm.KeyUnusable, hsm.KeyUnusable, 1},
 		{"ACTION_PROHIBITED", 0x1B, hsm.KeyUnusable, hsm.KeyUnusable, 1},
+		{"ARGUMENTS_BAD", 0x07, hsm.Broken, hsm.Broken, 1},
 		{"PIN_EXPIRED", 0xA3, hsm.Unauthenticated, hsm.Unauthenticated, 1},
 	} {
 		t.Run(c.name, func(t *testing.T) {

@@ -45,6 +45,7 @@ func TestFrozenRecord(t *testing.T) {
 		"version 0":        {`"version":3`, `"version":0`},
 		"a style too many": {`"state"`, `"iv":"caller","state"`},
 		"cut off":          {`"}]}`, ""},
+		"more after it":    {`"}]}`, `"}]} {}`},
 	} {
 		if _, err := parseKey([]byte(strings.Replace(want, change[0], change[1], 1))); err == nil {
 			t.Errorf("%s: parsed", name)
@@ -417,12 +418,72 @@ func TestLedger(t *testing.T) {
 			t.Errorf("%s: %v, want %q", name, err, c.want)
 		}
 	}
+	// A login that was not needed is no attempt.
+	other.Serial = "4"
+	for range 3 {
+		loggedIn := func([]byte) error { return errLoggedIn }
+		if err := ledgerOf().Attempt(other, loggedIn); !errors.Is(err, errLoggedIn) {
+			t.Errorf("logged in already: %v", err)
+		}
+	}
+	if err := ledgerOf().Attempt(other, device.log); err != nil {
+		t.Errorf("after others were logged in: %v", err)
+	}
 	if err := writeFile(dir+"/logins", "rubbish"); err != nil {
 		t.Fatal(err)
 	}
 	before := device.tries
 	if err := ledgerOf().Attempt(token, device.log); KindOf(err) != Unauthenticated || device.tries != before {
 		t.Errorf("with a damaged ledger: %v, %d tries", err, device.tries-before)
+	}
+}
+
+// What the host's disk does to the ledger is no refusal of the PIN, and no login is tried.
+func TestLedgerThatCannotBeKept(t *testing.T) {
+	dir := t.TempDir()
+	if err := writeFile(dir+"/pin", "right"); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Mkdir(dir+"/logins.lock", 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for name, path := range map[string]string{
+		"no lock":  dir + "/logins",
+		"no write": dir + "/" + strings.Repeat("x", 250), // there is room for the lock's name, and not for a longer one
+	} {
+		device := &login{pin: "right"}
+		l := &Ledger{Path: path, PIN: PINSource{File: dir + "/pin"}}
+		if err := l.Attempt(TokenInfo{Label: "kms"}, device.log); KindOf(err) != Unavailable || device.tries != 0 {
+			t.Errorf("%s: %v, %d tries; want Unavailable and none", name, err, device.tries)
+		}
+	}
+}
+
+// Where wraps cannot be counted there are none, and that is an outage.
+func TestCounterThatCannotBeKept(t *testing.T) {
+	dir := t.TempDir()
+	c, err := OpenCounter(dir, 1, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Mkdir(dir+"/wraps.json.lock", 0o700); err != nil {
+		t.Fatal(err)
+	}
+	v := &Version{Key: "orders", Number: 1, Suite: GCM, ID: ID{1}}
+	if err := c.Take(v); KindOf(err) != Unavailable {
+		t.Errorf("without a lock: %v, want Unavailable", err)
+	}
+	if err := os.Remove(dir + "/wraps.json.lock"); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Take(v); err != nil {
+		t.Errorf("with it: %v", err)
+	}
+	if err := writeFile(dir+"/wraps.json", `{"format":1,"wraps":{"`); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := OpenCounter(dir, 1, nil); err == nil {
+		t.Error("a damaged file begins anew")
 	}
 }
 

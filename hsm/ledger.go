@@ -70,7 +70,7 @@ type attempt struct {
 func (l *Ledger) Attempt(token TokenInfo, log func(pin []byte) error) error {
 	unlock, err := lockFile(l.Path + ".lock")
 	if err != nil {
-		return errorf(Unauthenticated, err, "the ledger of logins %s", l.Path)
+		return errorf(Unavailable, err, "the ledger of logins %s", l.Path) // nobody refused anything
 	}
 	defer unlock()
 	before := l.PIN.stamp() // what comes while it is read is news
@@ -100,9 +100,10 @@ func (l *Ledger) attempt(token TokenInfo, pin []byte, log func(pin []byte) error
 	if err := l.allowed(token, a, book.refusedBefore(name)); err != nil {
 		return err
 	}
+	tried := a.Tried
 	a.Tried = time.Now().UTC().Truncate(time.Second)
 	if err := l.write(book); err != nil { // before, so that no crash forgets it
-		return errorf(Unauthenticated, err, "the login is not tried because it cannot be written down in %s", l.Path)
+		return errorf(Unavailable, err, "the login is not tried because it cannot be written down in %s", l.Path)
 	}
 	err = log(pin)
 	switch {
@@ -110,8 +111,11 @@ func (l *Ledger) attempt(token TokenInfo, pin []byte, log func(pin []byte) error
 		if a.Accepted && !a.Refused {
 			return err
 		}
-		// An answer that somebody is logged in says nothing of the PIN.
-		a.Accepted, a.Refused = a.Accepted || err == nil, a.Refused && err != nil
+		if err == nil {
+			a.Accepted, a.Refused = true, false
+		} else {
+			a.Tried = tried // that somebody is logged in says nothing of the PIN: it was not tried
+		}
 	case stepFor(err) == fixPIN:
 		a.Refused, err = true, fmt.Errorf("that of %v: %w", l.PIN, err)
 	default:

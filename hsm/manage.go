@@ -1,11 +1,13 @@
 package hsm
 
 import (
+	"bytes"
 	"context"
 	"crypto/rand"
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 
@@ -26,6 +28,11 @@ func (t *Token) CreateKey(ctx context.Context, name string, suite Suite) (*Key, 
 	}
 	if KindOf(err) != KeyNotFound && !errors.Is(err, errNoCatalogue) {
 		return nil, err
+	}
+	if errors.Is(err, errNoCatalogue) {
+		if err := t.cfg.Catalogue.mayBegin(); err != nil {
+			return nil, err
+		}
 	}
 	return t.addVersion(ctx, &Key{Name: name}, suite)
 }
@@ -62,10 +69,10 @@ func (t *Token) addVersion(ctx context.Context, k *Key, suite Suite) (*Key, erro
 	for _, s := range candidates {
 		v, err := t.newVersion(ctx, k.Name, number, s)
 		if err == nil {
-			next := &Key{Name: k.Name, Current: number, Versions: append(append([]*Version(nil), k.Versions...), v), revision: k.revision, object: k.object}
+			next := &Key{Name: k.Name, Current: number, Versions: append(append([]*Version(nil), k.Versions...), v), revision: k.revision}
 			written, err := t.write(ctx, next)
-			if kind := KindOf(err); err != nil && (kind == Invalid || kind == Broken) { // it certainly is not
-				t.undo(ctx, v)
+			if kind := KindOf(err); err != nil && (kind == Invalid || kind == Broken) && ctx.Err() == nil {
+				t.abandon(ctx, v)
 			}
 			return written, err
 		}
@@ -78,6 +85,22 @@ func (t *Token) addVersion(ctx context.Context, k *Key, suite Suite) (*Key, erro
 		return nil, errorf(Broken, errors.Join(tried...), "the token cannot do this suite")
 	}
 	return nil, errorf(Broken, errors.Join(tried...), "the token can do none of the suites")
+}
+
+// abandon destroys the keys of a version that is in no record. Where that is not sure
+// they stay: keys that nobody uses do no harm, and the record of another administrator
+// may have the version.
+func (t *Token) abandon(ctx context.Context, v *Version) {
+	keys, err := t.readKeys(ctx, v.Key)
+	if err != nil {
+		return
+	}
+	for _, k := range keys {
+		if slices.ContainsFunc(k.Versions, func(o *Version) bool { return o.ID == v.ID }) {
+			return
+		}
+	}
+	t.undo(ctx, v)
 }
 
 // newVersion tries a suite, then makes keys that stay and their canary.
@@ -210,29 +233,51 @@ func (t *Token) writeObject(ctx context.Context, k *Key) error {
 	if err != nil {
 		return errorf(Invalid, err, "")
 	}
-	return t.manage(ctx, func(w *worker) error {
-		object, err := w.session.Create([]cryptoki.Attribute{
-			cryptoki.Number(pkcs11.CKA_CLASS, pkcs11.CKO_DATA), cryptoki.Bool(pkcs11.CKA_TOKEN, true), cryptoki.Bool(pkcs11.CKA_PRIVATE, true),
-			cryptoki.Text(pkcs11.CKA_APPLICATION, application), cryptoki.Text(pkcs11.CKA_LABEL, labelPrefix+k.Name),
-			{Type: pkcs11.CKA_VALUE, Value: value},
-		})
-		if err != nil && stepFor(err) == giveUp {
-			return errorf(Broken, err, "the token takes no private data objects: name a file for the catalogue (settings catalogue_file and catalogue_key_file)")
-		}
-		if err != nil {
+	return t.manage(ctx, func(w *worker) error { return k.put(w, value) })
+}
+
+// put makes value, the record of k, the only one. It may have done so before, without
+// the answer having arrived.
+func (k *Key) put(w *worker, value []byte) error {
+	ours := func(e entry) bool { return bytes.Equal(e.value, value) }
+	list, err := entries(w, k.Name)
+	if err != nil {
+		return err
+	}
+	if !slices.ContainsFunc(list, ours) {
+		if err := k.create(w.session, value); err != nil {
 			return err
 		}
-		// With two administrators at work one of them must lose.
-		if _, err := records(w.session, k.Name); errors.Is(err, errTwice) {
-			return errors.Join(errorf(Invalid, nil, "somebody else changes key %s just now: try again", k.Name), w.session.Destroy(object))
+		if list, err = entries(w, k.Name); err != nil {
+			return err
 		}
-		if before := k.object; before != 0 {
-			if err := w.session.Destroy(before); err != nil && stepFor(err) != findAgain {
+	}
+	// With two administrators at work one of them must lose.
+	lost := !slices.ContainsFunc(list, ours) || slices.ContainsFunc(list, func(e entry) bool { return !ours(e) && e.key.revision >= k.revision })
+	for _, e := range list {
+		if ours(e) == lost {
+			if err := w.session.Destroy(e.object); err != nil && stepFor(err) != findAgain {
 				return err
 			}
 		}
-		return nil
+	}
+	if lost {
+		return errorf(Invalid, nil, "somebody else changes key %s just now: try again", k.Name)
+	}
+	return nil
+}
+
+// create makes a private data object of a record.
+func (k *Key) create(s cryptoki.Session, value []byte) error {
+	_, err := s.Create([]cryptoki.Attribute{
+		cryptoki.Number(pkcs11.CKA_CLASS, pkcs11.CKO_DATA), cryptoki.Bool(pkcs11.CKA_TOKEN, true), cryptoki.Bool(pkcs11.CKA_PRIVATE, true),
+		cryptoki.Text(pkcs11.CKA_APPLICATION, application), cryptoki.Text(pkcs11.CKA_LABEL, labelPrefix+k.Name),
+		{Type: pkcs11.CKA_VALUE, Value: value},
 	})
+	if err != nil && stepFor(err) == giveUp {
+		return errorf(Broken, err, "the token takes no private data objects: name a file for the catalogue (settings catalogue_file and catalogue_key_file)")
+	}
+	return err
 }
 
 // SetState disables or enables a version: in the record, and at the key itself on
@@ -343,7 +388,7 @@ func (t *Token) change(ctx context.Context, name string, number uint32, to func(
 	if err != nil {
 		return nil, err
 	}
-	next := &Key{Name: name, Current: k.Current, revision: k.revision, object: k.object}
+	next := &Key{Name: name, Current: k.Current, revision: k.revision}
 	found := false
 	for _, v := range k.Versions {
 		if v.Number == number {

@@ -118,8 +118,10 @@ func (t *Token) tryRecipe(ctx context.Context, s Suite, r recipe) (Trial, error)
 	result := &Trial{Suite: s, RSABits: r.rsaBits, Signs: r.signs, OnToken: r.onToken}
 	err := t.manage(ctx, func(w *worker) error {
 		w.spoiled = true
+		// Not later, beside the next trial: a module may forget its keys while another
+		// session looks for some, and crash; or hold a key when it is destroyed.
+		defer w.hangUp()
 		if r.onToken {
-			defer w.hangUp() // or the session may hold the key when it is destroyed
 			// There may be one of an attempt that was cut off.
 			if err := destroy(w.session, v); err != nil {
 				return err

@@ -84,7 +84,7 @@ func (t *Token) judgeRandom(ctx context.Context, a *attachment, err error) (fina
 		a.shrinks()
 		return false, err
 	case loginAgain:
-		if err := t.relogin(a); err != nil {
+		if err := t.relogin(ctx, a); err != nil {
 			return KindOf(err) == Unauthenticated, err
 		}
 		return false, err

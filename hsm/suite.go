@@ -209,6 +209,22 @@ func (s Suite) fits(n int) bool {
 	}
 }
 
+// gives tells whether a wrap of n bytes of material can have so many bytes. What a module
+// says of that is not believed.
+func (s Suite) gives(n, got int) bool {
+	framed := (2 + n + block - 1) / block * block
+	switch s {
+	case GCM:
+		return got == n+gcmTag
+	case KWP:
+		return got == block+framed+commitment+8
+	case CBCHMAC:
+		return got == framed+macSize
+	default:
+		return s.fits(got) // the length of the modulus
+	}
+}
+
 // takes is how much material a version wraps itself; more goes by way of a key of
 // one use.
 func (s Suite) takes(modulus int) int {

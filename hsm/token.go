@@ -134,7 +134,6 @@ func Open(cfg Config) (*Token, error) {
 		cfg: cfg, module: module, start: time.Now(), end: cancel, dead: make(chan struct{}), changed: make(chan struct{}),
 		lastErr: errors.New("the token has not been attached yet"),
 	}
-	t.keys.token = t
 	t.ended.Go(func() { t.keep(ctx) })
 	t.ended.Go(func() { t.guard(ctx) })
 	return t, nil
@@ -356,9 +355,8 @@ func (t *Token) attach() (*attachment, error) {
 
 // enter finds the token and logs in. locks is what Initialize returned.
 func (t *Token) enter(locks bool) (*attachment, error) {
-	var slot uint
-	var info cryptoki.Token
-	if err := t.call(func() (err error) { slot, info, err = t.find(); return err }); err != nil {
+	slot, info, err := t.find()
+	if err != nil {
 		return nil, err
 	}
 	var anchor cryptoki.Session
@@ -373,15 +371,15 @@ func (t *Token) enter(locks bool) (*attachment, error) {
 
 // find returns the slot of the one token that is meant.
 func (t *Token) find() (slot uint, info cryptoki.Token, err error) {
-	slots, err := t.module.Slots()
-	if err != nil {
+	var slots []uint
+	if err := t.call(func() (err error) { slots, err = t.module.Slots(); return err }); err != nil {
 		return 0, info, errorf(Unavailable, err, "list the slots")
 	}
 	var seen []string
 	found := 0
 	for _, s := range slots {
-		i, err := t.module.Token(s)
-		if err != nil {
+		var i cryptoki.Token
+		if err := t.call(func() (err error) { i, err = t.module.Token(s); return err }); err != nil {
 			seen = append(seen, fmt.Sprintf("slot %d: %v", s, err))
 			continue
 		}
@@ -474,7 +472,7 @@ func (t *Token) watch(ctx context.Context, a *attachment) error {
 		select {
 		case <-ctx.Done():
 			a.breaks(errorf(Unavailable, nil, "the token is closed"))
-			return ctx.Err()
+			return a.cause()
 		case <-a.broken:
 			return a.cause()
 		case <-tick.C:
@@ -496,11 +494,13 @@ func (t *Token) detach(a *attachment) bool {
 	case <-t.dead:
 		return false
 	}
-	a.login.Lock()
-	defer a.login.Unlock()
-	_ = t.call(func() error { // the connection may be lost
-		return errors.Join(t.module.CloseAllSessions(a.slot), t.module.Finalize())
-	})
+	select {
+	case a.login <- struct{}{}: // and never given back
+	case <-t.dead:
+		return false
+	}
+	_ = t.call(func() error { return t.module.CloseAllSessions(a.slot) }) // the connection may be lost
+	_ = t.call(t.module.Finalize)
 	t.guarded.Store(nil)
 	return t.Err() == nil
 }

@@ -69,17 +69,33 @@ type Version struct {
 
 	handles atomic.Pointer[binding]
 	search  chan struct{} // has room for the one that looks for the keys
+	used    vectors
 }
 
-// binding is where the keys of a version are during one attachment.
+// binding is where the keys of a version are during one login of one attachment.
 type binding struct {
-	a    *attachment
-	keys handles
+	a      *attachment
+	epoch  int64
+	opened int64 // when they opened the canary, by the token's now
+	keys   handles
 }
 
+// provenFor is how long a canary speaks for the keys that opened it: a token may put
+// another key behind a handle that stays, as NSS does with a key of the same ID.
+const provenFor = 8 * time.Second
+
+// bound returns the keys of the version, nil where they are to be looked for.
 func (v *Version) bound(a *attachment) *handles {
-	if b := v.handles.Load(); b != nil && b.a == a {
+	if b := v.handles.Load(); b != nil && b.a == a && b.epoch == a.epoch.Load() {
 		return &b.keys
+	}
+	return nil
+}
+
+// proven is bound where the canary was opened lately.
+func (v *Version) proven(a *attachment) *handles {
+	if b := v.handles.Load(); b != nil && time.Duration(a.token.now()-b.opened) < provenFor {
+		return v.bound(a)
 	}
 	return nil
 }
@@ -110,34 +126,60 @@ func (v *Version) mayUnwrap() error {
 	return nil
 }
 
-// bind returns the handles of a version. The first time in an attachment it looks
-// for the keys and lets them open the canary: a key of the same name, or even of the
-// same ID, may be another.
+// bind returns the handles of a version. The first time in a login it looks for the
+// keys, lets them open the canary and tests them: a key of the same name, or even of
+// the same ID, may be another. From time to time it lets them open the canary again.
 func (t *Token) bind(ctx context.Context, a *attachment, v *Version) (handles, error) {
-	if keys := v.bound(a); keys != nil {
+	if keys := v.proven(a); keys != nil {
 		return *keys, nil
 	}
 	select {
 	case v.search <- struct{}{}:
-		defer func() { <-v.search }()
-	case <-ctx.Done():
-		return handles{}, context.Cause(ctx)
+	default:
+		if keys := v.bound(a); keys != nil {
+			return *keys, nil // somebody else opens the canary just now
+		}
+		select {
+		case v.search <- struct{}{}:
+		case <-ctx.Done():
+			return handles{}, context.Cause(ctx)
+		}
 	}
-	if keys := v.bound(a); keys != nil {
+	defer func() { <-v.search }()
+	if keys := v.proven(a); keys != nil {
 		return *keys, nil
 	}
-	keys, err := t.locate(ctx, a, v)
-	if err != nil {
+	b := &binding{a: a, epoch: a.epoch.Load(), opened: t.now()}
+	if err := t.prove(ctx, a, v, b); err != nil {
+		if !isCallers(err) {
+			v.unbind(a)
+		}
 		return handles{}, err
 	}
-	if err := t.openCanary(ctx, a, v, keys); err != nil {
-		return handles{}, t.strange(ctx, a, v, keys, err)
+	v.handles.Store(b)
+	return b.keys, nil
+}
+
+// prove sets the keys of a binding, which have opened the canary.
+func (t *Token) prove(ctx context.Context, a *attachment, v *Version, b *binding) error {
+	before := v.bound(a)
+	if before != nil {
+		b.keys = *before
+	} else {
+		var err error
+		if b.keys, err = t.locate(ctx, a, v); err != nil {
+			return err
+		}
 	}
-	if err := t.selfTest(ctx, a, v, keys); err != nil {
-		return handles{}, err
+	if err := t.openCanary(ctx, a, v, b.keys); err != nil {
+		if err = t.strange(ctx, a, v, b.keys, err); err != nil {
+			return err
+		}
 	}
-	v.handles.Store(&binding{a: a, keys: keys})
-	return keys, nil
+	if before != nil {
+		return nil
+	}
+	return t.selfTest(ctx, a, v, b.keys)
 }
 
 // Verify tells why a version is not what its record says: its keys are gone from the
@@ -271,6 +313,16 @@ func (t *Token) present(a *attachment) error {
 
 var errNoKey = errors.New("no such key")
 
+// loggedIn returns nil where the session sees private objects. Who has lost the login
+// does not find them, which says nothing of them.
+func loggedIn(s cryptoki.Session) error {
+	state, err := s.State()
+	if err != nil || state == pkcs11.CKS_RO_USER_FUNCTIONS || state == pkcs11.CKS_RW_USER_FUNCTIONS {
+		return err
+	}
+	return &cryptoki.CallError{Function: "C_FindObjects", Code: cryptoki.Error(pkcs11.CKR_USER_NOT_LOGGED_IN)}
+}
+
 // one returns the object of a class with an ID; it must be alone.
 func one(s cryptoki.Session, class uint, id ID) (cryptoki.Object, error) {
 	found, err := s.Find([]cryptoki.Attribute{
@@ -281,6 +333,9 @@ func one(s cryptoki.Session, class uint, id ID) (cryptoki.Object, error) {
 	}
 	switch len(found) {
 	case 0:
+		if err := loggedIn(s); err != nil {
+			return 0, err
+		}
 		return 0, errNoKey
 	case 1:
 		return found[0], nil
@@ -289,7 +344,7 @@ func one(s cryptoki.Session, class uint, id ID) (cryptoki.Object, error) {
 }
 
 // strange says what a canary that does not open means: another key, or a token that
-// is not well.
+// is not well. It returns nil where it opens after all.
 func (t *Token) strange(ctx context.Context, a *attachment, v *Version, keys handles, err error) error {
 	if isCallers(err) || ctx.Err() != nil {
 		return err
@@ -300,6 +355,9 @@ func (t *Token) strange(ctx context.Context, a *attachment, v *Version, keys han
 		if other := t.selfTest(ctx, a, v, keys); other != nil {
 			a.breaks(errorf(Unavailable, err, "the token neither opens its canary nor anything else"))
 			return errorf(Unavailable, other, "the token is not well")
+		}
+		if again := t.openCanary(ctx, a, v, keys); again == nil || stepFor(again) != askCanary && stepFor(again) != refuse && !errors.Is(again, errOpen) {
+			return again // it was not the key
 		}
 	default:
 		return err

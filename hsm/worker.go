@@ -7,6 +7,7 @@ import (
 	"crypto/rand"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"sync/atomic"
 
 	"github.com/kms-agent/kms-agent/hsm/internal/cryptoki"
@@ -98,6 +99,9 @@ func (w *worker) run(ctx context.Context, j job) (n int, left bool, err error) {
 	return w.n, false, w.err
 }
 
+// lives says that what do does is another call of the module.
+func (w *worker) lives() { w.began.Store(w.a.token.now()) }
+
 func (w *worker) loop() {
 	for range w.start {
 		w.began.Store(w.a.token.now())
@@ -165,14 +169,12 @@ func (w *worker) perform() (int, error) {
 func (w *worker) wrap(j *job) (int, error) {
 	w.iv = w.ivRoom[:0]
 	if !j.hybrid {
-		return j.suite.seal(w, j.style, j.keys, j.n)
+		return w.seal(j, j.n)
 	}
-	key, err := w.sealInner(j.n)
-	if err != nil {
+	if err := w.sealInner(j.n); err != nil {
 		return 0, err
 	}
-	n, err := j.suite.seal(w, j.style, j.keys, copy(w.in, key[:]))
-	clear(key[:])
+	n, err := w.seal(j, oneUseKey)
 	if err != nil {
 		return 0, err
 	}
@@ -181,17 +183,31 @@ func (w *worker) wrap(j *job) (int, error) {
 	return 2 + n + copy(w.out[2+n:], w.inner), nil
 }
 
-// sealInner encrypts w.in[:n] with a key of one use.
-func (w *worker) sealInner(n int) (key [oneUseKey]byte, err error) {
-	if _, err := rand.Read(key[:]); err != nil {
-		return key, err
+// seal is the suite's, of a length that the suite gives: another cannot be opened.
+func (w *worker) seal(j *job, n int) (int, error) {
+	got, err := j.suite.seal(w, j.style, j.keys, n)
+	if err == nil && !j.suite.gives(n, got) {
+		return 0, fmt.Errorf("C_Encrypt: %d bytes of %v over %d", got, j.suite, n)
 	}
-	aead, err := oneUse(key[:])
-	if err != nil {
-		return key, err
-	}
-	w.inner = aead.Seal(w.inner[:0], nil, w.in[:n], w.aad) //nolint:gosec // the AEAD makes the nonce
-	return key, nil
+	return got, err
+}
+
+// sealInner encrypts w.in[:n] with a key of one use, which it leaves in its place.
+func (w *worker) sealInner(n int) (err error) {
+	erasing(func() {
+		key := w.out[:oneUseKey]
+		if _, err = rand.Read(key); err != nil {
+			return
+		}
+		var aead cipher.AEAD
+		if aead, err = oneUse(key); err != nil {
+			return
+		}
+		w.inner = aead.Seal(w.inner[:0], nil, w.in[:n], w.aad) //nolint:gosec // the AEAD makes the nonce
+		clear(w.in[:n])
+		copy(w.in, key)
+	})
+	return err
 }
 
 // oneUse is AES-256-GCM with a random nonce that stands before the ciphertext.
@@ -227,11 +243,13 @@ func (w *worker) unwrap(j *job) (int, error) {
 	if got != oneUseKey {
 		return 0, errOpen
 	}
-	aead, err := oneUse(w.out[:oneUseKey])
-	if err != nil {
-		return 0, err
-	}
-	opened, err := aead.Open(w.in[:0], nil, w.inner, w.aad[:bound])
+	var opened []byte
+	erasing(func() {
+		var aead cipher.AEAD
+		if aead, err = oneUse(w.out[:oneUseKey]); err == nil {
+			opened, err = aead.Open(w.in[:0], nil, w.inner, w.aad[:bound])
+		}
+	})
 	if err != nil || len(opened) > MaxMaterial {
 		return 0, errOpen
 	}
@@ -239,7 +257,7 @@ func (w *worker) unwrap(j *job) (int, error) {
 	return copy(w.out, opened), nil
 }
 
-// errCall says that a caller's own time was up.
+// isCallers tells whether it was a caller's own time that was up.
 func isCallers(err error) bool {
 	return errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded)
 }

@@ -32,6 +32,7 @@ const (
 	exitUnavailable exitCode = 4
 	exitInvalid     exitCode = 5
 	exitIncomplete  exitCode = 6
+	exitPartly      exitCode = 7
 	exitInterrupted exitCode = 130
 )
 
@@ -51,6 +52,7 @@ func exitCodes() []exitMeaning {
 		{exitUnavailable, "not available now: the agent, its backend or its audit log; the same command may succeed later"},
 		{exitInvalid, "what was given is not valid or not there: message, context, configuration, audit log, key or keystore"},
 		{exitIncomplete, "the output already written to a pipe is incomplete and must be thrown away"},
+		{exitPartly, "of several files some failed; the others are done, and the same command tries again"},
 		{exitInterrupted, "interrupted"},
 	}
 }

@@ -6,8 +6,10 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -28,7 +30,7 @@ func TestMain(m *testing.M) {
 	if len(os.Args) > 2 && slices.Equal(os.Args[1:3], []string{"plugin", "serve"}) {
 		main()
 	}
-	testscript.Main(m, map[string]func(){"kms-agent": main, "hardened": hardened})
+	testscript.Main(m, map[string]func(){"kms-agent": main, "hardened": hardened, "mortal": mortal})
 }
 
 func TestScripts(t *testing.T) {
@@ -41,7 +43,7 @@ func TestScripts(t *testing.T) {
 			return nil
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
-			"auditlog": writeAuditLog, "await": await, "exit": exitStatus,
+			"auditlog": writeAuditLog, "await": await, "await-lines": awaitLines, "exit": exitStatus,
 			"subst": substitute, "retry": retry, "retry-until": retryUntil, "signal": signalBackground,
 			"notify": notify, "notified": notified,
 		},
@@ -71,6 +73,16 @@ func await(ts *testscript.TestScript, neg bool, args []string) {
 	})
 }
 
+// awaitLines waits until a file has so many lines.
+func awaitLines(ts *testscript.TestScript, _ bool, args []string) {
+	want, err := strconv.Atoi(args[0])
+	ts.Check(err)
+	repeat(ts, func() bool {
+		text, err := os.ReadFile(ts.MkAbs(args[1]))
+		return err == nil && strings.Count(string(text), "\n") >= want
+	})
+}
+
 // substitute puts the user's number for $UID in a file.
 func substitute(ts *testscript.TestScript, _ bool, args []string) {
 	text := strings.ReplaceAll(ts.ReadFile(args[0]), "$UID", strconv.Itoa(os.Getuid()))
@@ -87,6 +99,25 @@ func hardened() {
 	var core unix.Rlimit
 	err = errors.Join(err, unix.Getrlimit(unix.RLIMIT_CORE, &core))
 	fmt.Printf("dumpable=%d core=%d,%d umask=%04o %v\n", dumpable, core.Cur, core.Max, unix.Umask(0), err)
+}
+
+// mortal is kms-agent without root's power to pass over the modes of files.
+func mortal() {
+	runtime.LockOSThread() // capabilities are the thread's, and go on from this one
+	if os.Geteuid() == 0 {
+		for _, capability := range []uintptr{unix.CAP_DAC_OVERRIDE, unix.CAP_DAC_READ_SEARCH} {
+			if err := unix.Prctl(unix.PR_CAPBSET_DROP, capability, 0, 0, 0); err != nil {
+				fmt.Println(err)
+				os.Exit(99)
+			}
+		}
+	}
+	path, err := exec.LookPath("kms-agent")
+	if err == nil {
+		err = unix.Exec(path, append([]string{"kms-agent"}, os.Args[1:]...), os.Environ())
+	}
+	fmt.Println(err)
+	os.Exit(99)
 }
 
 // notify gives the commands that follow a service manager to tell their state.

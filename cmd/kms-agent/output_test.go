@@ -16,6 +16,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	adminv1 "github.com/kms-agent/kms-agent/api/admin/v1"
+	"github.com/kms-agent/kms-agent/cmd/kms-agent/renew"
 )
 
 // terminal opens a pseudo-terminal: what a command writes to the second file
@@ -150,6 +151,51 @@ func TestProgressOfALongTransfer(t *testing.T) {
 		}
 		if got := show(2 * time.Second); !strings.Contains(got, " 50%  2.0 KiB of 4.0 KiB") || !strings.HasSuffix(got, "\r\x1b[K") {
 			t.Errorf("shown: %q, want a line that is removed at the end", got)
+		}
+	})
+}
+
+func TestProgressOfTrees(t *testing.T) {
+	for _, c := range []struct {
+		sight renew.Sight
+		want  string
+	}{
+		{renew.Sight{Files: 10, Bytes: 1 << 20, TotalFiles: -1, TotalBytes: -1}, "10 files, 1.0 MiB, 5 files/s, 512.0 KiB/s"},
+		{
+			renew.Sight{Files: 50, TotalFiles: 100, Failed: 3, Waiting: "SHUTTING_DOWN"},
+			" 50%  50 of 100 files, 0 B, 25 files/s, 0 B/s, 2s left, 3 failed, waiting: SHUTTING_DOWN",
+		},
+		{renew.Sight{Files: 100, TotalFiles: 100}, "100%  100 of 100 files, 0 B, 50 files/s, 0 B/s"},
+	} {
+		if got := treesLine(c.sight, 2*time.Second); got != c.want {
+			t.Errorf("progress = %q, want %q", got, c.want)
+		}
+	}
+}
+
+// TestProgressLineOfTrees: the line appears after a second, tells an interruption
+// and is gone at the end.
+func TestProgressLineOfTrees(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var shown bytes.Buffer
+		interrupted, end, ended := make(chan struct{}), make(chan struct{}), make(chan struct{})
+		go func() {
+			defer close(ended)
+			showLine(interrupted, end, &shown, &renew.Progress{})
+		}()
+		time.Sleep(progressDelay - time.Millisecond)
+		synctest.Wait()
+		if shown.Len() != 0 {
+			t.Errorf("%q is shown before a second is over", shown.String())
+		}
+		time.Sleep(progressInterval)
+		close(interrupted)
+		synctest.Wait()
+		close(end)
+		<-ended
+		got := shown.String()
+		if !strings.Contains(got, "0 files") || !strings.Contains(got, "finishing the files under way") || !strings.HasSuffix(got, "\r\x1b[K") {
+			t.Errorf("shown: %q", got)
 		}
 	})
 }

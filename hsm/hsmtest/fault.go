@@ -61,6 +61,9 @@ func (f *Fault) file(name string) string { return filepath.Join(filepath.Dir(f.M
 //	           are others and C_Finalize was called
 //	no-slots   C_GetSlotList is well and empty
 //	lossy      C_Decrypt changes a bit of what it gives
+//	logged-out nobody is logged in, until C_Login: CKR_USER_NOT_LOGGED_IN
+//	boast N    what has a count or a length in its answer says N
+//	slots N    the numbers of slots are others, by N
 //	iv STYLE   what becomes of the vectors of CKM_AES_GCM
 //
 // FUNCTION is C_Encrypt or another that a module has in its list, or * for all. The
@@ -71,7 +74,8 @@ func (f *Fault) file(name string) string { return filepath.Join(filepath.Dir(f.M
 //
 // STYLE is written (the token writes its own over the caller's), appended-12,
 // appended-16 or prepended-12 (it has its own with the result), fixed (always the
-// same one) or short-tag (the caller's, but a tag of 96 bits).
+// same one), stuck (always the same one, which it writes over the caller's) or
+// short-tag (the caller's, but a tag of 96 bits).
 func (f *Fault) Set(rules ...string) {
 	f.t.Helper()
 	if err := checkRules(rules); err != nil {

@@ -36,13 +36,21 @@ func checkRules(rules []string) error {
 func checkRule(rule string) error {
 	words := strings.Split(rule, " ")
 	switch words[0] {
-	case "dead", "no-slots", "lossy":
+	case "dead", "no-slots", "lossy", "logged-out":
 		if len(words) > 1 {
 			return fmt.Errorf("nothing may follow %s", words[0])
 		}
 		return nil
+	case "boast", "slots":
+		if len(words) != 2 {
+			return fmt.Errorf("%s takes a number", words[0])
+		}
+		if _, err := parse(words[1], true); err != nil {
+			return fmt.Errorf("%s takes a number, not %q", words[0], words[1])
+		}
+		return nil
 	case "iv":
-		styles := []string{"written", "appended-12", "appended-16", "prepended-12", "fixed", "short-tag"}
+		styles := []string{"written", "appended-12", "appended-16", "prepended-12", "fixed", "stuck", "short-tag"}
 		if len(words) != 2 || !slices.Contains(styles, words[1]) {
 			return fmt.Errorf("iv takes one of %s", strings.Join(styles, ", "))
 		}
@@ -50,7 +58,7 @@ func checkRule(rule string) error {
 	case "*":
 	default:
 		if !slices.Contains(functions(), words[0]) {
-			return fmt.Errorf("%q is neither a function that can be told what to do, nor *, dead, no-slots, lossy or iv", words[0])
+			return fmt.Errorf("%q is neither a function that can be told what to do, nor *, dead, no-slots, lossy, logged-out, boast, slots or iv", words[0])
 		}
 	}
 	return checkWords(words[1:])

@@ -111,16 +111,25 @@ func TestAnswersAreBounded(t *testing.T) {
 	}
 }
 
-// theSocket returns the plugin's socket and its private directory.
-func theSocket(t *testing.T, cfg host.Config) (socket, dir string) {
+// sockets are those of plugins in the runtime directory.
+func sockets(t *testing.T, cfg host.Config) []string {
 	t.Helper()
 	found, err := filepath.Glob(filepath.Join(cfg.RuntimeDir, "plugin-*", "*"))
-	found = slices.DeleteFunc(found, func(path string) bool {
+	if err != nil {
+		t.Fatal(err)
+	}
+	return slices.DeleteFunc(found, func(path string) bool {
 		info, err := os.Lstat(path)
 		return err != nil || info.Mode().Type() != os.ModeSocket
 	})
-	if err != nil || len(found) != 1 {
-		t.Fatalf("sockets in the runtime directory: %v, %v; want one", found, err)
+}
+
+// theSocket returns the plugin's socket and its private directory.
+func theSocket(t *testing.T, cfg host.Config) (socket, dir string) {
+	t.Helper()
+	found := sockets(t, cfg)
+	if len(found) != 1 {
+		t.Fatalf("sockets in the runtime directory: %v, want one", found)
 	}
 	return found[0], filepath.Dir(found[0])
 }
@@ -372,7 +381,7 @@ func TestAHundredReplacements(t *testing.T) {
 		}
 	}
 	eventually(t, "one process", func() bool { return fmt.Sprint(children(t)) == fmt.Sprintf("[%d]", s.Status().PID) })
-	theSocket(t, cfg)
+	eventually(t, "one socket", func() bool { return len(sockets(t, cfg)) == 1 })
 	eventually(t, "no goroutine more than before", func() bool { return runtime.NumGoroutine() <= goroutines })
 	eventually(t, "no file more than before", func() bool { return openFiles(t) <= fds })
 	if got := s.Status().Breaker; got.Opened != 0 {

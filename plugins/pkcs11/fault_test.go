@@ -4,7 +4,9 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -35,8 +37,14 @@ func faulty(t *testing.T, pin string) (host.Config, *hsmtest.Fault) {
 // A module that crashes, ends the process or never comes back takes the process with
 // it, and nothing else: the next one serves, without anybody's doing.
 func TestProcessIsReplaced(t *testing.T) {
-	for _, rule := range []string{"C_Decrypt segv", "C_Decrypt abort", "C_Decrypt exit=3", "C_Decrypt hang", "C_DecryptInit hang", "C_Decrypt sleep_ms=60000"} {
-		t.Run(rule, func(t *testing.T) {
+	const lost = "C_Decrypt rv=0x30"
+	for _, rules := range [][]string{
+		{"C_Decrypt segv"}, {"C_Decrypt abort"}, {"C_Decrypt exit=3"}, {"C_Decrypt hang"}, {"C_DecryptInit hang"}, {"C_Decrypt sleep_ms=60000"},
+		// While it climbs the ladder.
+		{lost, "C_CloseSession hang"}, {lost, "C_CloseAllSessions hang"}, {lost, "C_Finalize hang"}, {lost, "C_Finalize segv"},
+		{lost, "C_Initialize hang"}, {lost, "C_GetSlotList hang"}, {lost, "C_OpenSession hang"}, {lost, "C_Login hang"}, {"logged-out", "C_Login hang"},
+	} {
+		t.Run(strings.Join(rules, ", "), func(t *testing.T) {
 			cfg, fault := faulty(t, hsmtest.PIN)
 			s := plugintest.Start(t, cfg)
 			material := bytes.Repeat([]byte{7}, 32)
@@ -46,7 +54,7 @@ func TestProcessIsReplaced(t *testing.T) {
 				return err
 			})
 			pid := s.Status().PID
-			fault.Set(rule)
+			fault.Set(rules...)
 			if _, err := s.Unwrap(bounded(t), orders, wrapped, plugins.Binding{Purpose: "message"}); plugins.ClassOf(err) != plugins.Unavailable {
 				t.Errorf("Unwrap: %v, want Unavailable", err)
 			}
@@ -61,6 +69,42 @@ func TestProcessIsReplaced(t *testing.T) {
 			if s.Status().PID == pid {
 				t.Errorf("process %d goes on", pid)
 			}
+		})
+	}
+}
+
+// A module that hangs when it is initialised for the first time, or before the first
+// login, is given up too, as often as it does.
+func TestHangAtTheStart(t *testing.T) {
+	for _, rule := range []string{"C_Initialize hang", "C_GetTokenInfo hang", "C_OpenSession hang"} {
+		t.Run(rule, func(t *testing.T) {
+			cfg, fault := faulty(t, hsmtest.PIN)
+			fault.Set(rule)
+			s, err := host.New(cfg)
+			if err != nil {
+				t.Fatal(err)
+			}
+			ctx, cancel := context.WithCancel(context.Background())
+			ended := make(chan error, 1)
+			go func() { ended <- s.Run(ctx) }()
+			t.Cleanup(func() {
+				cancel()
+				if err := <-ended; !errors.Is(err, context.Canceled) {
+					t.Errorf("Run: %v", err)
+				}
+			})
+			processes := 0
+			eventually(t, func() error {
+				if processes += fault.Calls()["C_Initialize"]; processes < 3 {
+					return fmt.Errorf("%d processes", processes)
+				}
+				return nil
+			})
+			fault.Set()
+			eventually(t, func() error {
+				_, err := s.Wrap(bounded(t), orders, make([]byte, 32), plugins.Binding{Purpose: "message"})
+				return err
+			})
 		})
 	}
 }

@@ -23,8 +23,11 @@
 #define CKR_ARGUMENTS_BAD 0x07UL
 #define CKR_FUNCTION_NOT_SUPPORTED 0x54UL
 #define CKR_MECHANISM_PARAM_INVALID 0x71UL
+#define CKR_USER_ALREADY_LOGGED_IN 0x100UL
+#define CKR_USER_NOT_LOGGED_IN 0x101UL
 #define CKR_BUFFER_TOO_SMALL 0x150UL
 #define CKM_AES_GCM 0x1087UL
+#define CKS_RW_PUBLIC_SESSION 2UL
 
 static pthread_once_t started = PTHREAD_ONCE_INIT;
 static ck_functions *real; /* set by start */
@@ -42,6 +45,20 @@ static ck_functions *real; /* set by start */
 		CALL(name); \
 		return real->C_##name arguments; \
 	}
+
+/* USES is PASS for what needs a login, COUNTS for what answers with a length. */
+#define USES(name, parameters, arguments) \
+	static ck_rv fault_##name parameters { \
+		CALL(name); \
+		return now.logged_out ? CKR_USER_NOT_LOGGED_IN : real->C_##name arguments; \
+	}
+#define COUNTS(name, parameters, arguments, length) \
+	static ck_rv fault_##name parameters { \
+		CALL(name); \
+		rv = real->C_##name arguments; \
+		if (!rv && now.boasts) (length) = now.boast; \
+		return rv; \
+	}
 #define UNUSED(name) \
 	static ck_rv fault_##name(void) { \
 		struct modes now; \
@@ -50,29 +67,27 @@ static ck_functions *real; /* set by start */
 	}
 
 PASS(GetInfo, (ck_info *i), (i))
-PASS(GetSlotInfo, (ck_ulong s, ck_slot_info *i), (s, i))
-PASS(GetTokenInfo, (ck_ulong s, ck_token_info *i), (s, i))
-PASS(GetMechanismList, (ck_ulong s, ck_ulong *l, ck_ulong *n), (s, l, n))
-PASS(GetMechanismInfo, (ck_ulong s, ck_ulong t, ck_mechanism_info *i), (s, t, i))
+PASS(GetSlotInfo, (ck_ulong s, ck_slot_info *i), (s - now.slots, i))
+PASS(GetTokenInfo, (ck_ulong s, ck_token_info *i), (s - now.slots, i))
+COUNTS(GetMechanismList, (ck_ulong s, ck_ulong *l, ck_ulong *n), (s - now.slots, l, n), *n)
+PASS(GetMechanismInfo, (ck_ulong s, ck_ulong t, ck_mechanism_info *i), (s - now.slots, t, i))
 UNUSED(InitToken) UNUSED(InitPIN) UNUSED(SetPIN)
-PASS(OpenSession, (ck_ulong s, ck_ulong f, void *a, void *n, ck_ulong *h), (s, f, a, n, h))
-PASS(GetSessionInfo, (ck_ulong h, ck_session_info *i), (h, i))
+PASS(OpenSession, (ck_ulong s, ck_ulong f, void *a, void *n, ck_ulong *h), (s - now.slots, f, a, n, h))
 UNUSED(GetOperationState) UNUSED(SetOperationState)
-PASS(Login, (ck_ulong h, ck_ulong u, ck_byte *p, ck_ulong n), (h, u, p, n))
 PASS(Logout, (ck_ulong h), (h))
 PASS(CreateObject, (ck_ulong h, ck_attribute *a, ck_ulong n, ck_ulong *o), (h, a, n, o))
 UNUSED(CopyObject)
 PASS(DestroyObject, (ck_ulong h, ck_ulong o), (h, o))
 UNUSED(GetObjectSize)
-PASS(GetAttributeValue, (ck_ulong h, ck_ulong o, ck_attribute *a, ck_ulong n), (h, o, a, n))
+COUNTS(GetAttributeValue, (ck_ulong h, ck_ulong o, ck_attribute *a, ck_ulong n), (h, o, a, n), a->len)
 PASS(SetAttributeValue, (ck_ulong h, ck_ulong o, ck_attribute *a, ck_ulong n), (h, o, a, n))
 PASS(FindObjectsInit, (ck_ulong h, ck_attribute *a, ck_ulong n), (h, a, n))
-PASS(FindObjects, (ck_ulong h, ck_ulong *o, ck_ulong m, ck_ulong *n), (h, o, m, n))
+COUNTS(FindObjects, (ck_ulong h, ck_ulong *o, ck_ulong m, ck_ulong *n), (h, o, m, n), *n)
 PASS(FindObjectsFinal, (ck_ulong h), (h))
 UNUSED(EncryptUpdate) UNUSED(EncryptFinal) UNUSED(DecryptUpdate) UNUSED(DecryptFinal)
 UNUSED(DigestInit) UNUSED(Digest) UNUSED(DigestUpdate) UNUSED(DigestKey) UNUSED(DigestFinal)
-PASS(SignInit, (ck_ulong h, ck_mechanism *m, ck_ulong k), (h, m, k))
-PASS(Sign, (ck_ulong h, ck_byte *i, ck_ulong n, ck_byte *o, ck_ulong *on), (h, i, n, o, on))
+USES(SignInit, (ck_ulong h, ck_mechanism *m, ck_ulong k), (h, m, k))
+COUNTS(Sign, (ck_ulong h, ck_byte *i, ck_ulong n, ck_byte *o, ck_ulong *on), (h, i, n, o, on), *on)
 UNUSED(SignUpdate) UNUSED(SignFinal) UNUSED(SignRecoverInit) UNUSED(SignRecover)
 PASS(VerifyInit, (ck_ulong h, ck_mechanism *m, ck_ulong k), (h, m, k))
 PASS(Verify, (ck_ulong h, ck_byte *i, ck_ulong n, ck_byte *s, ck_ulong sn), (h, i, n, s, sn))
@@ -155,14 +170,37 @@ static ck_rv fault_CloseSession(ck_ulong h) {
 
 static ck_rv fault_CloseAllSessions(ck_ulong s) {
 	CALL(CloseAllSessions);
-	forget(OF_SLOT, s);
-	return real->C_CloseAllSessions(s);
+	forget(OF_SLOT, s - now.slots);
+	return real->C_CloseAllSessions(s - now.slots);
+}
+
+static ck_rv fault_GetSessionInfo(ck_ulong h, ck_session_info *i) {
+	CALL(GetSessionInfo);
+	rv = real->C_GetSessionInfo(h, i);
+	if (rv) return rv;
+	i->slot += now.slots;
+	if (now.logged_out) i->state = CKS_RW_PUBLIC_SESSION;
+	return 0;
+}
+
+static ck_rv fault_Login(ck_ulong h, ck_ulong u, ck_byte *p, ck_ulong n) {
+	CALL(Login);
+	rv = real->C_Login(h, u, p, n);
+	/* The module behind knows nothing of a login that is lost. */
+	if (now.logged_out && rv == CKR_USER_ALREADY_LOGGED_IN) rv = 0;
+	if (!rv) logged_in();
+	return rv;
 }
 
 static ck_rv fault_GetSlotList(ck_byte present, ck_ulong *slots, ck_ulong *count) {
 	CALL(GetSlotList);
-	if (!now.no_slots) return real->C_GetSlotList(present, slots, count);
 	if (!count) return CKR_ARGUMENTS_BAD;
+	if (!now.no_slots) {
+		rv = real->C_GetSlotList(present, slots, count);
+		for (ck_ulong i = 0; !rv && slots && i < *count; i++) slots[i] += now.slots;
+		if (!rv && now.boasts) *count = now.boast;
+		return rv;
+	}
 	rv = real->C_GetSlotList(present, NULL, count);
 	if (!rv) *count = 0;
 	return rv;
@@ -175,18 +213,19 @@ static ck_gcm_params *gcm(const struct modes *now, const ck_mechanism *m) {
 
 static ck_rv fault_EncryptInit(ck_ulong h, ck_mechanism *m, ck_ulong k) {
 	CALL(EncryptInit);
+	if (now.logged_out) return CKR_USER_NOT_LOGGED_IN;
 	forget(OF_SESSION, h);
 	ck_gcm_params *given = gcm(&now, m);
 	if (!given) return real->C_EncryptInit(h, m, k);
 	ck_gcm_params own = *given;
 	struct operation o = {.session = h, .iv = "a vector for all", .prepended = !strcmp(now.iv, "prepended-12")};
-	int written = !strcmp(now.iv, "written");
+	int stuck = !strcmp(now.iv, "stuck"), written = stuck || !strcmp(now.iv, "written");
 	if (!strcmp(now.iv, "short-tag")) {
 		own.tag_bits = 96;
 	} else {
 		own.iv = o.iv, own.iv_len = o.iv_len = strcmp(now.iv, "appended-16") ? 12 : 16, own.iv_bits = own.iv_len * 8;
 		if (written && (!given->iv || given->iv_len < o.iv_len)) return CKR_MECHANISM_PARAM_INVALID;
-		if (strcmp(now.iv, "fixed") && getrandom(o.iv, sizeof o.iv, 0) != sizeof o.iv) return CKR_GENERAL_ERROR;
+		if (!stuck && strcmp(now.iv, "fixed") && getrandom(o.iv, sizeof o.iv, 0) != sizeof o.iv) return CKR_GENERAL_ERROR;
 	}
 	ck_mechanism mechanism = {m->type, &own, sizeof own};
 	rv = real->C_EncryptInit(h, &mechanism, k);
@@ -199,7 +238,11 @@ static ck_rv fault_EncryptInit(ck_ulong h, ck_mechanism *m, ck_ulong k) {
 static ck_rv fault_Encrypt(ck_ulong h, ck_byte *in, ck_ulong n, ck_byte *out, ck_ulong *len) {
 	CALL(Encrypt);
 	struct operation o;
-	if (!len || !recall(h, &o)) return real->C_Encrypt(h, in, n, out, len);
+	if (!len || !recall(h, &o)) {
+		rv = real->C_Encrypt(h, in, n, out, len);
+		if (!rv && now.boasts) *len = now.boast;
+		return rv;
+	}
 	ck_ulong needed = n + o.tag_len + o.iv_len, room = *len;
 	if (!out || room < needed) {
 		*len = needed;
@@ -217,6 +260,7 @@ static ck_rv fault_Encrypt(ck_ulong h, ck_byte *in, ck_ulong n, ck_byte *out, ck
 
 static ck_rv fault_DecryptInit(ck_ulong h, ck_mechanism *m, ck_ulong k) {
 	CALL(DecryptInit);
+	if (now.logged_out) return CKR_USER_NOT_LOGGED_IN;
 	ck_gcm_params *given = gcm(&now, m);
 	if (!given || strcmp(now.iv, "short-tag")) return real->C_DecryptInit(h, m, k);
 	ck_gcm_params own = *given;
@@ -229,6 +273,7 @@ static ck_rv fault_Decrypt(ck_ulong h, ck_byte *in, ck_ulong n, ck_byte *out, ck
 	CALL(Decrypt);
 	rv = real->C_Decrypt(h, in, n, out, len);
 	if (!rv && now.lossy && out && *len) out[0] ^= 1;
+	if (!rv && now.boasts) *len = now.boast;
 	return rv;
 }
 

@@ -85,6 +85,9 @@ static void read_line(char *line) {
 	if (!strcmp(word, "dead")) modes.dead = 1;
 	else if (!strcmp(word, "no-slots")) modes.no_slots = 1;
 	else if (!strcmp(word, "lossy")) modes.lossy = 1;
+	else if (!strcmp(word, "logged-out")) modes.logged_out = 1;
+	else if (!strcmp(word, "boast")) modes.boasts = 1, modes.boast = number(strtok_r(NULL, " \n", &save));
+	else if (!strcmp(word, "slots")) modes.slots = number(strtok_r(NULL, " \n", &save));
 	else if (!strcmp(word, "iv")) snprintf(modes.iv, sizeof modes.iv, "%s", strtok_r(NULL, " \n", &save));
 	else {
 		if (rule_count == MAX_RULES) {
@@ -169,6 +172,12 @@ int begin(const char *function, struct modes *now, ck_rv *rv) {
 void connection(void) {
 	pthread_mutex_lock(&lock);
 	connected = 1;
+	pthread_mutex_unlock(&lock);
+}
+
+void logged_in(void) {
+	pthread_mutex_lock(&lock);
+	modes.logged_out = 0;
 	pthread_mutex_unlock(&lock);
 }
 

@@ -7,6 +7,10 @@
 /* The rules that are not of one function. */
 struct modes {
 	int dead, no_slots, lossy;
+	int logged_out;     /* and nobody has called C_Login since */
+	int boasts;         /* whether boast is set */
+	unsigned long boast; /* what every length and count says */
+	unsigned long slots; /* how much is added to the numbers of slots */
 	char iv[16];
 };
 
@@ -20,6 +24,9 @@ int begin(const char *function, struct modes *now, ck_rv *rv);
 
 /* connection says that C_Initialize went well. */
 void connection(void);
+
+/* logged_in says that C_Login was called. */
+void logged_in(void);
 
 /* complain writes a line for whoever reads the test's output. */
 __attribute__((format(printf, 1, 2))) void complain(const char *format, ...);

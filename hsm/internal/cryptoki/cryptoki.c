@@ -141,7 +141,9 @@ ck_rv ck_set_attributes(ck_functions *f, ck_ulong session, ck_ulong object, ck_u
 	return f->C_SetAttributeValue(session, object, a, n);
 }
 
-/* ck_find writes at most *count handles. A module may give them in pieces. */
+/* ck_find writes at most *count handles. A module may give them in pieces. Where it
+ * says that it gave more than had room, *count is greater than it was: what it found
+ * is not known then. */
 ck_rv ck_find(ck_functions *f, ck_ulong session, ck_ulong n, ck_ulong *types, ck_ulong *lens, ck_byte *values, ck_ulong *objects, ck_ulong *count) {
 	NEED(C_FindObjectsInit);
 	NEED(C_FindObjects);
@@ -153,7 +155,11 @@ ck_rv ck_find(ck_functions *f, ck_ulong session, ck_ulong n, ck_ulong *types, ck
 	for (*count = 0; *count < room; *count += got) {
 		got = 0;
 		rv = f->C_FindObjects(session, objects + *count, room - *count, &got);
-		if (rv || !got || got > room - *count) break;
+		if (rv || !got) break;
+		if (got > room - *count) {
+			*count = ~0UL;
+			break;
+		}
 	}
 	ck_rv end = f->C_FindObjectsFinal(session);
 	return rv ? rv : end;

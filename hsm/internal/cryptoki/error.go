@@ -31,6 +31,16 @@ func (e Error) Name() string {
 // ActionProhibited is CKR_ACTION_PROHIBITED of PKCS#11 v2.40.
 const ActionProhibited Error = 0x1B
 
+// Policy tells whether the code says that the token does not allow a use of a key.
+func (e Error) Policy() bool {
+	switch uint(e) {
+	case pkcs11.CKR_MECHANISM_INVALID, pkcs11.CKR_MECHANISM_PARAM_INVALID, pkcs11.CKR_KEY_FUNCTION_NOT_PERMITTED,
+		pkcs11.CKR_KEY_TYPE_INCONSISTENT, pkcs11.CKR_KEY_SIZE_RANGE, pkcs11.CKR_FUNCTION_NOT_SUPPORTED, uint(ActionProhibited):
+		return true
+	}
+	return false
+}
+
 // CallError says which function of the module failed.
 type CallError struct {
 	Function string

@@ -40,6 +40,11 @@ type Module struct {
 	// list comes from the one call of C_GetFunctionList: some modules make a new
 	// instance at each.
 	list *C.ck_functions
+	// reserved is the module's setting in C, kept: modules may go on reading it.
+	reserved *C.char
+	// alone says that the module cannot lock. One that is initialised still does not
+	// say so again.
+	alone bool
 }
 
 // Load loads the module at path, which is absolute: a relative one would be
@@ -72,20 +77,20 @@ func (m *Module) Path() string { return m.path }
 // Initialize calls C_Initialize. reserved is a module's own setting (NSS reads
 // its directory there), mostly "". It reports false where the module cannot lock
 // by itself: then one thread may use it at a time. A module that is initialised
-// already counts as initialised.
+// already counts as initialised. reserved is that of the first call.
 func (m *Module) Initialize(reserved string) (locks bool, err error) {
-	var setting *C.char
-	if reserved != "" {
-		setting = C.CString(reserved) // kept: modules may go on reading it
+	if reserved != "" && m.reserved == nil {
+		m.reserved = C.CString(reserved)
 	}
-	rv := C.ck_initialize(m.list, pkcs11.CKF_OS_LOCKING_OK, setting)
+	rv := C.ck_initialize(m.list, pkcs11.CKF_OS_LOCKING_OK, m.reserved)
 	if rv == pkcs11.CKR_CANT_LOCK || rv == pkcs11.CKR_NEED_TO_CREATE_THREADS {
-		return false, check("C_Initialize", C.ck_initialize(m.list, 0, setting))
+		m.alone = true
+		rv = C.ck_initialize(m.list, 0, m.reserved)
 	}
 	if rv == pkcs11.CKR_CRYPTOKI_ALREADY_INITIALIZED {
 		rv = 0
 	}
-	return true, check("C_Initialize", rv)
+	return !m.alone, check("C_Initialize", rv)
 }
 
 // Finalize calls C_Finalize. A module that is not initialised counts as
@@ -122,6 +127,9 @@ func (m *Module) Info() (Info, error) {
 	}, nil
 }
 
+// maxList is how many slots or mechanisms a module may speak of.
+const maxList = 1 << 16
+
 // Slots returns the slots with a token in them. There may be none while an HSM
 // is away.
 func (m *Module) Slots() ([]uint, error) {
@@ -130,8 +138,11 @@ func (m *Module) Slots() ([]uint, error) {
 		if err := check("C_GetSlotList", C.ck_slots(m.list, nil, &n)); err != nil {
 			return nil, err
 		}
-		n += 4
-		slots := make([]C.ck_ulong, n)
+		if n > maxList {
+			return nil, fmt.Errorf("C_GetSlotList: %d slots are not believable", n)
+		}
+		slots := make([]C.ck_ulong, n+4)
+		n = C.ck_ulong(len(slots))
 		err := check("C_GetSlotList", C.ck_slots(m.list, &slots[0], &n))
 		if errors.Is(err, Error(pkcs11.CKR_BUFFER_TOO_SMALL)) {
 			continue
@@ -189,7 +200,7 @@ func (m *Module) Mechanisms(slot uint) ([]uint, error) {
 	if err := check("C_GetMechanismList", C.ck_mechanisms(m.list, C.ck_ulong(slot), nil, &n)); err != nil {
 		return nil, err
 	}
-	if n > 1<<16 {
+	if n > maxList {
 		return nil, fmt.Errorf("C_GetMechanismList: %d mechanisms are not believable", n)
 	}
 	list := make([]C.ck_ulong, n+16)

@@ -1,0 +1,130 @@
+package hsm
+
+import (
+	"context"
+	"errors"
+
+	"github.com/kms-agent/kms-agent/hsm/internal/cryptoki"
+)
+
+// manage runs a function in a session, again where the session was lost. So the function
+// may be run after it has done what it does: an answer may be lost, too.
+func (t *Token) manage(ctx context.Context, f func(*worker) error) error {
+	var last error
+	var a *attachment
+	for range attempts {
+		var err error
+		if a, err = t.attached(ctx); err != nil {
+			return err
+		}
+		if err = t.do(ctx, a, f); err == nil {
+			a.read.Store(true)
+			return nil
+		}
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		if known := (*Error)(nil); errors.As(err, &known) && known.Kind != Unavailable {
+			return err
+		}
+		if err := t.again(ctx, a, err); err != nil {
+			return err
+		}
+		last = err
+	}
+	if errors.As(last, new(cryptoki.Error)) && stepFor(last) != fewer {
+		a.unread.Store(true)
+		a.breaks(errorf(Unavailable, last, "new sessions and logins do not help"))
+	}
+	return errorf(Unavailable, last, "tried %d times", attempts)
+}
+
+// again does what the failure of a function of manage asks for, and returns an error
+// where it is final.
+func (t *Token) again(ctx context.Context, a *attachment, err error) error {
+	if a.over() {
+		return nil
+	}
+	switch stepFor(err) {
+	case newSession, findAgain:
+	case fewer:
+		a.shrinks()
+	case loginAgain:
+		if err := t.relogin(ctx, a); KindOf(err) == Unauthenticated {
+			return err
+		}
+	case reconnect:
+		a.unread.Store(true)
+		a.breaks(errorf(Unavailable, err, "the connection to the token is lost"))
+	case askCanary:
+		if t.examine(ctx, a) == nil {
+			return errorf(Broken, err, "the token refuses this, and is well otherwise")
+		}
+	case giveUp, refuse, fixPIN:
+		return errorf(Broken, err, "the token refuses this")
+	}
+	return nil
+}
+
+// relogin logs in again, once for all who lost the login. Who does not wait for it
+// leaves it to itself.
+func (t *Token) relogin(ctx context.Context, a *attachment) error {
+	select {
+	case a.login <- struct{}{}:
+	case <-a.broken:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	var w *worker
+	if cap(a.places) == 1 { // the module may be one that must be alone with its thread
+		var err error
+		if w, err = a.acquire(ctx); err != nil {
+			<-a.login
+			return err
+		}
+	}
+	done := make(chan error, 1)
+	go func() { // detach waits for it
+		done <- t.enterAgain(a)
+		if w != nil {
+			a.release(w)
+		}
+		<-a.login
+	}()
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+// enterAgain logs in, in another anchor session where that is lost too. The caller has
+// a.login.
+func (t *Token) enterAgain(a *attachment) error {
+	if a.over() {
+		return nil
+	}
+	mark := func(do func() error) error {
+		a.logins.Store(t.now())
+		defer a.logins.Store(0)
+		return do()
+	}
+	lost := mark(func() error { _, err := a.anchor.State(); return err })
+	if stepFor(lost) == newSession {
+		if err := mark(func() (err error) { a.anchor, err = t.module.Open(a.slot); return err }); err != nil {
+			err := errorf(Unavailable, err, "open a session to log in")
+			a.breaks(err)
+			return err
+		}
+	}
+	err := t.logIn(a.anchor, a.slot, &a.logins)
+	switch {
+	case err == nil:
+		a.epoch.Add(1)
+	case KindOf(err) != Unauthenticated:
+		a.breaks(err)
+	}
+	return err
+}

@@ -1,0 +1,118 @@
+package hsm
+
+import (
+	"bytes"
+	"context"
+	"testing"
+	"time"
+
+	"github.com/kms-agent/kms-agent/hsm/hsmtest"
+)
+
+// soft is a Token of SoftHSM whose catalogue is in a file.
+func soft(t *testing.T) *Token {
+	t.Helper()
+	s := hsmtest.NewSoftHSM(t)
+	token, err := Open(Config{
+		Module: hsmtest.SoftHSMModule, Token: URI{Token: hsmtest.Label},
+		Login:     &Ledger{Path: s.Path("logins"), PIN: PINSource{File: s.PINFile()}},
+		Catalogue: &CatalogueFile{Path: s.Path("catalogue"), KeyFile: s.Path("catalogue.key")},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := token.Close(); err != nil {
+			t.Errorf("Close: %v", err)
+		}
+	})
+	return token
+}
+
+// keyOf makes a key.
+func keyOf(t *testing.T, token *Token, name string) *Version {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	k, err := token.CreateKey(ctx, name, GCM)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return k.Versions[0]
+}
+
+// A token may put another key behind a handle: the next canary finds it out, also where
+// calls follow each other without a pause.
+func TestAnotherKeyBehindTheHandle(t *testing.T) {
+	token := soft(t)
+	v, other := keyOf(t, token, "orders"), keyOf(t, token, "other")
+	m := bytes.Repeat([]byte{7}, 32)
+	for _, version := range []*Version{v, other} {
+		if _, err := token.Wrap(t.Context(), version, nil, m, nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	b := *v.handles.Load()
+	b.keys = other.handles.Load().keys
+	v.handles.Store(&b)
+	if _, err := token.Wrap(t.Context(), v, nil, m, nil); err != nil {
+		t.Fatalf("within the time that a canary speaks for: %v", err)
+	}
+	b.opened -= int64(provenFor)
+	v.handles.Store(&b)
+	if _, err := token.Wrap(t.Context(), v, nil, m, nil); KindOf(err) != KeyUnusable {
+		t.Errorf("Wrap: %v, want that the key is another", err)
+	}
+	if _, err := token.Wrap(t.Context(), v, nil, m, nil); err != nil { // the key of this version is there still
+		t.Errorf("Wrap after another search: %v", err)
+	}
+}
+
+// Handles do not outlive the login in which they were found.
+func TestHandlesAfterALogin(t *testing.T) {
+	token := soft(t)
+	v := keyOf(t, token, "orders")
+	if _, err := token.Wrap(t.Context(), v, nil, []byte{1}, nil); err != nil {
+		t.Fatal(err)
+	}
+	a, err := token.attached(t.Context())
+	if err != nil || v.bound(a) == nil {
+		t.Fatalf("the key is not bound, %v", err)
+	}
+	if err := token.relogin(t.Context(), a); err != nil {
+		t.Fatal(err)
+	}
+	if v.bound(a) != nil {
+		t.Error("it is bound after another login")
+	}
+}
+
+// What the catalogue says of a version is what its canary was wrapped under: suite,
+// number, ID, second key and key's name.
+func TestCanaryCoversTheRecord(t *testing.T) {
+	token := soft(t)
+	v := keyOf(t, token, "orders")
+	other := keyOf(t, token, "other")
+	for name, change := range map[string]func(v *Version){
+		"number":     func(v *Version) { v.Number = 2 },
+		"name":       func(v *Version) { v.Key = "letters" },
+		"suite":      func(v *Version) { v.Suite, v.style = KWP, 0 },
+		"second key": func(v *Version) { v.macID = ID{1} },
+		"ID":         func(v *Version) { v.ID = other.ID },
+		"style":      func(v *Version) { v.style = IVAppended16 },
+		"canary":     func(v *Version) { v.canary = other.canary },
+		"sum":        func(v *Version) { v.canarySum[0] ^= 1 },
+		"all of another key": func(v *Version) {
+			v.ID, v.canary, v.canarySum = other.ID, other.canary, other.canarySum
+		},
+	} {
+		changed := v.with(Enabled)
+		change(changed)
+		if _, err := token.Wrap(t.Context(), changed, nil, []byte{1}, nil); err == nil || KindOf(err) == Unavailable {
+			t.Errorf("another %s: %v, want that it is not used", name, err)
+		}
+	}
+	if _, err := token.Wrap(t.Context(), v, nil, []byte{1}, nil); err != nil {
+		t.Error(err)
+	}
+}
