@@ -66,6 +66,7 @@ func (l *loader) validate() {
 	l.validateKeys()
 	l.validateAudit()
 	l.validateLimits()
+	l.validateStore()
 	l.validateObservation()
 	l.validatePolicy()
 }

@@ -56,6 +56,7 @@ func (a *Agent) Status() *adminv1.StatusResponse {
 		r.Keys = append(r.Keys, keyStatus(h))
 	}
 	r.Outages = a.outageStatus()
+	r.Store = a.storeStatus()
 	a.limitsStatus(cfg, r)
 	judge(r)
 	return r
@@ -93,6 +94,12 @@ func judge(r *adminv1.StatusResponse) {
 		r.Problems = append(r.Problems, "JWT bundles are "+r.Identity.JwtBundles+": "+r.Identity.JwtBundlesError)
 	}
 	r.Problems = append(r.Problems, auditProblems(r.Audit)...)
+	if p := r.Store.GetProblem(); p != "" {
+		r.Problems = append(r.Problems, "sealed store: "+p)
+	}
+	if r.Store.GetDevelopment() {
+		r.Problems = append(r.Problems, "sealed store: the sealer file "+developmentWarning)
+	}
 	if r.LimitsError != "" {
 		r.Problems = append(r.Problems, "limits: "+r.LimitsError)
 	}

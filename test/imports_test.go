@@ -24,7 +24,7 @@ func allowed() map[string][]string {
 		"api/*": {},
 
 		// Leaves: they know nothing of each other.
-		"cache":           {},
+		"cache":           {"cache/seal"}, // its data keys outlive the process in a sealed store
 		"cache/seal":      {},
 		"cache/seal/*":    {"cache/seal"}, // each sealer
 		"envelope":        {},
@@ -50,7 +50,7 @@ func allowed() map[string][]string {
 		"agent/serve/admin":  {"agent/kms", "agent/serve", "api/admin/v1"},
 		"agent": {
 			"agent/audit", "agent/kms", "agent/metrics", "agent/policy", "agent/quota", "agent/serve", "agent/serve/*", "api/admin/v1", "api/kmsagent/v1",
-			"cache", "identity", "identity/issuer", "plugins", "plugins/host", "plugins/local",
+			"cache", "cache/seal", "cache/seal/*", "identity", "identity/issuer", "plugins", "plugins/host", "plugins/local",
 		},
 		"client":        {"api/*", "envelope"},
 		"cmd/kms-agent": {"agent", "agent/audit", "agent/kms", "agent/policy", "api/*", "client", "identity", "plugins", "plugins/local"},

@@ -68,6 +68,12 @@ const (
 	cacheMisses      = "kms_agent_cache_misses_total"
 	cacheRefreshes   = "kms_agent_cache_refreshes_total"
 	cacheEvictions   = "kms_agent_cache_evictions_total"
+	storeKeys        = "kms_agent_store_data_keys"
+	storeSaved       = "kms_agent_store_last_save_time_seconds"
+	storeSaves       = "kms_agent_store_saves_total"
+	storeFailing     = "kms_agent_store_failing"
+	storeRestored    = "kms_agent_store_restored_data_keys"
+	storeRefused     = "kms_agent_store_refused"
 	limitCallers     = "kms_agent_limit_callers"
 	limitRefused     = "kms_agent_limit_refused_total"
 	limitFailing     = "kms_agent_limit_failing"
@@ -132,6 +138,12 @@ func statusMetrics() []Metric {
 		{cacheInGrace, Counter, nil, "Requests served in an outage with data keys whose confirmation is older than max_age."},
 		{cacheUnserved, Counter, nil, "Requests that an outage kept from being served."},
 		{cacheEvictions, Counter, nil, "Data keys destroyed before their limits: revoked, evicted, or more than there is room for."},
+		{storeKeys, Gauge, nil, "Data keys in the sealed store, as it was saved last. Absent without a store, as the others of it are."},
+		{storeSaved, Gauge, nil, "When the sealed store was last saved, Unix time. Absent before."},
+		{storeSaves, Counter, []string{"outcome"}, "Saves of the sealed store, by outcome: success, error."},
+		{storeFailing, Gauge, nil, "1 while the sealed store cannot be used or written; kms-agent status says why."},
+		{storeRestored, Gauge, nil, "Data keys that the sealed store had for this agent when it started."},
+		{storeRefused, Gauge, []string{"reason"}, "1 since the agent started without what was stored: foreign (as after each boot with the sealer keyring), rolled-back, damaged, truncated, newer, insecure, not-a-store, unavailable, unreadable."},
 		{limitCallers, Gauge, []string{"rule"}, "Callers that are counted at present under a policy rule with limits."},
 		{limitRefused, Counter, []string{"rule", "limit"}, "Requests refused by a limit of a policy rule: rate, per_day, bytes_per_day, concurrency, callers. One that several rules refuse counts for each."},
 		{limitFailing, Gauge, nil, "1 while the counts of daily limits cannot be stored, so that requests that need more of one are refused."},

@@ -557,7 +557,9 @@ type StatusResponse struct {
 	// Why the counts of daily limits cannot be stored; empty when they can.
 	LimitsError string `protobuf:"bytes,15,opt,name=limits_error,json=limitsError,proto3" json:"limits_error,omitempty"`
 	// The backends that do not answer.
-	Outages       []*Outage `protobuf:"bytes,20,rep,name=outages,proto3" json:"outages,omitempty"`
+	Outages []*Outage `protobuf:"bytes,20,rep,name=outages,proto3" json:"outages,omitempty"`
+	// Where data keys outlive the agent; absent without.
+	Store         *StoreStatus `protobuf:"bytes,30,opt,name=store,proto3" json:"store,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -704,6 +706,162 @@ func (x *StatusResponse) GetOutages() []*Outage {
 	return nil
 }
 
+func (x *StatusResponse) GetStore() *StoreStatus {
+	if x != nil {
+		return x.Store
+	}
+	return nil
+}
+
+type StoreStatus struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// What seals it, for people.
+	Sealer string `protobuf:"bytes,1,opt,name=sealer,proto3" json:"sealer,omitempty"`
+	// The sealer is for development: it protects nothing.
+	Development bool `protobuf:"varint,2,opt,name=development,proto3" json:"development,omitempty"`
+	// Data keys in the last save, of those that should be.
+	DataKeys uint64                 `protobuf:"varint,3,opt,name=data_keys,json=dataKeys,proto3" json:"data_keys,omitempty"`
+	Wanted   uint64                 `protobuf:"varint,4,opt,name=wanted,proto3" json:"wanted,omitempty"`
+	Saved    *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=saved,proto3" json:"saved,omitempty"`
+	// Saves since the agent started, and those that failed.
+	Saves    uint64 `protobuf:"varint,6,opt,name=saves,proto3" json:"saves,omitempty"`
+	Failures uint64 `protobuf:"varint,7,opt,name=failures,proto3" json:"failures,omitempty"`
+	// Data keys that were there when the agent started, how old the store was, and
+	// whether nobody knows that because the time of day went back.
+	Restored    uint64               `protobuf:"varint,8,opt,name=restored,proto3" json:"restored,omitempty"`
+	Age         *durationpb.Duration `protobuf:"bytes,9,opt,name=age,proto3" json:"age,omitempty"`
+	ClockBehind bool                 `protobuf:"varint,10,opt,name=clock_behind,json=clockBehind,proto3" json:"clock_behind,omitempty"`
+	// Why the agent started without what was stored, and in one word; empty where it did
+	// not.
+	Refused       string `protobuf:"bytes,11,opt,name=refused,proto3" json:"refused,omitempty"`
+	RefusedReason string `protobuf:"bytes,12,opt,name=refused_reason,json=refusedReason,proto3" json:"refused_reason,omitempty"`
+	// What is wrong with it now; empty where nothing is.
+	Problem       string `protobuf:"bytes,13,opt,name=problem,proto3" json:"problem,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StoreStatus) Reset() {
+	*x = StoreStatus{}
+	mi := &file_admin_v1_admin_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StoreStatus) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StoreStatus) ProtoMessage() {}
+
+func (x *StoreStatus) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_v1_admin_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StoreStatus.ProtoReflect.Descriptor instead.
+func (*StoreStatus) Descriptor() ([]byte, []int) {
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *StoreStatus) GetSealer() string {
+	if x != nil {
+		return x.Sealer
+	}
+	return ""
+}
+
+func (x *StoreStatus) GetDevelopment() bool {
+	if x != nil {
+		return x.Development
+	}
+	return false
+}
+
+func (x *StoreStatus) GetDataKeys() uint64 {
+	if x != nil {
+		return x.DataKeys
+	}
+	return 0
+}
+
+func (x *StoreStatus) GetWanted() uint64 {
+	if x != nil {
+		return x.Wanted
+	}
+	return 0
+}
+
+func (x *StoreStatus) GetSaved() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Saved
+	}
+	return nil
+}
+
+func (x *StoreStatus) GetSaves() uint64 {
+	if x != nil {
+		return x.Saves
+	}
+	return 0
+}
+
+func (x *StoreStatus) GetFailures() uint64 {
+	if x != nil {
+		return x.Failures
+	}
+	return 0
+}
+
+func (x *StoreStatus) GetRestored() uint64 {
+	if x != nil {
+		return x.Restored
+	}
+	return 0
+}
+
+func (x *StoreStatus) GetAge() *durationpb.Duration {
+	if x != nil {
+		return x.Age
+	}
+	return nil
+}
+
+func (x *StoreStatus) GetClockBehind() bool {
+	if x != nil {
+		return x.ClockBehind
+	}
+	return false
+}
+
+func (x *StoreStatus) GetRefused() string {
+	if x != nil {
+		return x.Refused
+	}
+	return ""
+}
+
+func (x *StoreStatus) GetRefusedReason() string {
+	if x != nil {
+		return x.RefusedReason
+	}
+	return ""
+}
+
+func (x *StoreStatus) GetProblem() string {
+	if x != nil {
+		return x.Problem
+	}
+	return ""
+}
+
 type Outage struct {
 	state   protoimpl.MessageState `protogen:"open.v1"`
 	Backend string                 `protobuf:"bytes,1,opt,name=backend,proto3" json:"backend,omitempty"`
@@ -718,7 +876,7 @@ type Outage struct {
 
 func (x *Outage) Reset() {
 	*x = Outage{}
-	mi := &file_admin_v1_admin_proto_msgTypes[12]
+	mi := &file_admin_v1_admin_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -730,7 +888,7 @@ func (x *Outage) String() string {
 func (*Outage) ProtoMessage() {}
 
 func (x *Outage) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[12]
+	mi := &file_admin_v1_admin_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -743,7 +901,7 @@ func (x *Outage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Outage.ProtoReflect.Descriptor instead.
 func (*Outage) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{12}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Outage) GetBackend() string {
@@ -796,7 +954,7 @@ type LimitsStatus struct {
 
 func (x *LimitsStatus) Reset() {
 	*x = LimitsStatus{}
-	mi := &file_admin_v1_admin_proto_msgTypes[13]
+	mi := &file_admin_v1_admin_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -808,7 +966,7 @@ func (x *LimitsStatus) String() string {
 func (*LimitsStatus) ProtoMessage() {}
 
 func (x *LimitsStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[13]
+	mi := &file_admin_v1_admin_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -821,7 +979,7 @@ func (x *LimitsStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LimitsStatus.ProtoReflect.Descriptor instead.
 func (*LimitsStatus) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{13}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *LimitsStatus) GetRule() string {
@@ -866,7 +1024,7 @@ type Configuration struct {
 
 func (x *Configuration) Reset() {
 	*x = Configuration{}
-	mi := &file_admin_v1_admin_proto_msgTypes[14]
+	mi := &file_admin_v1_admin_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -878,7 +1036,7 @@ func (x *Configuration) String() string {
 func (*Configuration) ProtoMessage() {}
 
 func (x *Configuration) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[14]
+	mi := &file_admin_v1_admin_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -891,7 +1049,7 @@ func (x *Configuration) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Configuration.ProtoReflect.Descriptor instead.
 func (*Configuration) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{14}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Configuration) GetFile() string {
@@ -941,7 +1099,7 @@ type Identity struct {
 
 func (x *Identity) Reset() {
 	*x = Identity{}
-	mi := &file_admin_v1_admin_proto_msgTypes[15]
+	mi := &file_admin_v1_admin_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -953,7 +1111,7 @@ func (x *Identity) String() string {
 func (*Identity) ProtoMessage() {}
 
 func (x *Identity) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[15]
+	mi := &file_admin_v1_admin_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -966,7 +1124,7 @@ func (x *Identity) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Identity.ProtoReflect.Descriptor instead.
 func (*Identity) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{15}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Identity) GetTrustDomain() string {
@@ -1048,7 +1206,7 @@ type BackendStatus struct {
 
 func (x *BackendStatus) Reset() {
 	*x = BackendStatus{}
-	mi := &file_admin_v1_admin_proto_msgTypes[16]
+	mi := &file_admin_v1_admin_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1060,7 +1218,7 @@ func (x *BackendStatus) String() string {
 func (*BackendStatus) ProtoMessage() {}
 
 func (x *BackendStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[16]
+	mi := &file_admin_v1_admin_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1073,7 +1231,7 @@ func (x *BackendStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BackendStatus.ProtoReflect.Descriptor instead.
 func (*BackendStatus) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{16}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *BackendStatus) GetName() string {
@@ -1190,7 +1348,7 @@ type KeyStatus struct {
 
 func (x *KeyStatus) Reset() {
 	*x = KeyStatus{}
-	mi := &file_admin_v1_admin_proto_msgTypes[17]
+	mi := &file_admin_v1_admin_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1202,7 +1360,7 @@ func (x *KeyStatus) String() string {
 func (*KeyStatus) ProtoMessage() {}
 
 func (x *KeyStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[17]
+	mi := &file_admin_v1_admin_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1215,7 +1373,7 @@ func (x *KeyStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeyStatus.ProtoReflect.Descriptor instead.
 func (*KeyStatus) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{17}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *KeyStatus) GetName() string {
@@ -1308,7 +1466,7 @@ type Endurance struct {
 
 func (x *Endurance) Reset() {
 	*x = Endurance{}
-	mi := &file_admin_v1_admin_proto_msgTypes[18]
+	mi := &file_admin_v1_admin_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1320,7 +1478,7 @@ func (x *Endurance) String() string {
 func (*Endurance) ProtoMessage() {}
 
 func (x *Endurance) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[18]
+	mi := &file_admin_v1_admin_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1333,7 +1491,7 @@ func (x *Endurance) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Endurance.ProtoReflect.Descriptor instead.
 func (*Endurance) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{18}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Endurance) GetDown() bool {
@@ -1380,7 +1538,7 @@ type CacheStatus struct {
 
 func (x *CacheStatus) Reset() {
 	*x = CacheStatus{}
-	mi := &file_admin_v1_admin_proto_msgTypes[19]
+	mi := &file_admin_v1_admin_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1392,7 +1550,7 @@ func (x *CacheStatus) String() string {
 func (*CacheStatus) ProtoMessage() {}
 
 func (x *CacheStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[19]
+	mi := &file_admin_v1_admin_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1405,7 +1563,7 @@ func (x *CacheStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CacheStatus.ProtoReflect.Descriptor instead.
 func (*CacheStatus) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{19}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *CacheStatus) GetEncryptionKeys() uint64 {
@@ -1516,7 +1674,7 @@ type AuditStatus struct {
 
 func (x *AuditStatus) Reset() {
 	*x = AuditStatus{}
-	mi := &file_admin_v1_admin_proto_msgTypes[20]
+	mi := &file_admin_v1_admin_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1528,7 +1686,7 @@ func (x *AuditStatus) String() string {
 func (*AuditStatus) ProtoMessage() {}
 
 func (x *AuditStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[20]
+	mi := &file_admin_v1_admin_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1541,7 +1699,7 @@ func (x *AuditStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditStatus.ProtoReflect.Descriptor instead.
 func (*AuditStatus) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{20}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *AuditStatus) GetFile() string {
@@ -1631,7 +1789,7 @@ type AuditSink struct {
 
 func (x *AuditSink) Reset() {
 	*x = AuditSink{}
-	mi := &file_admin_v1_admin_proto_msgTypes[21]
+	mi := &file_admin_v1_admin_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1643,7 +1801,7 @@ func (x *AuditSink) String() string {
 func (*AuditSink) ProtoMessage() {}
 
 func (x *AuditSink) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[21]
+	mi := &file_admin_v1_admin_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1656,7 +1814,7 @@ func (x *AuditSink) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditSink.ProtoReflect.Descriptor instead.
 func (*AuditSink) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{21}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *AuditSink) GetName() string {
@@ -1731,7 +1889,7 @@ const file_admin_v1_admin_proto_rawDesc = "" +
 	"\bduration\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\bduration\"%\n" +
 	"\x0fProfileResponse\x12\x12\n" +
 	"\x04data\x18\x01 \x01(\fR\x04data\"\x0f\n" +
-	"\rStatusRequest\"\xca\x05\n" +
+	"\rStatusRequest\"\x80\x06\n" +
 	"\x0eStatusResponse\x12\x14\n" +
 	"\x05state\x18\x01 \x01(\tR\x05state\x12\x1a\n" +
 	"\bproblems\x18\x02 \x03(\tR\bproblems\x12\x18\n" +
@@ -1749,7 +1907,23 @@ const file_admin_v1_admin_proto_rawDesc = "" +
 	"\tlisteners\x18\r \x03(\tR\tlisteners\x127\n" +
 	"\x06limits\x18\x0e \x03(\v2\x1f.kmsagent.admin.v1.LimitsStatusR\x06limits\x12!\n" +
 	"\flimits_error\x18\x0f \x01(\tR\vlimitsError\x123\n" +
-	"\aoutages\x18\x14 \x03(\v2\x19.kmsagent.admin.v1.OutageR\aoutages\"\xa9\x01\n" +
+	"\aoutages\x18\x14 \x03(\v2\x19.kmsagent.admin.v1.OutageR\aoutages\x124\n" +
+	"\x05store\x18\x1e \x01(\v2\x1e.kmsagent.admin.v1.StoreStatusR\x05store\"\xa7\x03\n" +
+	"\vStoreStatus\x12\x16\n" +
+	"\x06sealer\x18\x01 \x01(\tR\x06sealer\x12 \n" +
+	"\vdevelopment\x18\x02 \x01(\bR\vdevelopment\x12\x1b\n" +
+	"\tdata_keys\x18\x03 \x01(\x04R\bdataKeys\x12\x16\n" +
+	"\x06wanted\x18\x04 \x01(\x04R\x06wanted\x120\n" +
+	"\x05saved\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\x05saved\x12\x14\n" +
+	"\x05saves\x18\x06 \x01(\x04R\x05saves\x12\x1a\n" +
+	"\bfailures\x18\a \x01(\x04R\bfailures\x12\x1a\n" +
+	"\brestored\x18\b \x01(\x04R\brestored\x12+\n" +
+	"\x03age\x18\t \x01(\v2\x19.google.protobuf.DurationR\x03age\x12!\n" +
+	"\fclock_behind\x18\n" +
+	" \x01(\bR\vclockBehind\x12\x18\n" +
+	"\arefused\x18\v \x01(\tR\arefused\x12%\n" +
+	"\x0erefused_reason\x18\f \x01(\tR\rrefusedReason\x12\x18\n" +
+	"\aproblem\x18\r \x01(\tR\aproblem\"\xa9\x01\n" +
 	"\x06Outage\x12\x18\n" +
 	"\abackend\x18\x01 \x01(\tR\abackend\x12/\n" +
 	"\x05lasts\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\x05lasts\x12\x19\n" +
@@ -1875,7 +2049,7 @@ func file_admin_v1_admin_proto_rawDescGZIP() []byte {
 	return file_admin_v1_admin_proto_rawDescData
 }
 
-var file_admin_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 23)
+var file_admin_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 24)
 var file_admin_v1_admin_proto_goTypes = []any{
 	(*EvictRequest)(nil),          // 0: kmsagent.admin.v1.EvictRequest
 	(*EvictResponse)(nil),         // 1: kmsagent.admin.v1.EvictResponse
@@ -1889,63 +2063,67 @@ var file_admin_v1_admin_proto_goTypes = []any{
 	(*ProfileResponse)(nil),       // 9: kmsagent.admin.v1.ProfileResponse
 	(*StatusRequest)(nil),         // 10: kmsagent.admin.v1.StatusRequest
 	(*StatusResponse)(nil),        // 11: kmsagent.admin.v1.StatusResponse
-	(*Outage)(nil),                // 12: kmsagent.admin.v1.Outage
-	(*LimitsStatus)(nil),          // 13: kmsagent.admin.v1.LimitsStatus
-	(*Configuration)(nil),         // 14: kmsagent.admin.v1.Configuration
-	(*Identity)(nil),              // 15: kmsagent.admin.v1.Identity
-	(*BackendStatus)(nil),         // 16: kmsagent.admin.v1.BackendStatus
-	(*KeyStatus)(nil),             // 17: kmsagent.admin.v1.KeyStatus
-	(*Endurance)(nil),             // 18: kmsagent.admin.v1.Endurance
-	(*CacheStatus)(nil),           // 19: kmsagent.admin.v1.CacheStatus
-	(*AuditStatus)(nil),           // 20: kmsagent.admin.v1.AuditStatus
-	(*AuditSink)(nil),             // 21: kmsagent.admin.v1.AuditSink
-	nil,                           // 22: kmsagent.admin.v1.LimitsStatus.RefusedEntry
-	(*durationpb.Duration)(nil),   // 23: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil), // 24: google.protobuf.Timestamp
+	(*StoreStatus)(nil),           // 12: kmsagent.admin.v1.StoreStatus
+	(*Outage)(nil),                // 13: kmsagent.admin.v1.Outage
+	(*LimitsStatus)(nil),          // 14: kmsagent.admin.v1.LimitsStatus
+	(*Configuration)(nil),         // 15: kmsagent.admin.v1.Configuration
+	(*Identity)(nil),              // 16: kmsagent.admin.v1.Identity
+	(*BackendStatus)(nil),         // 17: kmsagent.admin.v1.BackendStatus
+	(*KeyStatus)(nil),             // 18: kmsagent.admin.v1.KeyStatus
+	(*Endurance)(nil),             // 19: kmsagent.admin.v1.Endurance
+	(*CacheStatus)(nil),           // 20: kmsagent.admin.v1.CacheStatus
+	(*AuditStatus)(nil),           // 21: kmsagent.admin.v1.AuditStatus
+	(*AuditSink)(nil),             // 22: kmsagent.admin.v1.AuditSink
+	nil,                           // 23: kmsagent.admin.v1.LimitsStatus.RefusedEntry
+	(*durationpb.Duration)(nil),   // 24: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil), // 25: google.protobuf.Timestamp
 }
 var file_admin_v1_admin_proto_depIdxs = []int32{
-	23, // 0: kmsagent.admin.v1.SetLogLevelRequest.for:type_name -> google.protobuf.Duration
-	23, // 1: kmsagent.admin.v1.ProfileRequest.duration:type_name -> google.protobuf.Duration
-	24, // 2: kmsagent.admin.v1.StatusResponse.started:type_name -> google.protobuf.Timestamp
-	14, // 3: kmsagent.admin.v1.StatusResponse.configuration:type_name -> kmsagent.admin.v1.Configuration
-	15, // 4: kmsagent.admin.v1.StatusResponse.identity:type_name -> kmsagent.admin.v1.Identity
-	16, // 5: kmsagent.admin.v1.StatusResponse.backends:type_name -> kmsagent.admin.v1.BackendStatus
-	17, // 6: kmsagent.admin.v1.StatusResponse.keys:type_name -> kmsagent.admin.v1.KeyStatus
-	19, // 7: kmsagent.admin.v1.StatusResponse.cache:type_name -> kmsagent.admin.v1.CacheStatus
-	20, // 8: kmsagent.admin.v1.StatusResponse.audit:type_name -> kmsagent.admin.v1.AuditStatus
-	13, // 9: kmsagent.admin.v1.StatusResponse.limits:type_name -> kmsagent.admin.v1.LimitsStatus
-	12, // 10: kmsagent.admin.v1.StatusResponse.outages:type_name -> kmsagent.admin.v1.Outage
-	23, // 11: kmsagent.admin.v1.Outage.lasts:type_name -> google.protobuf.Duration
-	22, // 12: kmsagent.admin.v1.LimitsStatus.refused:type_name -> kmsagent.admin.v1.LimitsStatus.RefusedEntry
-	24, // 13: kmsagent.admin.v1.Configuration.loaded:type_name -> google.protobuf.Timestamp
-	24, // 14: kmsagent.admin.v1.Identity.expires:type_name -> google.protobuf.Timestamp
-	24, // 15: kmsagent.admin.v1.Identity.updated:type_name -> google.protobuf.Timestamp
-	24, // 16: kmsagent.admin.v1.BackendStatus.since:type_name -> google.protobuf.Timestamp
-	23, // 17: kmsagent.admin.v1.KeyStatus.encrypt_confirmed:type_name -> google.protobuf.Duration
-	23, // 18: kmsagent.admin.v1.KeyStatus.decrypt_confirmed:type_name -> google.protobuf.Duration
-	18, // 19: kmsagent.admin.v1.KeyStatus.encrypt:type_name -> kmsagent.admin.v1.Endurance
-	18, // 20: kmsagent.admin.v1.KeyStatus.decrypt:type_name -> kmsagent.admin.v1.Endurance
-	23, // 21: kmsagent.admin.v1.Endurance.since:type_name -> google.protobuf.Duration
-	23, // 22: kmsagent.admin.v1.Endurance.left:type_name -> google.protobuf.Duration
-	21, // 23: kmsagent.admin.v1.AuditStatus.sinks:type_name -> kmsagent.admin.v1.AuditSink
-	21, // 24: kmsagent.admin.v1.AuditStatus.checkpoints:type_name -> kmsagent.admin.v1.AuditSink
-	10, // 25: kmsagent.admin.v1.Admin.Status:input_type -> kmsagent.admin.v1.StatusRequest
-	0,  // 26: kmsagent.admin.v1.Admin.Evict:input_type -> kmsagent.admin.v1.EvictRequest
-	2,  // 27: kmsagent.admin.v1.Admin.Reload:input_type -> kmsagent.admin.v1.ReloadRequest
-	4,  // 28: kmsagent.admin.v1.Admin.RestartPlugin:input_type -> kmsagent.admin.v1.RestartPluginRequest
-	6,  // 29: kmsagent.admin.v1.Admin.SetLogLevel:input_type -> kmsagent.admin.v1.SetLogLevelRequest
-	8,  // 30: kmsagent.admin.v1.Admin.Profile:input_type -> kmsagent.admin.v1.ProfileRequest
-	11, // 31: kmsagent.admin.v1.Admin.Status:output_type -> kmsagent.admin.v1.StatusResponse
-	1,  // 32: kmsagent.admin.v1.Admin.Evict:output_type -> kmsagent.admin.v1.EvictResponse
-	3,  // 33: kmsagent.admin.v1.Admin.Reload:output_type -> kmsagent.admin.v1.ReloadResponse
-	5,  // 34: kmsagent.admin.v1.Admin.RestartPlugin:output_type -> kmsagent.admin.v1.RestartPluginResponse
-	7,  // 35: kmsagent.admin.v1.Admin.SetLogLevel:output_type -> kmsagent.admin.v1.SetLogLevelResponse
-	9,  // 36: kmsagent.admin.v1.Admin.Profile:output_type -> kmsagent.admin.v1.ProfileResponse
-	31, // [31:37] is the sub-list for method output_type
-	25, // [25:31] is the sub-list for method input_type
-	25, // [25:25] is the sub-list for extension type_name
-	25, // [25:25] is the sub-list for extension extendee
-	0,  // [0:25] is the sub-list for field type_name
+	24, // 0: kmsagent.admin.v1.SetLogLevelRequest.for:type_name -> google.protobuf.Duration
+	24, // 1: kmsagent.admin.v1.ProfileRequest.duration:type_name -> google.protobuf.Duration
+	25, // 2: kmsagent.admin.v1.StatusResponse.started:type_name -> google.protobuf.Timestamp
+	15, // 3: kmsagent.admin.v1.StatusResponse.configuration:type_name -> kmsagent.admin.v1.Configuration
+	16, // 4: kmsagent.admin.v1.StatusResponse.identity:type_name -> kmsagent.admin.v1.Identity
+	17, // 5: kmsagent.admin.v1.StatusResponse.backends:type_name -> kmsagent.admin.v1.BackendStatus
+	18, // 6: kmsagent.admin.v1.StatusResponse.keys:type_name -> kmsagent.admin.v1.KeyStatus
+	20, // 7: kmsagent.admin.v1.StatusResponse.cache:type_name -> kmsagent.admin.v1.CacheStatus
+	21, // 8: kmsagent.admin.v1.StatusResponse.audit:type_name -> kmsagent.admin.v1.AuditStatus
+	14, // 9: kmsagent.admin.v1.StatusResponse.limits:type_name -> kmsagent.admin.v1.LimitsStatus
+	13, // 10: kmsagent.admin.v1.StatusResponse.outages:type_name -> kmsagent.admin.v1.Outage
+	12, // 11: kmsagent.admin.v1.StatusResponse.store:type_name -> kmsagent.admin.v1.StoreStatus
+	25, // 12: kmsagent.admin.v1.StoreStatus.saved:type_name -> google.protobuf.Timestamp
+	24, // 13: kmsagent.admin.v1.StoreStatus.age:type_name -> google.protobuf.Duration
+	24, // 14: kmsagent.admin.v1.Outage.lasts:type_name -> google.protobuf.Duration
+	23, // 15: kmsagent.admin.v1.LimitsStatus.refused:type_name -> kmsagent.admin.v1.LimitsStatus.RefusedEntry
+	25, // 16: kmsagent.admin.v1.Configuration.loaded:type_name -> google.protobuf.Timestamp
+	25, // 17: kmsagent.admin.v1.Identity.expires:type_name -> google.protobuf.Timestamp
+	25, // 18: kmsagent.admin.v1.Identity.updated:type_name -> google.protobuf.Timestamp
+	25, // 19: kmsagent.admin.v1.BackendStatus.since:type_name -> google.protobuf.Timestamp
+	24, // 20: kmsagent.admin.v1.KeyStatus.encrypt_confirmed:type_name -> google.protobuf.Duration
+	24, // 21: kmsagent.admin.v1.KeyStatus.decrypt_confirmed:type_name -> google.protobuf.Duration
+	19, // 22: kmsagent.admin.v1.KeyStatus.encrypt:type_name -> kmsagent.admin.v1.Endurance
+	19, // 23: kmsagent.admin.v1.KeyStatus.decrypt:type_name -> kmsagent.admin.v1.Endurance
+	24, // 24: kmsagent.admin.v1.Endurance.since:type_name -> google.protobuf.Duration
+	24, // 25: kmsagent.admin.v1.Endurance.left:type_name -> google.protobuf.Duration
+	22, // 26: kmsagent.admin.v1.AuditStatus.sinks:type_name -> kmsagent.admin.v1.AuditSink
+	22, // 27: kmsagent.admin.v1.AuditStatus.checkpoints:type_name -> kmsagent.admin.v1.AuditSink
+	10, // 28: kmsagent.admin.v1.Admin.Status:input_type -> kmsagent.admin.v1.StatusRequest
+	0,  // 29: kmsagent.admin.v1.Admin.Evict:input_type -> kmsagent.admin.v1.EvictRequest
+	2,  // 30: kmsagent.admin.v1.Admin.Reload:input_type -> kmsagent.admin.v1.ReloadRequest
+	4,  // 31: kmsagent.admin.v1.Admin.RestartPlugin:input_type -> kmsagent.admin.v1.RestartPluginRequest
+	6,  // 32: kmsagent.admin.v1.Admin.SetLogLevel:input_type -> kmsagent.admin.v1.SetLogLevelRequest
+	8,  // 33: kmsagent.admin.v1.Admin.Profile:input_type -> kmsagent.admin.v1.ProfileRequest
+	11, // 34: kmsagent.admin.v1.Admin.Status:output_type -> kmsagent.admin.v1.StatusResponse
+	1,  // 35: kmsagent.admin.v1.Admin.Evict:output_type -> kmsagent.admin.v1.EvictResponse
+	3,  // 36: kmsagent.admin.v1.Admin.Reload:output_type -> kmsagent.admin.v1.ReloadResponse
+	5,  // 37: kmsagent.admin.v1.Admin.RestartPlugin:output_type -> kmsagent.admin.v1.RestartPluginResponse
+	7,  // 38: kmsagent.admin.v1.Admin.SetLogLevel:output_type -> kmsagent.admin.v1.SetLogLevelResponse
+	9,  // 39: kmsagent.admin.v1.Admin.Profile:output_type -> kmsagent.admin.v1.ProfileResponse
+	34, // [34:40] is the sub-list for method output_type
+	28, // [28:34] is the sub-list for method input_type
+	28, // [28:28] is the sub-list for extension type_name
+	28, // [28:28] is the sub-list for extension extendee
+	0,  // [0:28] is the sub-list for field type_name
 }
 
 func init() { file_admin_v1_admin_proto_init() }
@@ -1959,7 +2137,7 @@ func file_admin_v1_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_admin_v1_admin_proto_rawDesc), len(file_admin_v1_admin_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   23,
+			NumMessages:   24,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
