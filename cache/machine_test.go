@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"path/filepath"
 	"strconv"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -18,7 +19,7 @@ type machine struct {
 	t      *testing.T
 	up     *upstream
 	dir    string
-	sealer seal.Sealer
+	sealer *sealer
 	boot   int
 	booted time.Time     // when the boot clock was zero
 	skew   time.Duration // of the time of day
@@ -26,6 +27,7 @@ type machine struct {
 	file   *seal.Store
 	every  time.Duration
 	wears  bool
+	blank  bool         // processes do not restore
 	notes  []cache.Note // what the next process is told to note
 	noted  []cache.Note // what the last one was given back
 	accept cache.Accept
@@ -86,6 +88,9 @@ func (m *machine) start(change ...func(*cache.Config)) *rig {
 		}
 	}}, change...)...)
 	m.last.up = m.up
+	if m.blank {
+		return m.last
+	}
 	m.restored, m.refused = m.last.Restore(func(notes []cache.Note) cache.Accept {
 		m.noted = notes
 		return m.accept
@@ -130,8 +135,55 @@ func (m *machine) saved() {
 // sealer has its counter in memory.
 type sealer struct {
 	*seal.Key
+
+	mu      sync.Mutex // guards what follows
 	counter uint64
 	broken  error
+	stage   stage
+	// slow is how long it takes to count.
+	slow time.Duration
+}
+
+// stage is where in a save a sealer fails.
+type stage int
+
+const (
+	unwritten stage = iota // nothing is on disk
+	uncounted              // the file is written, and does not count yet
+	counted                // it does, and nobody is told
+)
+
+// breaks makes the sealer fail, or work again.
+func (s *sealer) breaks(err error, at stage) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.broken, s.stage = err, at
+}
+
+func (s *sealer) Seal(dst, plaintext, aad []byte) ([]byte, error) {
+	s.mu.Lock()
+	broken := s.broken
+	if s.stage != unwritten {
+		broken = nil
+	}
+	s.mu.Unlock()
+	if broken != nil {
+		return nil, broken
+	}
+	return s.Key.Seal(dst, plaintext, aad)
+}
+
+// takes has counting take its time.
+func (s *sealer) takes(d time.Duration) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.slow = d
+}
+
+func (s *sealer) advances() uint64 {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.counter
 }
 
 func newSealer(t *testing.T, secret byte) *sealer {
@@ -144,14 +196,23 @@ func newSealer(t *testing.T, secret byte) *sealer {
 	return &sealer{Key: key}
 }
 
-func (s *sealer) Counter() (uint64, error) { return s.counter, s.broken }
+func (s *sealer) Counter() (uint64, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.counter, nil
+}
 
 func (s *sealer) Advance() (uint64, error) {
-	if s.broken != nil {
-		return 0, s.broken
+	s.mu.Lock()
+	slow := s.slow
+	s.mu.Unlock()
+	time.Sleep(slow)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.broken == nil || s.stage == counted {
+		s.counter++
 	}
-	s.counter++
-	return s.counter, nil
+	return s.counter, s.broken
 }
 
 func (s *sealer) String() string { return "a sealer of this test" }

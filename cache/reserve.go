@@ -16,16 +16,17 @@ const (
 	// blockPart is the part of a limit that is reserved ahead at first; as much as the
 	// process has used where that is more, so that a data key costs few saves in all.
 	blockPart = 1024
-	// A small limit is reserved in blocks of leastBlock, but not more than a
-	// leastPart of it.
-	leastBlock = 64
-	leastPart  = 16
+	// A small limit is reserved in blocks of so many messages or bytes, but not of more
+	// than a leastPart of it.
+	leastMessages = 64
+	leastBytes    = 64 << 10
+	leastPart     = 16
 )
 
 // block is how much is reserved ahead of what is used, of which the process itself has
 // used own.
-func block(limit, own uint64) uint64 {
-	return max(1, limit/blockPart, min(leastBlock, limit/leastPart), own)
+func block(limit, least, own uint64) uint64 {
+	return max(1, limit/blockPart, min(least, limit/leastPart), own)
 }
 
 // capacity is what the limits allow in all.
@@ -41,16 +42,16 @@ func (l Limits) capacity() amount {
 // has used by a share of its block, and of those who wait.
 func (e *entry) reserve(share uint64) amount {
 	limit := e.limits.capacity()
-	mark := func(used, restored, waiting, limit uint64) uint64 {
-		ahead := max(block(limit, used-min(used, restored))/share, waiting)
+	mark := func(used, restored, waiting, limit, least uint64) uint64 {
+		ahead := max(block(limit, least, used-min(used, restored))/share, waiting)
 		if ahead >= limit || used >= limit-ahead {
 			return limit
 		}
 		return used + ahead
 	}
 	return amount{
-		mark(e.messages, e.restored.messages, e.waiting.messages, limit.messages),
-		mark(e.bytes, e.restored.bytes, e.waiting.bytes, limit.bytes),
+		mark(e.messages, e.restored.messages, e.waiting.messages, limit.messages, leastMessages),
+		mark(e.bytes, e.restored.bytes, e.waiting.bytes, limit.bytes, leastBytes),
 	}
 }
 

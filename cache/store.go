@@ -57,8 +57,8 @@ const (
 	// soonPart is the part of StoreConfig.Every in which what is urgent is saved, and
 	// after which a save that failed is tried again.
 	soonPart = 10
-	// maxCredit is how many reservations a sealer that wears takes in a row; one more
-	// comes with each soonPart of StoreConfig.Every.
+	// maxCredit is how many reservations, and saves of what is urgent, a sealer that
+	// wears takes in a row; one more comes with each soonPart of StoreConfig.Every.
 	maxCredit = 32
 )
 
@@ -172,22 +172,16 @@ func (c *Cache) sweepStoreLocked(now time.Duration) {
 	if d == nil || d.pending == nothing || d.blocked(now) {
 		return
 	}
-	if wait := d.wait(); now-d.began >= wait || d.began == 0 {
-		d.wanted = true
-		c.startSaveLocked()
-	}
-}
-
-// wait is how long after the last save the next one is.
-func (d *disk) wait() time.Duration {
-	switch d.pending {
-	case atOnce:
-		return 0
-	case soon:
-		return d.Every / soonPart
+	since := now - d.began
+	switch {
+	case d.began == 0 || since >= d.Every || d.pending == atOnce:
+	case d.pending == soon && since >= d.Every/soonPart && d.affordable(now):
+		d.credit--
 	default:
-		return d.Every
+		return
 	}
+	d.wanted = true
+	c.startSaveLocked()
 }
 
 // blocked tells whether a save failed just now.
@@ -195,8 +189,8 @@ func (d *disk) blocked(now time.Duration) bool {
 	return d.err != nil && now-d.failed < d.Every/soonPart
 }
 
-// affordable tells whether there is credit for a save on behalf of a reservation. A
-// sealer that does not wear gives as much as is asked for.
+// affordable tells whether there is credit for a save that callers can cause. A sealer
+// that does not wear gives as much as is asked for.
 func (d *disk) affordable(now time.Duration) bool {
 	switch part := d.Every / soonPart; {
 	case !d.Wears:

@@ -138,6 +138,29 @@ func TestNoThenRestart(t *testing.T) {
 	})
 }
 
+// TestToldWhenOnDisk: who waits for the answer that revokes is told when a crash cannot
+// undo it any more.
+func TestToldWhenOnDisk(t *testing.T) {
+	directions(t, func(m *machine, a cache.Authority, use func() (cache.Freshness, int, error)) {
+		r := m.start()
+		_, _, _ = use()
+		synctest.Wait()
+		m.saved()
+		m.up.say(errNo, errNo)
+		m.up.takes(time.Second)
+		m.sealer.takes(5 * time.Second)
+		before := m.sealer.advances()
+		r.Observe(a, cache.No, m.Now())
+		time.Sleep(time.Second / 2)
+		_, _, err := use()
+		refused(t, err, errNo)
+		if n := m.sealer.advances(); n != before+1 || !errors.Is(r.Recheck(a), cache.ErrRevoked) {
+			t.Errorf("told with the counter at %d, want %d (%v)", n, before+1, r.Recheck(a))
+		}
+		time.Sleep(time.Minute) // no save is under way
+	})
+}
+
 // TestSuspendedThenRestart: a no that nobody has made sure of yet is not forgotten.
 func TestSuspendedThenRestart(t *testing.T) {
 	directions(t, func(m *machine, a cache.Authority, use func() (cache.Freshness, int, error)) {
@@ -145,16 +168,20 @@ func TestSuspendedThenRestart(t *testing.T) {
 		_, _, _ = use()
 		synctest.Wait()
 		m.saved()
-		m.up.say(errDown, errDown)
+		m.up.takes(8 * time.Second)
 		r.Observe(a, cache.No, m.Now())
-		m.saved()
+		stop := r.run()
+		time.Sleep(3 * time.Second) // nobody has made sure yet
+		stop()
 		m.crash()
+		m.up.takes(0)
+		m.up.say(errDown, errDown)
 		r = m.start()
 		refused(t, r.Recheck(a), cache.ErrSuspended)
 		f, _, err := use()
 		r.wantRefused("suspended", f, err, cache.ErrSuspended)
 		m.up.say(nil, nil)
-		stop := r.run()
+		stop = r.run()
 		time.Sleep(20 * time.Second)
 		stop()
 		if f, _, err = use(); err != nil {
@@ -193,7 +220,7 @@ func TestEvictedIsGoneFromDisk(t *testing.T) {
 		r := m.start()
 		_, _, _ = r.encrypt(stored)
 		m.saved()
-		m.sealer.(*sealer).broken = errors.New("unplugged")
+		m.sealer.breaks(errUnplugged, unwritten)
 		r.EvictAll()
 		if err := r.Flush(m.t.Context()); err == nil {
 			t.Error("Flush says that the store was written")
@@ -201,116 +228,74 @@ func TestEvictedIsGoneFromDisk(t *testing.T) {
 	})
 }
 
-// TestClockBehind: when nobody knows how long the host was off, nothing serves that
-// upstream has not confirmed since.
-func TestClockBehind(t *testing.T) {
+// TestEndIsNoOutage: a call that the end of the process cuts short says nothing of
+// upstream.
+func TestEndIsNoOutage(t *testing.T) {
 	directions(t, func(m *machine, a cache.Authority, use func() (cache.Freshness, int, error)) {
+		r := m.start()
+		_, _, _ = use()
+		synctest.Wait()
+		time.Sleep(time.Minute)
+		m.up.takes(5 * time.Second)
+		done := make(chan error)
+		go func() {
+			_, err := r.Renew(m.t.Context(), a, lasting(), stale(0))
+			done <- err
+		}()
+		time.Sleep(time.Second)
+		go m.stop()
+		if err := <-done; err == nil {
+			t.Error("confirmed")
+		}
+		synctest.Wait()
 		m.start()
-		_, first, _ := use()
+		if m.restored.Down != 0 || m.restored.DataKeys == 0 {
+			t.Errorf("restored %+v, want no outage", m.restored)
+		}
+	})
+}
+
+// TestNothingIsSavedBeforeRestore: a process that ends before it has looked leaves what
+// is there.
+func TestNothingIsSavedBeforeRestore(t *testing.T) {
+	onMachine(t, func(m *machine) {
+		r := m.start()
+		_, _, _ = r.encrypt(stored)
+		m.stop()
+		m.blank = true
+		r = m.start()
+		_, _, _ = r.decrypt(7, stored2)
+		r.EvictAll()
+		stop := r.run()
+		time.Sleep(time.Minute)
+		stop()
+		m.stop()
+		m.blank = false
+		m.start()
+		if m.restored.DataKeys != 1 {
+			t.Errorf("restored %+v, want the data key of the first process", m.restored)
+		}
+	})
+}
+
+// TestSpareInUseIsNoSpareAfterACrash: its lifetime has begun.
+func TestSpareInUseIsNoSpareAfterACrash(t *testing.T) {
+	onMachine(t, func(m *machine) {
+		r := m.start()
+		_, _, _ = r.encrypt(few)
 		synctest.Wait()
 		m.saved()
+		m.up.takes(9 * time.Second) // there is no other spare yet
+		for n := 1; n == 1; {
+			_, n, _ = r.encrypt(few)
+		}
+		stop := r.run()
+		time.Sleep(3 * time.Second)
+		stop()
 		m.crash()
-		m.reboot()
-		m.skew = -time.Hour
-		m.up.say(errDown, errDown)
-		r := m.start()
-		if !m.restored.ClockBehind {
-			t.Errorf("restored %+v, want a clock that is behind", m.restored)
-		}
-		f, _, err := use()
-		r.wantRefused("with a clock set back", f, err, errDown)
-		m.up.say(nil, nil)
-		f, n, err := use()
-		r.wantSource("confirmed", f, err, cache.Upstream)
-		if a == unwraps && n != first {
-			t.Errorf("data key %d, want that of the store (%d)", n, first)
-		}
-		// The mark stays: another start with that clock knows no more.
-		m.saved()
-		m.crash()
-		m.reboot()
-		m.up.say(errDown, errDown)
 		m.start()
-		f, _, err = use()
-		m.last.wantRefused("again", f, err, errDown)
-		// In the same boot the boot clock tells, whatever the time of day.
-		m.up.say(nil, nil)
-		_, _, _ = use()
-		m.saved()
-		m.crash()
-		m.up.say(errDown, errDown)
-		m.skew = -24 * time.Hour
-		m.start()
-		f, _, err = use()
-		m.last.wantSource("in the same boot", f, err, cache.Cached)
-	})
-}
-
-// TestOldStoreAcrossBoots: time that the host was off counts.
-func TestOldStoreAcrossBoots(t *testing.T) {
-	onMachine(t, func(m *machine) {
-		r := m.start()
-		_, _, _ = r.encrypt(stored)
-		_, _, _ = r.decrypt(1, stored2)
-		m.stop()
-		time.Sleep(6*time.Hour + time.Minute)
-		m.reboot()
-		m.start()
-		if m.restored.Age != 6*time.Hour+time.Minute || m.restored.DataKeys != 0 || m.restored.Dropped != 2 {
-			t.Errorf("restored %+v, want both dropped: idle for longer than max_idle", m.restored)
-		}
-	})
-}
-
-// TestRestoreFitsTheConfiguration: what belongs to another key now, or to none, stays out.
-func TestRestoreFitsTheConfiguration(t *testing.T) {
-	for name, accept := range map[string]cache.Accept{
-		"gone":    func(cache.Authority) (string, cache.Limits, bool) { return "", cache.Limits{}, false },
-		"renamed": func(cache.Authority) (string, cache.Limits, bool) { return "archive", lasting(), true },
-		"opt-out": func(cache.Authority) (string, cache.Limits, bool) { return "orders", limits(), true },
-	} {
-		t.Run(name, func(t *testing.T) {
-			directions(t, func(m *machine, _ cache.Authority, use func() (cache.Freshness, int, error)) {
-				m.start()
-				_, _, _ = use()
-				synctest.Wait()
-				m.stop()
-				m.accept = accept
-				m.start()
-				if m.restored.DataKeys+m.restored.Spares != 0 || m.restored.Dropped == 0 {
-					t.Errorf("restored %+v, want everything dropped", m.restored)
-				}
-			})
-		})
-	}
-}
-
-// TestNotesComeBack, from when they were.
-func TestNotesComeBack(t *testing.T) {
-	onMachine(t, func(m *machine) {
-		m.notes = []cache.Note{{Value: []byte("version 1"), At: m.Now() - time.Minute}}
-		r := m.start()
-		_, _, _ = r.encrypt(stored)
-		m.stop()
-		time.Sleep(time.Hour)
-		m.reboot()
-		m.start()
-		if len(m.noted) != 1 || string(m.noted[0].Value) != "version 1" || m.Now()-m.noted[0].At != time.Hour+time.Minute {
-			t.Errorf("notes %v now %v, want one of an hour and a minute ago", m.noted, m.Now())
-		}
-	})
-}
-
-// TestNotStored: nothing of who has not asked for it is on disk.
-func TestNotStored(t *testing.T) {
-	onMachine(t, func(m *machine) {
-		r := m.start()
-		_, _, _ = r.encrypt()
-		_, _, _ = r.decrypt(1)
-		m.stop()
-		m.start()
-		if m.restored != (cache.Restored{Age: m.restored.Age}) {
-			t.Errorf("restored %+v, want nothing", m.restored)
+		if m.restored.Spares != 0 || m.restored.DataKeys != 1 {
+			t.Errorf("restored %+v, want the spare in use", m.restored)
 		}
 	})
 }
