@@ -292,3 +292,11 @@ func TestCheckOfStores(t *testing.T) {
 		})
 	}
 }
+
+// replaced is text with one replacement, which must be possible.
+func replaced(text, old, replacement string) string {
+	if !strings.Contains(text, old) {
+		panic("no " + old + " in " + text)
+	}
+	return strings.Replace(text, old, replacement, 1)
+}
