@@ -42,6 +42,7 @@ type Agent struct {
 	// prewarmed is what is held ready.
 	prewarmed prewarmer
 	service   *kms.Service
+	store     *store           // nil without
 	source    *identity.Source // nil without a Workload API
 	creds     *identity.Credentials
 	metrics   *metrics.Metrics
@@ -100,15 +101,20 @@ func New(cfg *Config, path string, logger *zap.Logger) (*Agent, error) {
 		a.census = nil
 	}
 	a.random = random.New(a.randomChanged)
+	if a.store, err = openStore(cfg, logger); err != nil {
+		return nil, errors.Join(err, log.Close())
+	}
 	a.service, err = kms.New(kms.Options{
 		Audit: log, Quota: a.quota, Census: a.census, Random: a.random, MaxEntries: cfg.Cache.MaxEntries, Now: bootTime, ConfirmTimeout: confirmTimeout, Alarm: a.alarm,
-		Observe: a.operationEnded, Outage: a.outage,
+		Observe: a.operationEnded, Outage: a.outage, Store: a.store.config(cfg),
 	})
 	if err != nil {
+		a.store.close()
 		return nil, errors.Join(err, log.Close())
 	}
 	if a.tracing, err = newTracing(cfg.Tracing, logger); err != nil {
 		a.service.Close()
+		a.store.close()
 		return nil, errors.Join(err, log.Close())
 	}
 	return a, nil
@@ -167,8 +173,8 @@ func (a *Agent) outage(o cache.Outage) {
 // OnReady sets what is called once, when every door is open. Call it before Run.
 func (a *Agent) OnReady(f func()) { a.ready = f }
 
-// Run serves until ctx ends, then drains: doors first, then data keys, plugin
-// processes, audit log. It returns nil after an ordered end.
+// Run serves until ctx ends, then drains: doors first, then data keys and their store,
+// plugin processes, audit log. It returns nil after an ordered end.
 func (a *Agent) Run(ctx context.Context) error {
 	below, stopBelow := context.WithCancel(context.WithoutCancel(ctx))
 	var lower errgroup.Group
@@ -181,6 +187,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	}
 	err := a.serve(ctx)
 	a.service.Close()
+	a.store.close()
 	stopBelow()
 	a.random.Close()
 	a.stopBackends()
@@ -203,6 +210,9 @@ func (a *Agent) serve(ctx context.Context) error {
 	a.reloading.Lock()
 	cfg := a.configuration() // not before: a signal may have had it read again
 	err := a.applyLocked(ctx, cfg)
+	if err == nil {
+		err = a.restore()
+	}
 	a.reloading.Unlock()
 	if err != nil {
 		return err

@@ -80,11 +80,11 @@ func limits(cfg *Config) serve.Limits {
 
 func serviceConfig(cfg *Config, backends map[string]*backend) kms.Config {
 	c := kms.Config{
-		Policy: cfg.compiled, Backends: map[string]plugins.Backend{},
+		Policy: cfg.compiled, Backends: map[string]plugins.Backend{}, Upstreams: map[string]string{},
 		DataKeyUse: cfg.Limits.DataKeyUse, MaxStream: uint64(cfg.Limits.MaxStream),
 	}
 	for name, b := range backends {
-		c.Backends[name] = b.upstream
+		c.Backends[name], c.Upstreams[name] = b.upstream, b.cfg.upstreamID()
 	}
 	for _, r := range cfg.Admin.Allow {
 		c.Administrators = append(c.Administrators, kms.Administrator{
@@ -99,6 +99,7 @@ func serviceConfig(cfg *Config, backends map[string]*backend) kms.Config {
 			Limits: cache.Limits{
 				MaxAge: k.Cache.MaxAge, MaxLifetime: k.Cache.MaxLifetime, MaxIdle: k.Cache.MaxIdle,
 				MaxMessages: k.Cache.MaxMessages, MaxBytes: uint64(k.Cache.MaxBytes), Spares: k.Cache.Spares,
+				Store: k.Cache.Store,
 			},
 			Grace: kms.Grace{Encrypt: k.Grace.Encrypt, Decrypt: k.Grace.Decrypt},
 		})

@@ -54,6 +54,7 @@ func CheckConfig(name string, data []byte, elsewhere bool) Check {
 	}
 	h := &hostCheck{cfg: l.cfg, faults: l.main, warnings: &document{file: name, places: l.main.places}}
 	h.grace()
+	h.store()
 	if !elsewhere {
 		h.run()
 	}
@@ -72,6 +73,7 @@ func (h *hostCheck) warn(path, format string, a ...any)  { h.warnings.report(pat
 func (h *hostCheck) run() {
 	h.ownDirectory("state_dir", h.cfg.StateDir)
 	h.counts()
+	h.sealer()
 	h.ownDirectory("runtime_dir", h.cfg.RuntimeDir)
 	h.socket("listen.native.socket", h.cfg.Listen.Native.Socket)
 	h.socket("admin.socket", h.cfg.Admin.Socket)

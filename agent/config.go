@@ -24,7 +24,7 @@ type Config struct {
 	Version int `yaml:"version"`
 	// TrustDomain is the agent's own.
 	TrustDomain spiffeid.TrustDomain `yaml:"trust_domain"`
-	// StateDir outlives the process: audit chain state and use counters. Made
+	// StateDir outlives the process: audit chain state, use counters, sealed store. Made
 	// with mode 0700 where it is missing.
 	StateDir string `yaml:"state_dir"`
 	// RuntimeDir holds sockets and nothing else.
@@ -47,6 +47,7 @@ type Config struct {
 	Limits LimitsConfig                  `yaml:"limits"`
 	Cache  CacheConfig                   `yaml:"cache"`
 	Random RandomConfig                  `yaml:"random"`
+	Store  StoreConfig                   `yaml:"store"`
 	Log    LogConfig                     `yaml:"log"`
 
 	Metrics MetricsConfig `yaml:"metrics"`
@@ -243,7 +244,8 @@ type GraceConfig struct {
 	Decrypt time.Duration `yaml:"decrypt"`
 }
 
-// KeyCacheConfig bounds the data keys of one key. No field but Spares is zero.
+// KeyCacheConfig bounds the data keys of one key. No field but Spares and
+// Store is zero.
 type KeyCacheConfig struct {
 	// MaxAge of an upstream confirmation: the revocation window.
 	MaxAge time.Duration `yaml:"max_age"`
@@ -258,6 +260,8 @@ type KeyCacheConfig struct {
 	Partition Partition `yaml:"partition"`
 	// Spares is how many encryption data keys of each partition stand ready.
 	Spares int `yaml:"spares"`
+	// Store keeps data keys in the sealed store too.
+	Store bool `yaml:"store"`
 }
 
 // LimitsConfig bounds what callers may ask of the agent. No field is zero.

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kms-agent/kms-agent/agent/policy"
+	"github.com/kms-agent/kms-agent/cache/seal/tpm"
 	"github.com/kms-agent/kms-agent/plugins/host"
 )
 
@@ -137,7 +138,7 @@ type rulePlace struct {
 
 func (l *loader) resolvePaths() {
 	c := l.cfg
-	for _, path := range []*string{&c.StateDir, &c.RuntimeDir, &c.Listen.Native.Socket, &c.Admin.Socket} {
+	for _, path := range []*string{&c.StateDir, &c.RuntimeDir, &c.Listen.Native.Socket, &c.Admin.Socket, &c.Store.TPM.Device} {
 		l.resolve(path)
 	}
 	for _, path := range l.auditPaths() {
@@ -294,6 +295,7 @@ func (c *Config) setDefaults() {
 		MaxConcurrent: 1024, MaxConcurrentPerCaller: 128, MaxConnections: 4096, MaxConnectionsPerUser: 1024, DataKeyUse: 5 * time.Minute,
 	}
 	c.Cache.MaxEntries = 10000
+	c.Store.TPM = TPMConfig{Device: tpm.DefaultDevice, Index: tpm.DefaultIndex}
 	c.Log = LogConfig{Level: LogInfo, Format: LogJSON}
 	c.Metrics.MaxCallers = 200
 	c.Tracing.Sample = 0.01

@@ -68,6 +68,7 @@ func (l *loader) validate() {
 	l.validateRandom()
 	l.validateAudit()
 	l.validateLimits()
+	l.validateStore()
 	l.validateObservation()
 	l.validatePolicy()
 }

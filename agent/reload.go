@@ -70,6 +70,7 @@ func needsRestart(old, next *Config) string {
 		{"identity.federated_trust_domains", old.Identity.FederatedTrustDomains, next.Identity.FederatedTrustDomains},
 		{"audit", old.Audit, next.Audit},
 		{"cache", old.Cache, next.Cache},
+		{"store", old.Store, next.Store},
 		{"log.format", old.Log.Format, next.Log.Format},
 		{"metrics", old.Metrics, next.Metrics},
 		{"tracing", old.Tracing, next.Tracing},

@@ -41,6 +41,10 @@ func TestMain(m *testing.M) {
 		serveFaulty(path)
 		return
 	}
+	if path, ok := os.LookupEnv(agentVariable); ok {
+		runAgent(path)
+		return
+	}
 	goleak.VerifyTestMain(m)
 }
 

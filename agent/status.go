@@ -59,6 +59,7 @@ func (a *Agent) Status() *adminv1.StatusResponse {
 		r.Keys = append(r.Keys, k)
 	}
 	r.Outages = a.outageStatus()
+	r.Store = a.storeStatus()
 	a.limitsStatus(cfg, r)
 	r.Random = a.randomStatus()
 	judge(r)
@@ -100,6 +101,12 @@ func judge(r *adminv1.StatusResponse) {
 		r.Problems = append(r.Problems, "random is the system's alone: "+e)
 	}
 	r.Problems = append(r.Problems, auditProblems(r.Audit)...)
+	if p := r.Store.GetProblem(); p != "" {
+		r.Problems = append(r.Problems, "sealed store: "+p)
+	}
+	if r.Store.GetDevelopment() {
+		r.Problems = append(r.Problems, "sealed store: the sealer file "+developmentWarning)
+	}
 	if r.LimitsError != "" {
 		r.Problems = append(r.Problems, "limits: "+r.LimitsError)
 	}

@@ -62,6 +62,8 @@ type authority struct {
 	entries []*entry
 	hand    int
 	sample  any
+	// kept: it covers, or did, something that is stored.
+	kept bool
 	// flight is the confirmation under way, fills counts the fills.
 	flight  *flight
 	fills   int
@@ -87,6 +89,7 @@ func (c *Cache) confirmLocked(a *authority, began time.Duration) {
 	}
 	a.reach.answeredLocked(began)
 	a.standing, a.refusal, a.nextProbe = good, nil, 0
+	c.keptLocked(a, ordinary)
 	if !a.known || began > a.confirmed {
 		a.known, a.confirmed = true, began
 		a.used, a.jitter, a.nextRefresh, a.tries = false, c.cfg.Rand(), 0, 0
@@ -99,6 +102,7 @@ func (c *Cache) refuseLocked(a *authority, err error) {
 	a.refusedAt = c.cfg.Now()
 	if a.standing == good {
 		a.standing, a.suspendedAt = suspended, a.refusedAt
+		c.keptLocked(a, soon)
 	}
 	if err != nil {
 		a.refusal = err
@@ -114,6 +118,14 @@ func (c *Cache) revokeLocked(a *authority, err error) {
 	c.stats.Evictions += uint64(len(a.entries))
 	for _, e := range slices.Backward(a.entries) {
 		c.removeLocked(e)
+	}
+	c.keptLocked(a, atOnce)
+}
+
+// keptLocked has what is known of an authority saved, if it concerns the store.
+func (c *Cache) keptLocked(a *authority, u urgency) {
+	if a.kept {
+		c.changedLocked(u)
 	}
 }
 
@@ -145,7 +157,7 @@ func (c *Cache) Observe(a Authority, v Verdict, began time.Duration) {
 		c.refuseLocked(known, nil)
 	case Unreachable:
 		if known := c.authorities[a]; known != nil {
-			known.reach.failedLocked(began, errObserved)
+			c.failedLocked(known, began, errObserved)
 		}
 	case Other:
 	}
@@ -248,6 +260,12 @@ func (c *Cache) askLocked(ctx context.Context, a *authority) *flight {
 			delete(c.asking, a.Backend)
 		}
 		c.answeredLocked(a, verdict, err, f.began)
+		if a.standing == revoked && a.kept {
+			// Who waits is told when a crash cannot undo it any more.
+			if saved := c.flushLocked(); saved != nil {
+				_ = c.awaitLocked(f.ctx, saved) // f lands anyway
+			}
+		}
 		c.landLocked(f, err)
 	})
 	return f
@@ -271,7 +289,7 @@ func (c *Cache) answeredLocked(a *authority, v Verdict, err error, began time.Du
 		}
 	case Unreachable, Other:
 		if v == Unreachable {
-			a.reach.failedLocked(began, err)
+			c.failedLocked(a, began, err)
 		}
 		a.tries++
 		a.nextRefresh = c.cfg.Now() + refreshPause(a.maxAge, a.tries, c.cfg.Rand())

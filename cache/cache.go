@@ -82,6 +82,8 @@ type Limits struct {
 	// that is not used for MaxLifetime is replaced; its own MaxLifetime begins when
 	// it is taken.
 	Spares int
+	// Store keeps the data key in Config.Store too, where there is one.
+	Store bool
 }
 
 // Material is a data key on its way into the cache.
@@ -194,6 +196,9 @@ type Config struct {
 	// OnOutage is told by Run when an outage has begun, and when it is over. It
 	// may be nil.
 	OnOutage func(Outage)
+	// Store is where data keys outlive the process; nil: nowhere. What was saved comes
+	// back with Restore, and nothing is saved before.
+	Store *StoreConfig
 }
 
 func (c *Config) setDefaults() error {
@@ -242,6 +247,7 @@ type Cache struct {
 	asking      map[string]int // confirmations in flight, by backend
 	preparing   map[string]int // fills of spares in flight, by backend
 	misses      int            // fills in flight
+	disk        *disk          // nil without a store
 	closed      bool
 	stats       Stats
 
@@ -255,12 +261,16 @@ func New(cfg Config) (*Cache, error) {
 	if err := cfg.setDefaults(); err != nil {
 		return nil, err
 	}
+	d, err := newDisk(cfg.Store)
+	if err != nil {
+		return nil, err
+	}
 	a, err := newArena(cfg.MaxEntries + inUseReserve)
 	if err != nil {
 		return nil, err
 	}
 	return &Cache{
-		cfg: cfg, arena: a, entries: map[place]*entry{}, fills: map[place]*flight{}, filling: map[*flight]struct{}{},
+		cfg: cfg, arena: a, disk: d, entries: map[place]*entry{}, fills: map[place]*flight{}, filling: map[*flight]struct{}{},
 		authorities: map[Authority]*authority{}, reaches: map[span]*reach{}, upstreams: map[string]*upstream{}, pools: map[place]*pool{},
 		callers: map[string]*share{}, asking: map[string]int{}, preparing: map[string]int{},
 	}, nil
@@ -271,11 +281,12 @@ func New(cfg Config) (*Cache, error) {
 const inUseReserve = 1024
 
 // Close destroys every data key that is not in use, and those in use when they
-// are released. It waits for calls upstream to end. It is idempotent.
+// are released. It waits for calls upstream to end, and saves what was used of data
+// keys that are stored. It is idempotent.
 func (c *Cache) Close() {
 	c.mu.Lock()
+	first := !c.closed
 	c.closed = true
-	c.evictLocked(func(Slot) bool { return true })
 	for f := range c.filling {
 		f.cancel()
 	}
@@ -286,6 +297,12 @@ func (c *Cache) Close() {
 	}
 	c.mu.Unlock()
 	c.work.Wait()
+	if first {
+		c.lastSave()
+	}
+	c.mu.Lock()
+	c.evictLocked(func(Slot) bool { return true })
+	c.mu.Unlock()
 	c.arena.close()
 }
 

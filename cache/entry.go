@@ -26,8 +26,15 @@ type entry struct {
 	messages, bytes uint64
 	// reserved counts the uses that may give bytes back.
 	reserved int
-	owner    *share
-	element  *list.Element // of owner.entries
+	// encoded is the origin as the store keeps it; nil: it does not. durable: the data
+	// key may be on disk, so that it encrypts within granted only, which disk says.
+	// promised is what the last save says, restored what it began with, waiting what
+	// requests wait for.
+	encoded                              []byte
+	durable                              bool
+	granted, promised, restored, waiting amount
+	owner                                *share
+	element                              *list.Element // of owner.entries
 	// other is the last caller that used it and is not the owner.
 	other string
 	// pool is where the spares of its place are; nil while there were none.
@@ -114,6 +121,10 @@ func (c *Cache) insertLocked(e *entry, owner *share) {
 func (c *Cache) coverLocked(e *entry) {
 	a := e.authority
 	e.index, a.entries, a.sample = len(a.entries), append(a.entries, e), e.origin
+	if e.stored() {
+		a.kept = true
+		c.changedLocked(ordinary)
+	}
 }
 
 // makeRoomLocked evicts the least recently used entry of whoever has too many:
@@ -200,10 +211,11 @@ func (c *Cache) removeLocked(e *entry) {
 // evictLocked removes every entry that match accepts, and counts them. What is
 // being asked for is not kept either.
 func (c *Cache) evictLocked(match func(Slot) bool) int {
-	n := 0
+	n, kept := 0, false
 	for _, a := range c.authorities {
 		for _, e := range slices.Backward(a.entries) {
 			if match(e.place.Slot) {
+				kept = kept || e.stored()
 				c.removeLocked(e)
 				n++
 			}
@@ -216,15 +228,33 @@ func (c *Cache) evictLocked(match func(Slot) bool) int {
 		}
 	}
 	c.stats.Evictions += uint64(n)
+	if kept && !c.closed {
+		c.changedLocked(atOnce)
+	}
 	return n
 }
 
 // EvictKey destroys the data keys of a logical key and returns how many. Those
-// in use are destroyed when they are released.
+// in use are destroyed when they are released. On disk they are destroyed soon
+// after, or when Flush returns.
 func (c *Cache) EvictKey(key string) int {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.evictLocked(func(s Slot) bool { return s.Key == key })
+}
+
+// Unstore takes the data keys of a logical key out of the store, and keeps them.
+func (c *Cache) Unstore(key string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, a := range c.authorities {
+		for _, e := range a.entries {
+			if e.place.Key == key && e.stored() {
+				e.limits.Store = false
+				c.changedLocked(atOnce)
+			}
+		}
+	}
 }
 
 // EvictAuthority destroys the data keys that an Authority covers, like EvictKey.

@@ -22,9 +22,11 @@ type flight struct {
 	waiters list.List
 	// dropped: the answer is for those who wait only to ask again; nobody joins.
 	dropped bool
-	landed  bool
-	err     error
-	done    chan struct{}
+	// save: it is no call upstream, but waits for the store.
+	save   bool
+	landed bool
+	err    error
+	done   chan struct{}
 }
 
 type waiter struct {
@@ -48,7 +50,7 @@ func (c *Cache) landLocked(f *flight, err error) {
 	for el := f.waiters.Front(); el != nil && err == nil; el = el.Next() {
 		w, _ := el.Value.(*waiter)
 		w.use = c.serveLocked(w.request, now)
-		if w.use != nil && w.use.freshness.Source == Cached {
+		if w.use != nil && w.use.freshness.Source == Cached && !f.save {
 			w.use.freshness.Source = Upstream
 		}
 	}
@@ -77,7 +79,7 @@ func (c *Cache) waitLocked(ctx context.Context, f *flight, r *request) (*Use, er
 	if ctx.Err() != nil {
 		return nil, ctx.Err()
 	}
-	c.authorityLocked(r.place.Authority).reach.failedLocked(f.began, errSlow)
+	c.failedLocked(c.authorityLocked(r.place.Authority), f.began, errSlow)
 	return nil, errSlow
 }
 

@@ -78,6 +78,18 @@ func (c *Cache) upstreamLocked(name string) *upstream {
 	return u
 }
 
+// failedLocked notes a call that upstream did not answer. One that Close cut short says
+// nothing of upstream.
+func (c *Cache) failedLocked(a *authority, began time.Duration, err error) {
+	if c.closed {
+		return
+	}
+	if !a.reach.down && a.kept {
+		c.changedLocked(soon)
+	}
+	a.reach.failedLocked(began, err)
+}
+
 // failedLocked notes a call that upstream did not answer. One that began before
 // another that it did answer says nothing new.
 func (r *reach) failedLocked(began time.Duration, err error) {
@@ -127,7 +139,7 @@ func (a *authority) graceEnd(l Limits, since time.Duration) time.Duration {
 func (c *Cache) patienceLocked(f *flight, r *request) time.Duration {
 	now := c.cfg.Now()
 	a := c.authorities[r.place.Authority]
-	if f.place != (place{}) || a == nil || a.standing != good || !a.known || a.confirmed < r.notBefore || r.limits.Grace <= 0 {
+	if f.save || f.place != (place{}) || a == nil || a.standing != good || !a.known || a.confirmed < r.notBefore || r.limits.Grace <= 0 {
 		return -1
 	}
 	since := f.began

@@ -134,11 +134,11 @@ func (c *Cache) usableLocked(r *request, now time.Duration) *entry {
 	case e == nil:
 	case e.over(r.limits, now):
 		c.removeLocked(e)
-	case r.bytes <= e.bytesLeft(r.limits):
+	case r.bytes <= e.bytesLeft(r.limits) && (e.covered(r.bytes) || c.obtainableLocked(now)):
 		return e
 	}
-	// One that is too small for this message stays for others until there is
-	// another.
+	// One that is too small for this message, or of which the store cannot reserve
+	// more now, stays for others until there is another.
 	if r.place.Authority.Direction == Encrypt {
 		return c.takeSpareLocked(r, now)
 	}
@@ -149,7 +149,7 @@ func (c *Cache) usableLocked(r *request, now time.Duration) *entry {
 // it. It returns nil where upstream has to be asked first.
 func (c *Cache) serveLocked(r *request, now time.Duration) *Use {
 	e := c.usableLocked(r, now)
-	if e == nil {
+	if e == nil || !e.covered(r.bytes) {
 		return nil
 	}
 	a := e.authority
@@ -173,6 +173,7 @@ func (c *Cache) serveLocked(r *request, now time.Duration) *Use {
 	if r.place.Authority.Direction == Encrypt {
 		e.messages++
 		e.bytes += r.bytes
+		c.reserveAheadLocked(e, now)
 		c.prepareLocked(e, r, now)
 	}
 	if r.reserve {
@@ -215,8 +216,11 @@ func (a *authority) usedLocked(l Limits, now time.Duration) {
 func (c *Cache) callLocked(ctx context.Context, r *request) (*flight, error) {
 	now := c.cfg.Now()
 	a := c.authorityLocked(r.place.Authority)
-	cached := c.usableLocked(r, now) != nil
+	e := c.usableLocked(r, now)
+	cached := e != nil
 	switch {
+	case cached && a.standing == good && !e.covered(r.bytes):
+		return c.reservationLocked(e, r, now), nil
 	case cached && a.standing == good:
 		return c.askLocked(ctx, a), nil
 	case cached:
@@ -259,6 +263,7 @@ func (c *Cache) fillLocked(ctx context.Context, a *authority, r *request) (*flig
 	c.work.Go(func() {
 		material, err := r.fill(f.ctx)
 		defer clear(material.DataKey)
+		encoded := c.encode(material, err, r.limits)
 		verdict := c.verdict(err)
 		c.mu.Lock()
 		defer c.mu.Unlock()
@@ -266,12 +271,12 @@ func (c *Cache) fillLocked(ctx context.Context, a *authority, r *request) (*flig
 		c.closeFillLocked(f)
 		switch verdict {
 		case Yes:
-			err = c.filledLocked(a, s, r, f, material)
+			err = c.filledLocked(a, s, r, f, material, encoded)
 		case No:
 			a.reach.answeredLocked(f.began)
 			c.refuseLocked(a, err)
 		case Unreachable:
-			a.reach.failedLocked(f.began, err)
+			c.failedLocked(a, f.began, err)
 		case Other:
 		}
 		s.misses--
@@ -299,7 +304,7 @@ func (c *Cache) anothersLocked(ctx context.Context, f *flight, r *request, err e
 
 // filledLocked takes a data key in. That upstream gave it is a confirmation.
 // One that it gave before it said no is not kept: whoever waits asks again.
-func (c *Cache) filledLocked(a *authority, owner *share, r *request, f *flight, m Material) error {
+func (c *Cache) filledLocked(a *authority, owner *share, r *request, f *flight, m Material, encoded []byte) error {
 	if c.closed {
 		return ErrClosed
 	}
@@ -314,7 +319,7 @@ func (c *Cache) filledLocked(a *authority, owner *share, r *request, f *flight, 
 	}
 	now := c.cfg.Now()
 	c.insertLocked(&entry{
-		place: r.place, secret: s, origin: m.Origin, authority: a, limits: r.limits, created: now, used: now,
+		place: r.place, secret: s, origin: m.Origin, encoded: encoded, authority: a, limits: r.limits, created: now, used: now,
 	}, owner)
 	return nil
 }

@@ -74,6 +74,7 @@ func (c *Cache) sweep() []Outage {
 		}
 	}
 	c.sweepPoolsLocked()
+	c.sweepStoreLocked(now)
 	for caller, s := range c.callers {
 		if s.entries.Len() == 0 && s.misses == 0 && now >= s.nextTry {
 			delete(c.callers, caller)
@@ -135,8 +136,8 @@ func refreshPause(maxAge time.Duration, tries int, jitter float64) time.Duration
 
 // forgettable tells whether an authority is not worth remembering.
 func (a *authority) forgettable(now time.Duration) bool {
-	if len(a.entries) > 0 || a.fills > 0 || a.flight != nil {
-		return false
+	if len(a.entries) > 0 || a.fills > 0 || a.flight != nil || a.kept && a.standing != good {
+		return false // a tombstone lasts until a yes
 	}
 	return !a.known && a.standing == good || now-a.touched > max(a.maxAge, forgetAfter)
 }

@@ -38,11 +38,14 @@ func (c *Cache) takeSpareLocked(r *request, now time.Duration) *entry {
 			c.removeLocked(e)
 			continue
 		}
-		if e.authority.standing != good || r.bytes > e.bytesLeft(r.limits) {
+		if e.authority.standing != good || r.bytes > e.bytesLeft(r.limits) || !e.covered(r.bytes) && !c.obtainableLocked(now) {
 			return nil
 		}
 		c.unprepareLocked(e)
 		e.spare, e.created, e.used = false, now, now
+		if e.durable {
+			c.changedLocked(soon) // its lifetime begins
+		}
 		c.replaceLocked(e, c.shareLocked(r.caller))
 		return e
 	}
@@ -102,6 +105,7 @@ func (c *Cache) makeSpareLocked(a *authority, where place, p *pool, l Limits, fi
 	c.work.Go(func() {
 		material, err := fill(f.ctx)
 		defer clear(material.DataKey)
+		encoded := c.encode(material, err, l)
 		verdict := c.verdict(err)
 		c.mu.Lock()
 		defer c.mu.Unlock()
@@ -113,12 +117,12 @@ func (c *Cache) makeSpareLocked(a *authority, where place, p *pool, l Limits, fi
 		}
 		switch verdict {
 		case Yes:
-			err = c.preparedLocked(a, where, p, l, f, material)
+			err = c.preparedLocked(a, where, p, l, f, material, encoded)
 		case No:
 			a.reach.answeredLocked(f.began)
 			c.refuseLocked(a, err)
 		case Unreachable:
-			a.reach.failedLocked(f.began, err)
+			c.failedLocked(a, f.began, err)
 		case Other:
 		}
 		c.landLocked(f, err)
@@ -147,7 +151,7 @@ func (c *Cache) ownedSpares(caller string) bool {
 
 // preparedLocked takes a spare in. One that upstream gave before it said no, or for a
 // place that was evicted meanwhile, is not kept.
-func (c *Cache) preparedLocked(a *authority, where place, p *pool, l Limits, f *flight, m Material) error {
+func (c *Cache) preparedLocked(a *authority, where place, p *pool, l Limits, f *flight, m Material, encoded []byte) error {
 	if c.closed {
 		return ErrClosed
 	}
@@ -162,11 +166,15 @@ func (c *Cache) preparedLocked(a *authority, where place, p *pool, l Limits, f *
 	}
 	c.shrinkLocked(c.shareLocked(p.owner))
 	now := c.cfg.Now()
-	e := &entry{place: where, secret: s, origin: m.Origin, authority: a, limits: l, created: now, used: now, pool: p, spare: true}
-	p.ready = append(p.ready, e)
+	c.addSpareLocked(&entry{place: where, secret: s, origin: m.Origin, encoded: encoded, authority: a, limits: l, created: now, used: now, pool: p})
+	return nil
+}
+
+func (c *Cache) addSpareLocked(e *entry) {
+	e.spare = true
+	e.pool.ready = append(e.pool.ready, e)
 	c.spares++
 	c.coverLocked(e)
-	return nil
 }
 
 // sweepPoolsLocked forgets the pools of places that have neither a data key nor

@@ -24,7 +24,7 @@ func allowed() map[string][]string {
 		"api/*": {},
 
 		// Leaves: they know nothing of each other.
-		"cache":           {},
+		"cache":           {"cache/seal"}, // its data keys outlive the process in a sealed store
 		"cache/seal":      {},
 		"cache/seal/*":    {"cache/seal"}, // each sealer
 		"envelope":        {},
@@ -52,7 +52,7 @@ func allowed() map[string][]string {
 		"agent/serve/admin":  {"agent/kms", "agent/serve", "api/admin/v1"},
 		"agent": {
 			"agent/audit", "agent/census", "agent/kms", "agent/metrics", "agent/policy", "agent/quota", "agent/random", "agent/serve", "agent/serve/*", "api/admin/v1", "api/kmsagent/v1",
-			"cache", "envelope", "identity", "identity/issuer", "plugins", "plugins/host", "plugins/local",
+			"cache", "cache/seal", "cache/seal/*", "envelope", "identity", "identity/issuer", "plugins", "plugins/host", "plugins/local",
 		},
 		"client": {"api/*", "envelope"},
 		"cmd/kms-agent": {

@@ -103,20 +103,20 @@ func (t *transaction) administrator(op AdminOperation) bool {
 }
 
 // Evict destroys the cached data keys of the key of that name, or of every key
-// when the name is empty, and returns how many there were. It returns false
-// when there is no such key.
-func (s *Service) Evict(name string) (int, bool) {
+// when the name is empty, also those in the store, and returns how many there were.
+// known is false when there is no such key. An error wraps ErrNotOnDisk.
+func (s *Service) Evict(name string) (n int, known bool, err error) {
 	state := s.state.Load()
 	if name == "" {
 		for _, k := range state.keys {
 			k.group.askAgain()
 		}
-		return s.cache.EvictAll(), true
+		return s.cache.EvictAll(), true, s.evicted()
 	}
 	k := state.keys[name]
 	if k == nil {
-		return 0, false
+		return 0, false, nil
 	}
 	k.group.askAgain()
-	return s.cache.EvictKey(k.Name), true
+	return s.cache.EvictKey(k.Name), true, s.evicted()
 }

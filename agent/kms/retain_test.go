@@ -38,7 +38,9 @@ func TestMessagesAreNotKept(t *testing.T) {
 			return st.Close(t.Context(), nil)
 		},
 	} {
-		r.Evict("orders")
+		if _, _, err := r.Evict("orders"); err != nil {
+			t.Fatal(err)
+		}
 		m := message()
 		kept := weak.Make(&m[0])
 		if err := open(m); err != nil {

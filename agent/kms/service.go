@@ -57,6 +57,9 @@ type Options struct {
 	MaxEntries int
 	// Now is CLOCK_BOOTTIME: a suspended host does not stretch a limit.
 	Now func() time.Duration
+	// Store is where data keys of keys whose Limits say so outlive the process; what
+	// only the Service knows of them it adds itself. nil: nowhere.
+	Store *cache.StoreConfig
 	// ConfirmTimeout bounds one confirmation upstream.
 	ConfirmTimeout time.Duration
 	// RecheckInterval is how often a stream asks again whether it may go on.
@@ -120,6 +123,7 @@ func New(o Options) (*Service, error) {
 	c, err := cache.New(cache.Config{
 		Now: o.Now, MaxEntries: o.MaxEntries, Classify: verdictOf,
 		Confirm: s.confirm, ConfirmTimeout: o.ConfirmTimeout, OnOutage: o.Outage,
+		Store: s.storeConfig(o.Store),
 	})
 	if err != nil {
 		return nil, fmt.Errorf("kms: %w", err)
@@ -133,7 +137,8 @@ func New(o Options) (*Service, error) {
 // returns when ctx ends.
 func (s *Service) Run(ctx context.Context) error { return s.cache.Run(ctx) }
 
-// Close destroys every data key. Operations after it fail.
+// Close saves what the store is to have, and destroys every data key. Operations after
+// it fail.
 func (s *Service) Close() { s.cache.Close() }
 
 // Stats tells the state of the data-key cache.

@@ -75,6 +75,9 @@ type Config struct {
 	Keys     []Key
 	Policy   *policy.Policy
 	Backends map[string]plugins.Backend
+	// Upstreams tells what a backend is beside its name: what is stored of a backend
+	// that was another one then is dropped.
+	Upstreams map[string]string
 	// Administrators says which local users may do what on the admin door.
 	Administrators []Administrator
 	// DataKeyUse bounds how long a receiver may cache a data key in clear.
@@ -132,6 +135,8 @@ func (s *Service) Apply(c Config) (err error) {
 		old := previous.keys[name]
 		if k := next.keys[name]; k == nil || k.group != old.group {
 			s.cache.EvictKey(name)
+		} else if old.Limits.Store && !k.Limits.Store {
+			s.cache.Unstore(name)
 		}
 	}
 	return nil

@@ -304,6 +304,8 @@ func failure(ctx context.Context, key string, err error) *Error {
 	case errors.Is(err, cache.ErrTooLarge):
 		e.Reason = ReasonTooLarge
 		e.Message = "the plaintext is larger than one data key of this key may encrypt (cache.max_bytes); split the data"
+	case errors.Is(err, cache.ErrRevoked):
+		unusable(e)
 	case errors.Is(err, cache.ErrClosed):
 		e.Reason, e.RetryAfter, e.Message = ReasonShuttingDown, time.Second, "the agent is shutting down"
 	default:
@@ -315,8 +317,7 @@ func failure(ctx context.Context, key string, err error) *Error {
 func upstreamFailure(e *Error, err error) {
 	switch plugins.ClassOf(err) {
 	case plugins.Denied, plugins.KeyUnusable, plugins.KeyNotFound:
-		e.Reason = ReasonKeyUnusable
-		e.Message = "the backend does not let this version of the key be used: it is disabled, destroyed or gone; an administrator of the key must enable or restore it"
+		unusable(e)
 	case plugins.BadCiphertext:
 		*e = *undecryptable(e.Key, err)
 	case plugins.Internal:
@@ -331,6 +332,11 @@ func upstreamFailure(e *Error, err error) {
 			e.Message = "too many calls wait for the backend, or it is slow; retry, and send fewer at once"
 		}
 	}
+}
+
+func unusable(e *Error) {
+	e.Reason = ReasonKeyUnusable
+	e.Message = "the backend does not let this version of the key be used: it is disabled, destroyed or gone; an administrator of the key must enable or restore it"
 }
 
 func retryAfter(err error) time.Duration {

@@ -79,6 +79,12 @@ const (
 	randomBytes      = "kms_agent_random_bytes_total"
 	randomPool       = "kms_agent_random_pool_bytes"
 	randomFailing    = "kms_agent_random_failing"
+	storeKeys        = "kms_agent_store_data_keys"
+	storeSaved       = "kms_agent_store_last_save_time_seconds"
+	storeSaves       = "kms_agent_store_saves_total"
+	storeFailing     = "kms_agent_store_failing"
+	storeRestored    = "kms_agent_store_restored_data_keys"
+	storeRefused     = "kms_agent_store_refused"
 	limitCallers     = "kms_agent_limit_callers"
 	limitRefused     = "kms_agent_limit_refused_total"
 	limitFailing     = "kms_agent_limit_failing"
@@ -154,6 +160,12 @@ func statusMetrics() []Metric {
 		{randomBytes, Counter, []string{"use", "mixed"}, "Bytes of that random."},
 		{randomPool, Gauge, nil, "Bytes of the backend's random at hand, each of which is used once."},
 		{randomFailing, Gauge, nil, "1 while the backend gives no random, so that the system's will be used alone; kms-agent status says why."},
+		{storeKeys, Gauge, nil, "Data keys in the sealed store, as it was saved last. Absent without a store, as the others of it are."},
+		{storeSaved, Gauge, nil, "When the sealed store was last saved, Unix time. Absent before."},
+		{storeSaves, Counter, []string{"outcome"}, "Saves of the sealed store, by outcome: success, error."},
+		{storeFailing, Gauge, nil, "1 while the sealed store cannot be used or written; kms-agent status says why."},
+		{storeRestored, Gauge, nil, "Data keys that the sealed store had for this agent when it started."},
+		{storeRefused, Gauge, []string{"reason"}, "1 since the agent started without what was stored: foreign (as after each boot with the sealer keyring), rolled-back, damaged, truncated, newer, insecure, not-a-store, unavailable, unreadable."},
 		{limitCallers, Gauge, []string{"rule"}, "Callers that are counted at present under a policy rule with limits."},
 		{limitRefused, Counter, []string{"rule", "limit"}, "Requests refused by a limit of a policy rule: rate, per_day, bytes_per_day, concurrency, callers. One that several rules refuse counts for each."},
 		{limitFailing, Gauge, nil, "1 while the counts of daily limits cannot be stored, so that requests that need more of one are refused."},

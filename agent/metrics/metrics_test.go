@@ -80,6 +80,9 @@ func fullStatus() *adminv1.StatusResponse {
 		Random: &adminv1.RandomStatus{Backend: "hsm", PooledBytes: 4096, PoolSize: 8192, LastError: "x", Uses: []*adminv1.RandomUse{
 			{Use: "data-key", Mixed: 11, MixedBytes: 12, Unmixed: 13, UnmixedBytes: 14}, {Use: "generate-random"},
 		}},
+		Store: &adminv1.StoreStatus{
+			DataKeys: 3, Saved: timestamppb.New(time.Unix(2600, 0)), Saves: 6, Failures: 2, Restored: 4, RefusedReason: "damaged", Problem: "x",
+		},
 		Audit: &adminv1.AuditStatus{Sequence: 9, Refused: 1, LastError: "x", Unrecorded: 4, Coalesced: 5,
 			Sinks:       []*adminv1.AuditSink{{Name: "syslog /dev/log", Written: 7, Lost: 2, LastError: "x"}, {Name: "/a", Written: 9}},
 			Checkpoints: &adminv1.AuditSink{Name: "syslog /dev/log", Written: 1},
@@ -143,6 +146,13 @@ func TestOperationsAndCalls(t *testing.T) {
 		{"kms_agent_random_bytes_total", []string{"use=generate-random", "mixed=true"}, 0},
 		{"kms_agent_random_pool_bytes", nil, 4096},
 		{"kms_agent_random_failing", nil, 1},
+		{"kms_agent_store_data_keys", nil, 3},
+		{"kms_agent_store_last_save_time_seconds", nil, 2600},
+		{"kms_agent_store_saves_total", []string{"outcome=success"}, 4},
+		{"kms_agent_store_saves_total", []string{"outcome=error"}, 2},
+		{"kms_agent_store_restored_data_keys", nil, 4},
+		{"kms_agent_store_failing", nil, 1},
+		{"kms_agent_store_refused", []string{"reason=damaged"}, 1},
 		{"kms_agent_limit_callers", []string{"rule=orders"}, 3},
 		{"kms_agent_limit_refused_total", []string{"rule=orders", "limit=rate"}, 6},
 		{"kms_agent_limit_failing", nil, 1},

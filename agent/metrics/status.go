@@ -78,6 +78,7 @@ func (c *statusCollector) Collect(out chan<- prometheus.Metric) {
 	}
 	e.cache(r.GetCache())
 	e.random(r.GetRandom())
+	e.store(r.GetStore())
 	e.limits(r)
 	e.emit(auditRecords, float64(r.GetAudit().GetSequence()))
 	e.emit(auditRefused, float64(r.GetAudit().GetRefused()))
@@ -112,6 +113,21 @@ func (e emitter) sinks(r *adminv1.AuditStatus) {
 type emitter struct {
 	*statusCollector
 	out chan<- prometheus.Metric
+}
+
+func (e emitter) store(s *adminv1.StoreStatus) {
+	if s == nil {
+		return
+	}
+	e.emit(storeKeys, float64(s.GetDataKeys()))
+	e.at(storeSaved, s.GetSaved())
+	e.emit(storeSaves, float64(s.GetSaves()-s.GetFailures()), "success")
+	e.emit(storeSaves, float64(s.GetFailures()), "error")
+	e.is(storeFailing, s.GetProblem() != "")
+	e.emit(storeRestored, float64(s.GetRestored()))
+	if s.GetRefusedReason() != "" {
+		e.emit(storeRefused, 1, s.GetRefusedReason())
+	}
 }
 
 func (e emitter) cache(s *adminv1.CacheStatus) {

@@ -53,12 +53,13 @@ type RecordType uint8
 
 // The types of records. The store does not look into their values.
 const (
-	// DataKey is an encrypted data key with its data key and what it is bound to.
+	// DataKey is an encrypted data key with its data key, what it is bound to, and how
+	// much of its limits is reserved.
 	DataKey RecordType = iota + 1
-	// Confirmation is upstream's last yes to an authority, with its wall time.
+	// Confirmation is upstream's last yes to an authority, and when.
 	Confirmation
-	// Uses is how much of a data key's limits is reserved.
-	Uses
+	// Note is what the cache's user wants to know again.
+	Note
 	// Tombstone is a revocation that only a later yes clears.
 	Tombstone
 	// Clock is the highest wall time that was seen, and the clocks of outages.

@@ -44,7 +44,7 @@ func saveForever(dir string) error {
 	}
 	for {
 		n++
-		if err := store.Save([]seal.Record{{Type: seal.Uses, Value: binary.BigEndian.AppendUint64(nil, n)}}); err != nil {
+		if err := store.Save([]seal.Record{{Type: seal.Note, Value: binary.BigEndian.AppendUint64(nil, n)}}); err != nil {
 			return err
 		}
 		fmt.Println(n)

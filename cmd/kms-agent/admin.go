@@ -214,8 +214,12 @@ func statusTable(t *table, r *adminv1.StatusResponse) {
 	t.row("", fmt.Sprintf("%d hits, %d misses, %d refreshes, %d evictions",
 		cache.GetHits(), cache.GetMisses(), cache.GetRefreshes(), cache.GetEvictions()))
 	randomRows(t, r.GetRandom())
+	storeRows(t, r.GetStore())
 	limitsRows(t, r)
-	log := r.GetAudit()
+	auditRows(t, r.GetAudit())
+}
+
+func auditRows(t *table, log *adminv1.AuditStatus) {
 	t.row("audit", fmt.Sprintf("%s, %d records, %d refused", log.GetFile(), log.GetSequence(), log.GetRefused()))
 	if log.GetLastError() != "" {
 		t.row("", "last error: "+log.GetLastError())
@@ -263,6 +267,28 @@ func randomRows(t *table, r *adminv1.RandomStatus) {
 	}
 	if r.GetLastError() != "" {
 		t.row("", "last error: "+r.GetLastError())
+	}
+}
+
+func storeRows(t *table, s *adminv1.StoreStatus) {
+	if s == nil {
+		return
+	}
+	t.row("sealed store", s.GetSealer())
+	if saved := s.GetSaved(); saved != nil {
+		t.row("", fmt.Sprintf("%d data keys, saved %s; %d saves, %d failed", s.GetDataKeys(), when(saved.AsTime()), s.GetSaves(), s.GetFailures()))
+	}
+	if s.GetRestored() > 0 {
+		t.row("", fmt.Sprintf("%d data keys were there when the agent started, from %s before", s.GetRestored(), s.GetAge().AsDuration().Round(time.Second)))
+	}
+	if s.GetClockBehind() {
+		t.row("", "the time of day was before one that had been: what was stored served nobody before its backend confirmed it")
+	}
+	if s.GetRefused() != "" {
+		t.row("", "the agent started without it: "+s.GetRefused())
+	}
+	if s.GetProblem() != "" {
+		t.row("", s.GetProblem())
 	}
 }
 

@@ -57,9 +57,12 @@ func (s *server) Evict(ctx context.Context, r *adminv1.EvictRequest) (*adminv1.E
 		if (r.GetKey() == "") != r.GetAll() {
 			return nil, invalid("name one key, or say that all are meant")
 		}
-		evicted, ok := s.service.Evict(r.GetKey())
-		if !ok {
+		evicted, known, err := s.service.Evict(r.GetKey())
+		if !known {
 			return nil, invalid("there is no key %.128q; kms-agent status lists them", r.GetKey())
+		}
+		if err != nil {
+			return nil, &kms.Error{Reason: kms.ReasonInternal, Cause: err, Message: err.Error()}
 		}
 		return &adminv1.EvictResponse{Evicted: uint64(evicted)}, nil
 	})

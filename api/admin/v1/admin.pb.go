@@ -799,7 +799,9 @@ type StatusResponse struct {
 	// configured.
 	Random *RandomStatus `protobuf:"bytes,16,opt,name=random,proto3" json:"random,omitempty"`
 	// The backends that do not answer.
-	Outages       []*Outage `protobuf:"bytes,20,rep,name=outages,proto3" json:"outages,omitempty"`
+	Outages []*Outage `protobuf:"bytes,20,rep,name=outages,proto3" json:"outages,omitempty"`
+	// Where data keys outlive the agent; absent without.
+	Store         *StoreStatus `protobuf:"bytes,30,opt,name=store,proto3" json:"store,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -953,6 +955,162 @@ func (x *StatusResponse) GetOutages() []*Outage {
 	return nil
 }
 
+func (x *StatusResponse) GetStore() *StoreStatus {
+	if x != nil {
+		return x.Store
+	}
+	return nil
+}
+
+type StoreStatus struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// What seals it, for people.
+	Sealer string `protobuf:"bytes,1,opt,name=sealer,proto3" json:"sealer,omitempty"`
+	// The sealer is for development: it protects nothing.
+	Development bool `protobuf:"varint,2,opt,name=development,proto3" json:"development,omitempty"`
+	// Data keys in the last save, of those that should be.
+	DataKeys uint64                 `protobuf:"varint,3,opt,name=data_keys,json=dataKeys,proto3" json:"data_keys,omitempty"`
+	Wanted   uint64                 `protobuf:"varint,4,opt,name=wanted,proto3" json:"wanted,omitempty"`
+	Saved    *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=saved,proto3" json:"saved,omitempty"`
+	// Saves since the agent started, and those that failed.
+	Saves    uint64 `protobuf:"varint,6,opt,name=saves,proto3" json:"saves,omitempty"`
+	Failures uint64 `protobuf:"varint,7,opt,name=failures,proto3" json:"failures,omitempty"`
+	// Data keys that were there when the agent started, how old the store was, and
+	// whether nobody knows that because the time of day went back.
+	Restored    uint64               `protobuf:"varint,8,opt,name=restored,proto3" json:"restored,omitempty"`
+	Age         *durationpb.Duration `protobuf:"bytes,9,opt,name=age,proto3" json:"age,omitempty"`
+	ClockBehind bool                 `protobuf:"varint,10,opt,name=clock_behind,json=clockBehind,proto3" json:"clock_behind,omitempty"`
+	// Why the agent started without what was stored, and in one word; empty where it did
+	// not.
+	Refused       string `protobuf:"bytes,11,opt,name=refused,proto3" json:"refused,omitempty"`
+	RefusedReason string `protobuf:"bytes,12,opt,name=refused_reason,json=refusedReason,proto3" json:"refused_reason,omitempty"`
+	// What is wrong with it now; empty where nothing is.
+	Problem       string `protobuf:"bytes,13,opt,name=problem,proto3" json:"problem,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StoreStatus) Reset() {
+	*x = StoreStatus{}
+	mi := &file_admin_v1_admin_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StoreStatus) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StoreStatus) ProtoMessage() {}
+
+func (x *StoreStatus) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_v1_admin_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StoreStatus.ProtoReflect.Descriptor instead.
+func (*StoreStatus) Descriptor() ([]byte, []int) {
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *StoreStatus) GetSealer() string {
+	if x != nil {
+		return x.Sealer
+	}
+	return ""
+}
+
+func (x *StoreStatus) GetDevelopment() bool {
+	if x != nil {
+		return x.Development
+	}
+	return false
+}
+
+func (x *StoreStatus) GetDataKeys() uint64 {
+	if x != nil {
+		return x.DataKeys
+	}
+	return 0
+}
+
+func (x *StoreStatus) GetWanted() uint64 {
+	if x != nil {
+		return x.Wanted
+	}
+	return 0
+}
+
+func (x *StoreStatus) GetSaved() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Saved
+	}
+	return nil
+}
+
+func (x *StoreStatus) GetSaves() uint64 {
+	if x != nil {
+		return x.Saves
+	}
+	return 0
+}
+
+func (x *StoreStatus) GetFailures() uint64 {
+	if x != nil {
+		return x.Failures
+	}
+	return 0
+}
+
+func (x *StoreStatus) GetRestored() uint64 {
+	if x != nil {
+		return x.Restored
+	}
+	return 0
+}
+
+func (x *StoreStatus) GetAge() *durationpb.Duration {
+	if x != nil {
+		return x.Age
+	}
+	return nil
+}
+
+func (x *StoreStatus) GetClockBehind() bool {
+	if x != nil {
+		return x.ClockBehind
+	}
+	return false
+}
+
+func (x *StoreStatus) GetRefused() string {
+	if x != nil {
+		return x.Refused
+	}
+	return ""
+}
+
+func (x *StoreStatus) GetRefusedReason() string {
+	if x != nil {
+		return x.RefusedReason
+	}
+	return ""
+}
+
+func (x *StoreStatus) GetProblem() string {
+	if x != nil {
+		return x.Problem
+	}
+	return ""
+}
+
 type Outage struct {
 	state   protoimpl.MessageState `protogen:"open.v1"`
 	Backend string                 `protobuf:"bytes,1,opt,name=backend,proto3" json:"backend,omitempty"`
@@ -967,7 +1125,7 @@ type Outage struct {
 
 func (x *Outage) Reset() {
 	*x = Outage{}
-	mi := &file_admin_v1_admin_proto_msgTypes[16]
+	mi := &file_admin_v1_admin_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -979,7 +1137,7 @@ func (x *Outage) String() string {
 func (*Outage) ProtoMessage() {}
 
 func (x *Outage) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[16]
+	mi := &file_admin_v1_admin_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -992,7 +1150,7 @@ func (x *Outage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Outage.ProtoReflect.Descriptor instead.
 func (*Outage) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{16}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Outage) GetBackend() string {
@@ -1045,7 +1203,7 @@ type RandomStatus struct {
 
 func (x *RandomStatus) Reset() {
 	*x = RandomStatus{}
-	mi := &file_admin_v1_admin_proto_msgTypes[17]
+	mi := &file_admin_v1_admin_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1057,7 +1215,7 @@ func (x *RandomStatus) String() string {
 func (*RandomStatus) ProtoMessage() {}
 
 func (x *RandomStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[17]
+	mi := &file_admin_v1_admin_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1070,7 +1228,7 @@ func (x *RandomStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RandomStatus.ProtoReflect.Descriptor instead.
 func (*RandomStatus) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{17}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *RandomStatus) GetBackend() string {
@@ -1126,7 +1284,7 @@ type RandomUse struct {
 
 func (x *RandomUse) Reset() {
 	*x = RandomUse{}
-	mi := &file_admin_v1_admin_proto_msgTypes[18]
+	mi := &file_admin_v1_admin_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1138,7 +1296,7 @@ func (x *RandomUse) String() string {
 func (*RandomUse) ProtoMessage() {}
 
 func (x *RandomUse) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[18]
+	mi := &file_admin_v1_admin_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1151,7 +1309,7 @@ func (x *RandomUse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RandomUse.ProtoReflect.Descriptor instead.
 func (*RandomUse) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{18}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *RandomUse) GetUse() string {
@@ -1204,7 +1362,7 @@ type LimitsStatus struct {
 
 func (x *LimitsStatus) Reset() {
 	*x = LimitsStatus{}
-	mi := &file_admin_v1_admin_proto_msgTypes[19]
+	mi := &file_admin_v1_admin_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1216,7 +1374,7 @@ func (x *LimitsStatus) String() string {
 func (*LimitsStatus) ProtoMessage() {}
 
 func (x *LimitsStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[19]
+	mi := &file_admin_v1_admin_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1229,7 +1387,7 @@ func (x *LimitsStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LimitsStatus.ProtoReflect.Descriptor instead.
 func (*LimitsStatus) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{19}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *LimitsStatus) GetRule() string {
@@ -1274,7 +1432,7 @@ type Configuration struct {
 
 func (x *Configuration) Reset() {
 	*x = Configuration{}
-	mi := &file_admin_v1_admin_proto_msgTypes[20]
+	mi := &file_admin_v1_admin_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1286,7 +1444,7 @@ func (x *Configuration) String() string {
 func (*Configuration) ProtoMessage() {}
 
 func (x *Configuration) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[20]
+	mi := &file_admin_v1_admin_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1299,7 +1457,7 @@ func (x *Configuration) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Configuration.ProtoReflect.Descriptor instead.
 func (*Configuration) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{20}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Configuration) GetFile() string {
@@ -1349,7 +1507,7 @@ type Identity struct {
 
 func (x *Identity) Reset() {
 	*x = Identity{}
-	mi := &file_admin_v1_admin_proto_msgTypes[21]
+	mi := &file_admin_v1_admin_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1361,7 +1519,7 @@ func (x *Identity) String() string {
 func (*Identity) ProtoMessage() {}
 
 func (x *Identity) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[21]
+	mi := &file_admin_v1_admin_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1374,7 +1532,7 @@ func (x *Identity) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Identity.ProtoReflect.Descriptor instead.
 func (*Identity) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{21}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Identity) GetTrustDomain() string {
@@ -1470,7 +1628,7 @@ type BackendStatus struct {
 
 func (x *BackendStatus) Reset() {
 	*x = BackendStatus{}
-	mi := &file_admin_v1_admin_proto_msgTypes[22]
+	mi := &file_admin_v1_admin_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1482,7 +1640,7 @@ func (x *BackendStatus) String() string {
 func (*BackendStatus) ProtoMessage() {}
 
 func (x *BackendStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[22]
+	mi := &file_admin_v1_admin_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1495,7 +1653,7 @@ func (x *BackendStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BackendStatus.ProtoReflect.Descriptor instead.
 func (*BackendStatus) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{22}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *BackendStatus) GetName() string {
@@ -1657,7 +1815,7 @@ type KeyStatus struct {
 
 func (x *KeyStatus) Reset() {
 	*x = KeyStatus{}
-	mi := &file_admin_v1_admin_proto_msgTypes[23]
+	mi := &file_admin_v1_admin_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1669,7 +1827,7 @@ func (x *KeyStatus) String() string {
 func (*KeyStatus) ProtoMessage() {}
 
 func (x *KeyStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[23]
+	mi := &file_admin_v1_admin_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1682,7 +1840,7 @@ func (x *KeyStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeyStatus.ProtoReflect.Descriptor instead.
 func (*KeyStatus) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{23}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *KeyStatus) GetName() string {
@@ -1789,7 +1947,7 @@ type Endurance struct {
 
 func (x *Endurance) Reset() {
 	*x = Endurance{}
-	mi := &file_admin_v1_admin_proto_msgTypes[24]
+	mi := &file_admin_v1_admin_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1801,7 +1959,7 @@ func (x *Endurance) String() string {
 func (*Endurance) ProtoMessage() {}
 
 func (x *Endurance) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[24]
+	mi := &file_admin_v1_admin_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1814,7 +1972,7 @@ func (x *Endurance) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Endurance.ProtoReflect.Descriptor instead.
 func (*Endurance) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{24}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Endurance) GetDown() bool {
@@ -1861,7 +2019,7 @@ type CacheStatus struct {
 
 func (x *CacheStatus) Reset() {
 	*x = CacheStatus{}
-	mi := &file_admin_v1_admin_proto_msgTypes[25]
+	mi := &file_admin_v1_admin_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1873,7 +2031,7 @@ func (x *CacheStatus) String() string {
 func (*CacheStatus) ProtoMessage() {}
 
 func (x *CacheStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[25]
+	mi := &file_admin_v1_admin_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1886,7 +2044,7 @@ func (x *CacheStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CacheStatus.ProtoReflect.Descriptor instead.
 func (*CacheStatus) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{25}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *CacheStatus) GetEncryptionKeys() uint64 {
@@ -1997,7 +2155,7 @@ type AuditStatus struct {
 
 func (x *AuditStatus) Reset() {
 	*x = AuditStatus{}
-	mi := &file_admin_v1_admin_proto_msgTypes[26]
+	mi := &file_admin_v1_admin_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2009,7 +2167,7 @@ func (x *AuditStatus) String() string {
 func (*AuditStatus) ProtoMessage() {}
 
 func (x *AuditStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[26]
+	mi := &file_admin_v1_admin_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2022,7 +2180,7 @@ func (x *AuditStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditStatus.ProtoReflect.Descriptor instead.
 func (*AuditStatus) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{26}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *AuditStatus) GetFile() string {
@@ -2112,7 +2270,7 @@ type AuditSink struct {
 
 func (x *AuditSink) Reset() {
 	*x = AuditSink{}
-	mi := &file_admin_v1_admin_proto_msgTypes[27]
+	mi := &file_admin_v1_admin_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2124,7 +2282,7 @@ func (x *AuditSink) String() string {
 func (*AuditSink) ProtoMessage() {}
 
 func (x *AuditSink) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_v1_admin_proto_msgTypes[27]
+	mi := &file_admin_v1_admin_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2137,7 +2295,7 @@ func (x *AuditSink) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditSink.ProtoReflect.Descriptor instead.
 func (*AuditSink) Descriptor() ([]byte, []int) {
-	return file_admin_v1_admin_proto_rawDescGZIP(), []int{27}
+	return file_admin_v1_admin_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *AuditSink) GetName() string {
@@ -2227,7 +2385,7 @@ const file_admin_v1_admin_proto_rawDesc = "" +
 	"\bduration\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\bduration\"%\n" +
 	"\x0fProfileResponse\x12\x12\n" +
 	"\x04data\x18\x01 \x01(\fR\x04data\"\x0f\n" +
-	"\rStatusRequest\"\x83\x06\n" +
+	"\rStatusRequest\"\xb9\x06\n" +
 	"\x0eStatusResponse\x12\x14\n" +
 	"\x05state\x18\x01 \x01(\tR\x05state\x12\x1a\n" +
 	"\bproblems\x18\x02 \x03(\tR\bproblems\x12\x18\n" +
@@ -2246,7 +2404,23 @@ const file_admin_v1_admin_proto_rawDesc = "" +
 	"\x06limits\x18\x0e \x03(\v2\x1f.kmsagent.admin.v1.LimitsStatusR\x06limits\x12!\n" +
 	"\flimits_error\x18\x0f \x01(\tR\vlimitsError\x127\n" +
 	"\x06random\x18\x10 \x01(\v2\x1f.kmsagent.admin.v1.RandomStatusR\x06random\x123\n" +
-	"\aoutages\x18\x14 \x03(\v2\x19.kmsagent.admin.v1.OutageR\aoutages\"\xa9\x01\n" +
+	"\aoutages\x18\x14 \x03(\v2\x19.kmsagent.admin.v1.OutageR\aoutages\x124\n" +
+	"\x05store\x18\x1e \x01(\v2\x1e.kmsagent.admin.v1.StoreStatusR\x05store\"\xa7\x03\n" +
+	"\vStoreStatus\x12\x16\n" +
+	"\x06sealer\x18\x01 \x01(\tR\x06sealer\x12 \n" +
+	"\vdevelopment\x18\x02 \x01(\bR\vdevelopment\x12\x1b\n" +
+	"\tdata_keys\x18\x03 \x01(\x04R\bdataKeys\x12\x16\n" +
+	"\x06wanted\x18\x04 \x01(\x04R\x06wanted\x120\n" +
+	"\x05saved\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\x05saved\x12\x14\n" +
+	"\x05saves\x18\x06 \x01(\x04R\x05saves\x12\x1a\n" +
+	"\bfailures\x18\a \x01(\x04R\bfailures\x12\x1a\n" +
+	"\brestored\x18\b \x01(\x04R\brestored\x12+\n" +
+	"\x03age\x18\t \x01(\v2\x19.google.protobuf.DurationR\x03age\x12!\n" +
+	"\fclock_behind\x18\n" +
+	" \x01(\bR\vclockBehind\x12\x18\n" +
+	"\arefused\x18\v \x01(\tR\arefused\x12%\n" +
+	"\x0erefused_reason\x18\f \x01(\tR\rrefusedReason\x12\x18\n" +
+	"\aproblem\x18\r \x01(\tR\aproblem\"\xa9\x01\n" +
 	"\x06Outage\x12\x18\n" +
 	"\abackend\x18\x01 \x01(\tR\abackend\x12/\n" +
 	"\x05lasts\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\x05lasts\x12\x19\n" +
@@ -2397,7 +2571,7 @@ func file_admin_v1_admin_proto_rawDescGZIP() []byte {
 	return file_admin_v1_admin_proto_rawDescData
 }
 
-var file_admin_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 29)
+var file_admin_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 30)
 var file_admin_v1_admin_proto_goTypes = []any{
 	(*EvictRequest)(nil),          // 0: kmsagent.admin.v1.EvictRequest
 	(*EvictResponse)(nil),         // 1: kmsagent.admin.v1.EvictResponse
@@ -2415,72 +2589,76 @@ var file_admin_v1_admin_proto_goTypes = []any{
 	(*ProfileResponse)(nil),       // 13: kmsagent.admin.v1.ProfileResponse
 	(*StatusRequest)(nil),         // 14: kmsagent.admin.v1.StatusRequest
 	(*StatusResponse)(nil),        // 15: kmsagent.admin.v1.StatusResponse
-	(*Outage)(nil),                // 16: kmsagent.admin.v1.Outage
-	(*RandomStatus)(nil),          // 17: kmsagent.admin.v1.RandomStatus
-	(*RandomUse)(nil),             // 18: kmsagent.admin.v1.RandomUse
-	(*LimitsStatus)(nil),          // 19: kmsagent.admin.v1.LimitsStatus
-	(*Configuration)(nil),         // 20: kmsagent.admin.v1.Configuration
-	(*Identity)(nil),              // 21: kmsagent.admin.v1.Identity
-	(*BackendStatus)(nil),         // 22: kmsagent.admin.v1.BackendStatus
-	(*KeyStatus)(nil),             // 23: kmsagent.admin.v1.KeyStatus
-	(*Endurance)(nil),             // 24: kmsagent.admin.v1.Endurance
-	(*CacheStatus)(nil),           // 25: kmsagent.admin.v1.CacheStatus
-	(*AuditStatus)(nil),           // 26: kmsagent.admin.v1.AuditStatus
-	(*AuditSink)(nil),             // 27: kmsagent.admin.v1.AuditSink
-	nil,                           // 28: kmsagent.admin.v1.LimitsStatus.RefusedEntry
-	(*durationpb.Duration)(nil),   // 29: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil), // 30: google.protobuf.Timestamp
+	(*StoreStatus)(nil),           // 16: kmsagent.admin.v1.StoreStatus
+	(*Outage)(nil),                // 17: kmsagent.admin.v1.Outage
+	(*RandomStatus)(nil),          // 18: kmsagent.admin.v1.RandomStatus
+	(*RandomUse)(nil),             // 19: kmsagent.admin.v1.RandomUse
+	(*LimitsStatus)(nil),          // 20: kmsagent.admin.v1.LimitsStatus
+	(*Configuration)(nil),         // 21: kmsagent.admin.v1.Configuration
+	(*Identity)(nil),              // 22: kmsagent.admin.v1.Identity
+	(*BackendStatus)(nil),         // 23: kmsagent.admin.v1.BackendStatus
+	(*KeyStatus)(nil),             // 24: kmsagent.admin.v1.KeyStatus
+	(*Endurance)(nil),             // 25: kmsagent.admin.v1.Endurance
+	(*CacheStatus)(nil),           // 26: kmsagent.admin.v1.CacheStatus
+	(*AuditStatus)(nil),           // 27: kmsagent.admin.v1.AuditStatus
+	(*AuditSink)(nil),             // 28: kmsagent.admin.v1.AuditSink
+	nil,                           // 29: kmsagent.admin.v1.LimitsStatus.RefusedEntry
+	(*durationpb.Duration)(nil),   // 30: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil), // 31: google.protobuf.Timestamp
 }
 var file_admin_v1_admin_proto_depIdxs = []int32{
 	4,  // 0: kmsagent.admin.v1.KeysHealthResponse.counts:type_name -> kmsagent.admin.v1.WrapCount
 	5,  // 1: kmsagent.admin.v1.WrapCount.wraps:type_name -> kmsagent.admin.v1.KeyWrap
-	29, // 2: kmsagent.admin.v1.SetLogLevelRequest.for:type_name -> google.protobuf.Duration
-	29, // 3: kmsagent.admin.v1.ProfileRequest.duration:type_name -> google.protobuf.Duration
-	30, // 4: kmsagent.admin.v1.StatusResponse.started:type_name -> google.protobuf.Timestamp
-	20, // 5: kmsagent.admin.v1.StatusResponse.configuration:type_name -> kmsagent.admin.v1.Configuration
-	21, // 6: kmsagent.admin.v1.StatusResponse.identity:type_name -> kmsagent.admin.v1.Identity
-	22, // 7: kmsagent.admin.v1.StatusResponse.backends:type_name -> kmsagent.admin.v1.BackendStatus
-	23, // 8: kmsagent.admin.v1.StatusResponse.keys:type_name -> kmsagent.admin.v1.KeyStatus
-	25, // 9: kmsagent.admin.v1.StatusResponse.cache:type_name -> kmsagent.admin.v1.CacheStatus
-	26, // 10: kmsagent.admin.v1.StatusResponse.audit:type_name -> kmsagent.admin.v1.AuditStatus
-	19, // 11: kmsagent.admin.v1.StatusResponse.limits:type_name -> kmsagent.admin.v1.LimitsStatus
-	17, // 12: kmsagent.admin.v1.StatusResponse.random:type_name -> kmsagent.admin.v1.RandomStatus
-	16, // 13: kmsagent.admin.v1.StatusResponse.outages:type_name -> kmsagent.admin.v1.Outage
-	29, // 14: kmsagent.admin.v1.Outage.lasts:type_name -> google.protobuf.Duration
-	18, // 15: kmsagent.admin.v1.RandomStatus.uses:type_name -> kmsagent.admin.v1.RandomUse
-	28, // 16: kmsagent.admin.v1.LimitsStatus.refused:type_name -> kmsagent.admin.v1.LimitsStatus.RefusedEntry
-	30, // 17: kmsagent.admin.v1.Configuration.loaded:type_name -> google.protobuf.Timestamp
-	30, // 18: kmsagent.admin.v1.Identity.expires:type_name -> google.protobuf.Timestamp
-	30, // 19: kmsagent.admin.v1.Identity.updated:type_name -> google.protobuf.Timestamp
-	30, // 20: kmsagent.admin.v1.BackendStatus.since:type_name -> google.protobuf.Timestamp
-	30, // 21: kmsagent.admin.v1.BackendStatus.next_try:type_name -> google.protobuf.Timestamp
-	29, // 22: kmsagent.admin.v1.KeyStatus.encrypt_confirmed:type_name -> google.protobuf.Duration
-	29, // 23: kmsagent.admin.v1.KeyStatus.decrypt_confirmed:type_name -> google.protobuf.Duration
-	24, // 24: kmsagent.admin.v1.KeyStatus.encrypt:type_name -> kmsagent.admin.v1.Endurance
-	24, // 25: kmsagent.admin.v1.KeyStatus.decrypt:type_name -> kmsagent.admin.v1.Endurance
-	29, // 26: kmsagent.admin.v1.Endurance.since:type_name -> google.protobuf.Duration
-	29, // 27: kmsagent.admin.v1.Endurance.left:type_name -> google.protobuf.Duration
-	27, // 28: kmsagent.admin.v1.AuditStatus.sinks:type_name -> kmsagent.admin.v1.AuditSink
-	27, // 29: kmsagent.admin.v1.AuditStatus.checkpoints:type_name -> kmsagent.admin.v1.AuditSink
-	14, // 30: kmsagent.admin.v1.Admin.Status:input_type -> kmsagent.admin.v1.StatusRequest
-	0,  // 31: kmsagent.admin.v1.Admin.Evict:input_type -> kmsagent.admin.v1.EvictRequest
-	6,  // 32: kmsagent.admin.v1.Admin.Reload:input_type -> kmsagent.admin.v1.ReloadRequest
-	8,  // 33: kmsagent.admin.v1.Admin.RestartPlugin:input_type -> kmsagent.admin.v1.RestartPluginRequest
-	10, // 34: kmsagent.admin.v1.Admin.SetLogLevel:input_type -> kmsagent.admin.v1.SetLogLevelRequest
-	2,  // 35: kmsagent.admin.v1.Admin.KeysHealth:input_type -> kmsagent.admin.v1.KeysHealthRequest
-	12, // 36: kmsagent.admin.v1.Admin.Profile:input_type -> kmsagent.admin.v1.ProfileRequest
-	15, // 37: kmsagent.admin.v1.Admin.Status:output_type -> kmsagent.admin.v1.StatusResponse
-	1,  // 38: kmsagent.admin.v1.Admin.Evict:output_type -> kmsagent.admin.v1.EvictResponse
-	7,  // 39: kmsagent.admin.v1.Admin.Reload:output_type -> kmsagent.admin.v1.ReloadResponse
-	9,  // 40: kmsagent.admin.v1.Admin.RestartPlugin:output_type -> kmsagent.admin.v1.RestartPluginResponse
-	11, // 41: kmsagent.admin.v1.Admin.SetLogLevel:output_type -> kmsagent.admin.v1.SetLogLevelResponse
-	3,  // 42: kmsagent.admin.v1.Admin.KeysHealth:output_type -> kmsagent.admin.v1.KeysHealthResponse
-	13, // 43: kmsagent.admin.v1.Admin.Profile:output_type -> kmsagent.admin.v1.ProfileResponse
-	37, // [37:44] is the sub-list for method output_type
-	30, // [30:37] is the sub-list for method input_type
-	30, // [30:30] is the sub-list for extension type_name
-	30, // [30:30] is the sub-list for extension extendee
-	0,  // [0:30] is the sub-list for field type_name
+	30, // 2: kmsagent.admin.v1.SetLogLevelRequest.for:type_name -> google.protobuf.Duration
+	30, // 3: kmsagent.admin.v1.ProfileRequest.duration:type_name -> google.protobuf.Duration
+	31, // 4: kmsagent.admin.v1.StatusResponse.started:type_name -> google.protobuf.Timestamp
+	21, // 5: kmsagent.admin.v1.StatusResponse.configuration:type_name -> kmsagent.admin.v1.Configuration
+	22, // 6: kmsagent.admin.v1.StatusResponse.identity:type_name -> kmsagent.admin.v1.Identity
+	23, // 7: kmsagent.admin.v1.StatusResponse.backends:type_name -> kmsagent.admin.v1.BackendStatus
+	24, // 8: kmsagent.admin.v1.StatusResponse.keys:type_name -> kmsagent.admin.v1.KeyStatus
+	26, // 9: kmsagent.admin.v1.StatusResponse.cache:type_name -> kmsagent.admin.v1.CacheStatus
+	27, // 10: kmsagent.admin.v1.StatusResponse.audit:type_name -> kmsagent.admin.v1.AuditStatus
+	20, // 11: kmsagent.admin.v1.StatusResponse.limits:type_name -> kmsagent.admin.v1.LimitsStatus
+	18, // 12: kmsagent.admin.v1.StatusResponse.random:type_name -> kmsagent.admin.v1.RandomStatus
+	17, // 13: kmsagent.admin.v1.StatusResponse.outages:type_name -> kmsagent.admin.v1.Outage
+	16, // 14: kmsagent.admin.v1.StatusResponse.store:type_name -> kmsagent.admin.v1.StoreStatus
+	31, // 15: kmsagent.admin.v1.StoreStatus.saved:type_name -> google.protobuf.Timestamp
+	30, // 16: kmsagent.admin.v1.StoreStatus.age:type_name -> google.protobuf.Duration
+	30, // 17: kmsagent.admin.v1.Outage.lasts:type_name -> google.protobuf.Duration
+	19, // 18: kmsagent.admin.v1.RandomStatus.uses:type_name -> kmsagent.admin.v1.RandomUse
+	29, // 19: kmsagent.admin.v1.LimitsStatus.refused:type_name -> kmsagent.admin.v1.LimitsStatus.RefusedEntry
+	31, // 20: kmsagent.admin.v1.Configuration.loaded:type_name -> google.protobuf.Timestamp
+	31, // 21: kmsagent.admin.v1.Identity.expires:type_name -> google.protobuf.Timestamp
+	31, // 22: kmsagent.admin.v1.Identity.updated:type_name -> google.protobuf.Timestamp
+	31, // 23: kmsagent.admin.v1.BackendStatus.since:type_name -> google.protobuf.Timestamp
+	31, // 24: kmsagent.admin.v1.BackendStatus.next_try:type_name -> google.protobuf.Timestamp
+	30, // 25: kmsagent.admin.v1.KeyStatus.encrypt_confirmed:type_name -> google.protobuf.Duration
+	30, // 26: kmsagent.admin.v1.KeyStatus.decrypt_confirmed:type_name -> google.protobuf.Duration
+	25, // 27: kmsagent.admin.v1.KeyStatus.encrypt:type_name -> kmsagent.admin.v1.Endurance
+	25, // 28: kmsagent.admin.v1.KeyStatus.decrypt:type_name -> kmsagent.admin.v1.Endurance
+	30, // 29: kmsagent.admin.v1.Endurance.since:type_name -> google.protobuf.Duration
+	30, // 30: kmsagent.admin.v1.Endurance.left:type_name -> google.protobuf.Duration
+	28, // 31: kmsagent.admin.v1.AuditStatus.sinks:type_name -> kmsagent.admin.v1.AuditSink
+	28, // 32: kmsagent.admin.v1.AuditStatus.checkpoints:type_name -> kmsagent.admin.v1.AuditSink
+	14, // 33: kmsagent.admin.v1.Admin.Status:input_type -> kmsagent.admin.v1.StatusRequest
+	0,  // 34: kmsagent.admin.v1.Admin.Evict:input_type -> kmsagent.admin.v1.EvictRequest
+	6,  // 35: kmsagent.admin.v1.Admin.Reload:input_type -> kmsagent.admin.v1.ReloadRequest
+	8,  // 36: kmsagent.admin.v1.Admin.RestartPlugin:input_type -> kmsagent.admin.v1.RestartPluginRequest
+	10, // 37: kmsagent.admin.v1.Admin.SetLogLevel:input_type -> kmsagent.admin.v1.SetLogLevelRequest
+	2,  // 38: kmsagent.admin.v1.Admin.KeysHealth:input_type -> kmsagent.admin.v1.KeysHealthRequest
+	12, // 39: kmsagent.admin.v1.Admin.Profile:input_type -> kmsagent.admin.v1.ProfileRequest
+	15, // 40: kmsagent.admin.v1.Admin.Status:output_type -> kmsagent.admin.v1.StatusResponse
+	1,  // 41: kmsagent.admin.v1.Admin.Evict:output_type -> kmsagent.admin.v1.EvictResponse
+	7,  // 42: kmsagent.admin.v1.Admin.Reload:output_type -> kmsagent.admin.v1.ReloadResponse
+	9,  // 43: kmsagent.admin.v1.Admin.RestartPlugin:output_type -> kmsagent.admin.v1.RestartPluginResponse
+	11, // 44: kmsagent.admin.v1.Admin.SetLogLevel:output_type -> kmsagent.admin.v1.SetLogLevelResponse
+	3,  // 45: kmsagent.admin.v1.Admin.KeysHealth:output_type -> kmsagent.admin.v1.KeysHealthResponse
+	13, // 46: kmsagent.admin.v1.Admin.Profile:output_type -> kmsagent.admin.v1.ProfileResponse
+	40, // [40:47] is the sub-list for method output_type
+	33, // [33:40] is the sub-list for method input_type
+	33, // [33:33] is the sub-list for extension type_name
+	33, // [33:33] is the sub-list for extension extendee
+	0,  // [0:33] is the sub-list for field type_name
 }
 
 func init() { file_admin_v1_admin_proto_init() }
@@ -2494,7 +2672,7 @@ func file_admin_v1_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_admin_v1_admin_proto_rawDesc), len(file_admin_v1_admin_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   29,
+			NumMessages:   30,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
