@@ -93,6 +93,15 @@ func (c *Cache) confirmLocked(a *authority, began time.Duration) {
 	}
 }
 
+// givenLocked notes that upstream gave a data key, in a call that began then.
+func (c *Cache) givenLocked(a *authority, began time.Duration, m Material) {
+	if m.Unconfirmed {
+		a.reach.answeredLocked(began)
+		return
+	}
+	c.confirmLocked(a, began)
+}
+
 // refuseLocked notes a no: nothing that it covers is used from here on. That
 // is made sure of.
 func (c *Cache) refuseLocked(a *authority, err error) {

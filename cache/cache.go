@@ -91,6 +91,9 @@ type Material struct {
 	// Origin is what the caller needs to know of the data key again. It is
 	// never changed and holds no secret.
 	Origin any
+	// Unconfirmed: that upstream gave it is no confirmation of its Authority, since others
+	// have a say too. Config.Confirm asks them, unless one has been heard lately.
+	Unconfirmed bool
 }
 
 // Slot names the one current data key that a partition encrypts with.

@@ -243,7 +243,7 @@ func (c *Cache) EvictAll() int {
 
 // Retire destroys the data keys for encryption of a wrapping key, in whatever version,
 // whose Origin match accepts, and returns how many. Those in use are destroyed when
-// they are released.
+// they are released. What is being made for it is not kept either, since nobody knows yet.
 func (c *Cache) Retire(backend, wrappingKey string, match func(origin any) bool) int {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -257,6 +257,12 @@ func (c *Cache) Retire(backend, wrappingKey string, match func(origin any) bool)
 				c.removeLocked(e)
 				n++
 			}
+		}
+	}
+	for f := range c.filling {
+		if a := f.place.Authority; a.Backend == backend && a.WrappingKey == wrappingKey && a.Direction == Encrypt {
+			f.dropped = true
+			c.closeFillLocked(f)
 		}
 	}
 	return n

@@ -307,7 +307,7 @@ func (c *Cache) filledLocked(a *authority, owner *share, r *request, f *flight, 
 	if err != nil {
 		return err
 	}
-	c.confirmLocked(a, f.began)
+	c.givenLocked(a, f.began, m)
 	if a.standing != good || f.dropped {
 		s.release()
 		return nil

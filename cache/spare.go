@@ -155,7 +155,7 @@ func (c *Cache) preparedLocked(a *authority, where place, p *pool, l Limits, f *
 	if err != nil {
 		return err
 	}
-	c.confirmLocked(a, f.began)
+	c.givenLocked(a, f.began, m)
 	if a.standing != good || f.dropped || c.pools[where] != p {
 		s.release()
 		return errUnwanted
