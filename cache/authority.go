@@ -212,12 +212,15 @@ func (c *Cache) Renew(ctx context.Context, name Authority, l Limits, maxStale *t
 			a.usedLocked(l, now)
 			return f, nil
 		}
-		err := c.awaitLocked(ctx, c.askLocked(ctx, a))
+		err := c.awaitLocked(ctx, c.askLocked(ctx, a), &r)
 		if err == nil {
 			continue
 		}
 		if f, ok := c.freshnessLocked(a, &r, c.cfg.Now()); ok && ctx.Err() == nil && a.standing == good && !c.closed {
 			return f, nil
+		}
+		if errors.Is(err, errSlow) {
+			continue // there is no grace any more: for as long as it takes
 		}
 		return Freshness{}, err
 	}

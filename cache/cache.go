@@ -79,8 +79,8 @@ type Limits struct {
 	Grace time.Duration
 	// Spares is how many data keys are kept ready for the time when the current one
 	// is used up, or was dropped, and upstream cannot be asked for another. A spare
-	// that is not used for MaxLifetime is replaced; its own MaxLifetime begins when
-	// it is taken.
+	// that is not used for MaxLifetime is replaced when there is another; its own
+	// MaxLifetime begins when it is taken.
 	Spares int
 }
 

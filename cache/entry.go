@@ -42,7 +42,7 @@ func (e *entry) over(l Limits, now time.Duration) bool {
 		return true
 	}
 	if e.spare {
-		return !e.authority.reach.down && l.MaxLifetime != 0 && now-e.created >= l.MaxLifetime
+		return false // its lifetime begins when it is taken
 	}
 	return e.place.Authority.Direction == Encrypt &&
 		(l.MaxLifetime != 0 && now-e.created >= l.MaxLifetime || e.messages >= l.messages() || e.bytesLeft(l) == 0 && e.reserved == 0)

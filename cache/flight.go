@@ -91,15 +91,28 @@ func timer(d time.Duration) (<-chan time.Time, func() bool) {
 }
 
 // awaitLocked is waitLocked for those who want no data key.
-func (c *Cache) awaitLocked(ctx context.Context, f *flight) error {
+func (c *Cache) awaitLocked(ctx context.Context, f *flight, r *request) error {
+	limit := time.Duration(-1)
+	if c.graciousLocked(f, r) {
+		limit = c.untilSlow(f)
+	}
+	patience, stop := timer(limit)
+	defer stop()
 	c.mu.Unlock()
-	defer c.mu.Lock()
 	select {
 	case <-f.done:
-		return f.err // written before done was closed
 	case <-ctx.Done():
+	case <-patience:
+	}
+	c.mu.Lock()
+	switch {
+	case f.landed:
+		return f.err
+	case ctx.Err() != nil:
 		return ctx.Err()
 	}
+	c.authorityLocked(r.place.Authority).reach.failedLocked(f.began, errSlow)
+	return errSlow
 }
 
 // verdict is what an answer of Fill or Confirm means.

@@ -121,8 +121,10 @@ func (c *Cache) unansweredLocked(ctx context.Context, r *request, err error) (*U
 	if errors.Is(err, errSlow) {
 		return nil, nil
 	}
-	c.stats.Unserved++
-	c.upstreamLocked(r.place.Authority.Backend).refused++
+	if r.caller != own {
+		c.stats.Unserved++
+		c.upstreamLocked(r.place.Authority.Backend).refused++
+	}
 	return nil, c.explainLocked(ctx, r, err)
 }
 
@@ -157,7 +159,7 @@ func (c *Cache) serveLocked(r *request, now time.Duration) *Use {
 	if !ok {
 		return nil
 	}
-	if freshness.Source == Grace {
+	if freshness.Source == Grace && r.caller != own {
 		c.stats.InGrace++
 		a.reach.upstream.grace++
 	}
