@@ -7,6 +7,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"math"
 	mathrand "math/rand/v2"
 	"sync"
 	"sync/atomic"
@@ -43,6 +44,8 @@ type wrapping struct {
 	refused   atomic.Pointer[string] // why the last question was answered by a definite no; nil where it was not
 	asked     atomic.Int64           // time of the last question, as time.Duration
 	failures  atomic.Int64           // questions in a row that had no answer
+	// jitter is drawn with each failure: drawn with each request, the least would count.
+	jitter atomic.Uint32
 	// failing is 1 while the last call was not answered, or slowly.
 	failing atomic.Int32
 	// missing: it was reported that the backend does not have it, which others have.
@@ -156,8 +159,8 @@ func (w *wrapping) describePause(maxAge time.Duration) time.Duration {
 	if failed == 0 {
 		return describePause
 	}
-	jitter := 1 + mathrand.Float64()/2 //nolint:gosec // no secret
-	return max(describePause, time.Duration(jitter*float64(min(describePause<<failed, maxAge/2))))
+	spread := 1 + float64(w.jitter.Load())/math.MaxUint32/2
+	return max(describePause, time.Duration(spread*float64(min(describePause<<failed, maxAge/2))))
 }
 
 // askAgain makes the next use of the wrapping key ask for its versions, however new
@@ -212,6 +215,7 @@ func (s *Service) askForItself(ctx context.Context, w *wrapping) (*described, er
 	if err != nil {
 		if verdictOf(err) == cache.Unreachable {
 			w.failures.Add(1)
+			w.jitter.Store(mathrand.Uint32()) //nolint:gosec // no secret
 		}
 		s.descriptionFailed(w, err, began)
 		return nil, fmt.Errorf("describe %s: %w", w.id.uri, err)
