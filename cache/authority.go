@@ -96,6 +96,15 @@ func (c *Cache) confirmLocked(a *authority, began time.Duration) {
 	}
 }
 
+// givenLocked notes that upstream gave a data key, in a call that began then.
+func (c *Cache) givenLocked(a *authority, began time.Duration, m Material) {
+	if m.Unconfirmed {
+		a.reach.answeredLocked(began)
+		return
+	}
+	c.confirmLocked(a, began)
+}
+
 // refuseLocked notes a no: nothing that it covers is used from here on. That
 // is made sure of.
 func (c *Cache) refuseLocked(a *authority, err error) {
@@ -215,12 +224,15 @@ func (c *Cache) Renew(ctx context.Context, name Authority, l Limits, maxStale *t
 			a.usedLocked(l, now)
 			return f, nil
 		}
-		err := c.awaitLocked(ctx, c.askLocked(ctx, a))
+		err := c.awaitLocked(ctx, c.askLocked(ctx, a), &r)
 		if err == nil {
 			continue
 		}
 		if f, ok := c.freshnessLocked(a, &r, c.cfg.Now()); ok && ctx.Err() == nil && a.standing == good && !c.closed {
 			return f, nil
+		}
+		if errors.Is(err, errSlow) {
+			continue // there is no grace any more: for as long as it takes
 		}
 		return Freshness{}, err
 	}
@@ -263,7 +275,7 @@ func (c *Cache) askLocked(ctx context.Context, a *authority) *flight {
 		if a.standing == revoked && a.kept {
 			// Who waits is told when a crash cannot undo it any more.
 			if saved := c.flushLocked(); saved != nil {
-				_ = c.awaitLocked(f.ctx, saved) // f lands anyway
+				_ = c.awaitSaveLocked(f.ctx, saved) // f lands anyway
 			}
 		}
 		c.landLocked(f, err)

@@ -79,8 +79,8 @@ type Limits struct {
 	Grace time.Duration
 	// Spares is how many data keys are kept ready for the time when the current one
 	// is used up, or was dropped, and upstream cannot be asked for another. A spare
-	// that is not used for MaxLifetime is replaced; its own MaxLifetime begins when
-	// it is taken.
+	// that is not used for MaxLifetime is replaced when there is another; its own
+	// MaxLifetime begins when it is taken.
 	Spares int
 	// Store keeps the data key in Config.Store too, where there is one.
 	Store bool
@@ -93,6 +93,9 @@ type Material struct {
 	// Origin is what the caller needs to know of the data key again. It is
 	// never changed and holds no secret.
 	Origin any
+	// Unconfirmed: that upstream gave it is no confirmation of its Authority, since others
+	// have a say too. Config.Confirm asks them, unless one has been heard lately.
+	Unconfirmed bool
 }
 
 // Slot names the one current data key that a partition encrypts with.

@@ -49,7 +49,7 @@ func (e *entry) over(l Limits, now time.Duration) bool {
 		return true
 	}
 	if e.spare {
-		return !e.authority.reach.down && l.MaxLifetime != 0 && now-e.created >= l.MaxLifetime
+		return false // its lifetime begins when it is taken
 	}
 	return e.place.Authority.Direction == Encrypt &&
 		(l.MaxLifetime != 0 && now-e.created >= l.MaxLifetime || e.messages >= l.messages() || e.bytesLeft(l) == 0 && e.reserved == 0)
@@ -273,7 +273,7 @@ func (c *Cache) EvictAll() int {
 
 // Retire destroys the data keys for encryption of a wrapping key, in whatever version,
 // whose Origin match accepts, and returns how many. Those in use are destroyed when
-// they are released.
+// they are released. What is being made for it is not kept either, since nobody knows yet.
 func (c *Cache) Retire(backend, wrappingKey string, match func(origin any) bool) int {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -287,6 +287,12 @@ func (c *Cache) Retire(backend, wrappingKey string, match func(origin any) bool)
 				c.removeLocked(e)
 				n++
 			}
+		}
+	}
+	for f := range c.filling {
+		if a := f.place.Authority; a.Backend == backend && a.WrappingKey == wrappingKey && a.Direction == Encrypt {
+			f.dropped = true
+			c.closeFillLocked(f)
 		}
 	}
 	return n

@@ -92,8 +92,8 @@ func timer(d time.Duration) (<-chan time.Time, func() bool) {
 	return t.C, t.Stop
 }
 
-// awaitLocked is waitLocked for those who want no data key.
-func (c *Cache) awaitLocked(ctx context.Context, f *flight) error {
+// awaitSaveLocked waits for a save, or for ctx.
+func (c *Cache) awaitSaveLocked(ctx context.Context, f *flight) error {
 	c.mu.Unlock()
 	defer c.mu.Lock()
 	select {
@@ -102,6 +102,31 @@ func (c *Cache) awaitLocked(ctx context.Context, f *flight) error {
 	case <-ctx.Done():
 		return ctx.Err()
 	}
+}
+
+// awaitLocked is waitLocked for those who want no data key.
+func (c *Cache) awaitLocked(ctx context.Context, f *flight, r *request) error {
+	limit := time.Duration(-1)
+	if c.graciousLocked(f, r) {
+		limit = c.untilSlow(f)
+	}
+	patience, stop := timer(limit)
+	defer stop()
+	c.mu.Unlock()
+	select {
+	case <-f.done:
+	case <-ctx.Done():
+	case <-patience:
+	}
+	c.mu.Lock()
+	switch {
+	case f.landed:
+		return f.err
+	case ctx.Err() != nil:
+		return ctx.Err()
+	}
+	c.authorityLocked(r.place.Authority).reach.failedLocked(f.began, errSlow)
+	return errSlow
 }
 
 // verdict is what an answer of Fill or Confirm means.

@@ -331,3 +331,44 @@ func TestReached(t *testing.T) {
 		}
 	})
 }
+
+// TestOwnRequestsAreNoCost: what the agent itself holds ready is nobody's request, served
+// or not.
+func TestOwnRequestsAreNoCost(t *testing.T) {
+	bubble(t, func(r *rig) {
+		held := func(q *cache.DecryptRequest) { q.Caller, q.Hold = "", true }
+		_, _, _ = r.decrypt(1, graceful2, held)
+		r.up.say(errDown, errDown)
+		time.Sleep(6 * time.Minute)
+		for range 5 {
+			f, _, err := r.decrypt(1, graceful2, held)
+			r.wantSource("held", f, err, cache.Grace)
+			f, _, err = r.decrypt(2, graceful2, held)
+			r.wantRefused("not there", f, err, errDown)
+		}
+		if s := r.Stats(); s.InGrace != 0 || s.Unserved != 0 {
+			t.Errorf("%d served in grace and %d not served, want none", s.InGrace, s.Unserved)
+		}
+		if o := r.Outages(); len(o) != 1 || o[0].Grace != 0 || o[0].Refused != 0 {
+			t.Errorf("outages %+v, want one that has cost nothing", o)
+		}
+	})
+}
+
+// TestForgottenBackends: one that is not configured any more has no outage.
+func TestForgottenBackends(t *testing.T) {
+	bubble(t, func(r *rig) {
+		_, _, _ = r.encrypt(graceful)
+		r.up.say(errDown, errDown)
+		time.Sleep(6 * time.Minute)
+		_, _, _ = r.encrypt(graceful)
+		if len(r.Outages()) != 1 {
+			t.Fatal("no outage")
+		}
+		r.EvictKey("orders")
+		r.Forget("b")
+		if o := r.Outages(); len(o) != 0 {
+			t.Errorf("outages %+v of what is not configured any more", o)
+		}
+	})
+}

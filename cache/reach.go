@@ -137,19 +137,29 @@ func (a *authority) graceEnd(l Limits, since time.Duration) time.Duration {
 // patienceLocked is how long a request waits for a confirmation before it is served
 // in grace; negative: as long as it takes, since it cannot be.
 func (c *Cache) patienceLocked(f *flight, r *request) time.Duration {
-	now := c.cfg.Now()
-	a := c.authorities[r.place.Authority]
-	if f.save || f.place != (place{}) || a == nil || a.standing != good || !a.known || a.confirmed < r.notBefore || r.limits.Grace <= 0 {
+	if f.save || f.place != (place{}) || !c.graciousLocked(f, r) || c.usableLocked(r, c.cfg.Now()) == nil {
 		return -1
+	}
+	return c.untilSlow(f)
+}
+
+// graciousLocked tells whether there is grace for a request, if upstream were out of reach
+// since it was asked.
+func (c *Cache) graciousLocked(f *flight, r *request) bool {
+	a := c.authorities[r.place.Authority]
+	if a == nil || a.standing != good || !a.known || a.confirmed < r.notBefore || r.limits.Grace <= 0 {
+		return false
 	}
 	since := f.began
 	if a.reach.down {
 		since = min(since, a.reach.since)
 	}
-	if a.graceEnd(r.limits, since) <= now || c.usableLocked(r, now) == nil {
-		return -1
-	}
-	return max(0, f.began+c.cfg.Patience-now)
+	return a.graceEnd(r.limits, since) > c.cfg.Now()
+}
+
+// untilSlow is how long a confirmation may take still.
+func (c *Cache) untilSlow(f *flight) time.Duration {
+	return max(0, f.began+c.cfg.Patience-c.cfg.Now())
 }
 
 // outagesLocked returns what there is to tell since the last time.

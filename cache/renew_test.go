@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/kms-agent/kms-agent/cache"
@@ -57,5 +58,36 @@ func TestRenewWaitsNoLongerThanItsContext(t *testing.T) {
 		defer cancel()
 		_, err := r.Renew(ctx, unwraps, cache.Limits{MaxAge: time.Minute}, nil)
 		refused(r.t, err, context.DeadlineExceeded)
+	})
+}
+
+// TestRenewIsPatientForNoLonger: a stream that can go on in grace waits for a confirmation
+// as long as a request does.
+func TestRenewIsPatientForNoLonger(t *testing.T) {
+	bubble(t, func(r *rig) {
+		l := limits()
+		l.Grace = grace
+		if _, err := r.Renew(r.t.Context(), wraps, l, nil); err != nil {
+			r.t.Fatal(err)
+		}
+		time.Sleep(6 * time.Minute)
+		r.up.takes(5 * time.Second)
+		began := time.Now()
+		f, err := r.Renew(r.t.Context(), wraps, l, nil)
+		r.wantSource("slow", f, err, cache.Grace)
+		if d := time.Since(began); d != time.Second {
+			r.t.Errorf("waited %v, want 1s", d)
+		}
+		time.Sleep(5 * time.Second)
+		f, err = r.Renew(r.t.Context(), wraps, l, nil)
+		r.wantSource("the answer has come", f, err, cache.Cached)
+		time.Sleep(6 * time.Minute)
+		r.up.say(nil, errNo)
+		_, err = r.Renew(r.t.Context(), wraps, l, nil)
+		r.wantSource("a no that takes its time", cache.Freshness{Source: cache.Grace}, err, cache.Grace)
+		time.Sleep(5 * time.Second)
+		synctest.Wait()
+		_, err = r.Renew(r.t.Context(), wraps, l, nil)
+		refused(r.t, err, cache.ErrSuspended)
 	})
 }

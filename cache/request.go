@@ -121,8 +121,10 @@ func (c *Cache) unansweredLocked(ctx context.Context, r *request, err error) (*U
 	if errors.Is(err, errSlow) {
 		return nil, nil
 	}
-	c.stats.Unserved++
-	c.upstreamLocked(r.place.Authority.Backend).refused++
+	if r.caller != own {
+		c.stats.Unserved++
+		c.upstreamLocked(r.place.Authority.Backend).refused++
+	}
 	return nil, c.explainLocked(ctx, r, err)
 }
 
@@ -157,7 +159,7 @@ func (c *Cache) serveLocked(r *request, now time.Duration) *Use {
 	if !ok {
 		return nil
 	}
-	if freshness.Source == Grace {
+	if freshness.Source == Grace && r.caller != own {
 		c.stats.InGrace++
 		a.reach.upstream.grace++
 	}
@@ -312,7 +314,7 @@ func (c *Cache) filledLocked(a *authority, owner *share, r *request, f *flight, 
 	if err != nil {
 		return err
 	}
-	c.confirmLocked(a, f.began)
+	c.givenLocked(a, f.began, m)
 	if a.standing != good || f.dropped {
 		s.release()
 		return nil

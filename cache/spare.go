@@ -82,11 +82,24 @@ func (c *Cache) prepareLocked(e *entry, r *request, now time.Duration) {
 		p = &pool{owner: r.caller}
 		c.pools[e.place], e.pool = p, p
 	}
-	p.used, p.wanted = now, r.limits.Spares
-	if len(p.ready) >= p.wanted || p.preparing || now < p.next {
+	p.used, p.wanted = now, max(0, r.limits.Spares)
+	for len(p.ready) > p.wanted {
+		c.removeLocked(p.ready[len(p.ready)-1])
+	}
+	if !p.wants(r.limits, now) || p.preparing || now < p.next {
 		return
 	}
 	c.makeSpareLocked(e.authority, e.place, p, r.limits, r.fill)
+}
+
+// wants tells whether another spare is to be made: for one that is missing, or for the
+// oldest, which has waited for as long as a data key lives and goes when the new one is
+// there.
+func (p *pool) wants(l Limits, now time.Duration) bool {
+	if len(p.ready) < p.wanted {
+		return true
+	}
+	return len(p.ready) > 0 && l.MaxLifetime != 0 && now-p.ready[0].created >= l.MaxLifetime
 }
 
 // makeSpareLocked asks upstream for one more spare, in the time of nobody, and then
@@ -130,7 +143,7 @@ func (c *Cache) makeSpareLocked(a *authority, where place, p *pool, l Limits, fi
 		case verdict == Unreachable: // the end of the outage is worth waiting for
 		case err != nil:
 			p.next = c.cfg.Now() + preparePause
-		case len(p.ready) < p.wanted:
+		case p.wants(l, c.cfg.Now()):
 			c.makeSpareLocked(a, where, p, l, fill)
 		}
 	})
@@ -159,10 +172,13 @@ func (c *Cache) preparedLocked(a *authority, where place, p *pool, l Limits, f *
 	if err != nil {
 		return err
 	}
-	c.confirmLocked(a, f.began)
+	c.givenLocked(a, f.began, m)
 	if a.standing != good || f.dropped || c.pools[where] != p {
 		s.release()
 		return errUnwanted
+	}
+	if len(p.ready) > 0 && len(p.ready) >= p.wanted {
+		c.removeLocked(p.ready[0])
 	}
 	c.shrinkLocked(c.shareLocked(p.owner))
 	now := c.cfg.Now()

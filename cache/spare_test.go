@@ -170,6 +170,73 @@ func TestSparesAreBounded(t *testing.T) {
 	})
 }
 
+// TestSparesOutliveTheDataKey: a spare is as old as the data key that it stands behind, and
+// must be there when that one's lifetime ends, whether the outage is known by then or not.
+func TestSparesOutliveTheDataKey(t *testing.T) {
+	for name, known := range map[string]bool{"the outage is known": true, "the outage is not known yet": false} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(r *rig) {
+				stop := r.run()
+				defer func() { stop() }()
+				hour := func(q *cache.EncryptRequest) {
+					q.Limits.Spares, q.Limits.Grace, q.Limits.MaxLifetime = 2, grace, time.Hour
+				}
+				began := time.Now()
+				for time.Since(began) < 59*time.Minute {
+					_, _, _ = r.encrypt(hour)
+					time.Sleep(time.Minute)
+				}
+				r.up.say(errDown, errDown)
+				if known {
+					r.Observe(wraps, cache.Unreachable, r.Now())
+				}
+				for time.Since(began) < time.Hour+50*time.Minute {
+					if _, _, err := r.encrypt(hour); err != nil {
+						t.Fatalf("after %v: %v", time.Since(began), err)
+					}
+					time.Sleep(time.Minute)
+				}
+				r.wantSpares(1, 2)
+			})
+		})
+	}
+}
+
+// TestOldSparesAreReplaced: one that has waited for as long as a data key lives gives way
+// to a new one, and not before that one is there.
+func TestOldSparesAreReplaced(t *testing.T) {
+	bubble(t, func(r *rig) {
+		defer r.run()()
+		hour := func(q *cache.EncryptRequest) { q.Limits.Spares, q.Limits.MaxLifetime = 2, time.Hour }
+		_, _, _ = r.encrypt(hour)
+		r.wantSpares(2, 2)
+		for range 70 {
+			time.Sleep(time.Minute)
+			_, _, _ = r.encrypt(hour)
+			r.wantSpares(2, 2)
+		}
+		if fills, _ := r.up.counts(); fills != 5 { // three, a spare for the one that was used, one for the old one
+			t.Errorf("%d data keys were made, want 5", fills)
+		}
+	})
+}
+
+// TestFewerSpares: a reload that asks for fewer has the rest destroyed.
+func TestFewerSpares(t *testing.T) {
+	bubble(t, func(r *rig) {
+		many := func(q *cache.EncryptRequest) { q.Limits.Spares = 4 }
+		few := func(q *cache.EncryptRequest) { q.Limits.Spares = 1 }
+		none := func(q *cache.EncryptRequest) { q.Limits.Spares = 0 }
+		for _, step := range []struct {
+			change func(*cache.EncryptRequest)
+			want   int
+		}{{many, 4}, {few, 1}, {none, 0}, {few, 1}} {
+			_, _, _ = r.encrypt(step.change)
+			r.wantSpares(step.want, step.want)
+		}
+	})
+}
+
 // TestSpareFailures: one that cannot be made is not asked for again and again.
 func TestSpareFailures(t *testing.T) {
 	bubble(t, func(r *rig) {

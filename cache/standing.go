@@ -75,3 +75,13 @@ func (c *Cache) Reached(backend string) {
 	}
 	u.down = false
 }
+
+// Forget tells the cache that a backend is not used any more, so that an outage of it is
+// over. Its data keys must have been evicted.
+func (c *Cache) Forget(backend string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if u := c.upstreams[backend]; u != nil {
+		u.down = false
+	}
+}

@@ -130,7 +130,7 @@ func (c *Cache) Flush(ctx context.Context) error {
 		return nil
 	}
 	if f := c.flushLocked(); f != nil {
-		if err := c.awaitLocked(ctx, f); err != nil {
+		if err := c.awaitSaveLocked(ctx, f); err != nil {
 			return err
 		}
 	}

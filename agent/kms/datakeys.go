@@ -85,13 +85,14 @@ func (t *transaction) wrapBound(ctx context.Context, k *key, material []byte, pu
 		Purpose: purpose, Key: k.Name, ContextBound: true, Partition: s.partitionID(t.partition(k, encryptionContext)),
 	}
 	authority := g.authority(current, cache.Encrypt)
-	began, clock := s.now(), time.Now()
+	clock := time.Now()
 	var wrapped sealed
-	if err = s.sure(t.upstream(ctx), g, authority, nil); err == nil {
+	if err = s.agreed(t.upstream(ctx), g, authority, nil, t.maxAge(k)); err == nil {
+		began := s.now()
 		wrapped, err = s.wrapFirst(t.upstream(ctx), g, current, material, info, encryptionContext)
+		s.observeOne(ctx, g, authority, err, began)
 	}
 	t.upstreamSince(clock)
-	s.observe(ctx, g, authority, err, began)
 	if err != nil {
 		return envelope.EDK{}, KeyUse{}, failure(ctx, k.Name, err)
 	}
@@ -108,6 +109,21 @@ func (s *Service) observe(ctx context.Context, g *group, a cache.Authority, err 
 		return
 	}
 	s.cache.Observe(a, verdictOf(err), began)
+}
+
+// observeOne is observe for what one of the parts has said: of several it is no yes.
+func (s *Service) observeOne(ctx context.Context, g *group, a cache.Authority, err error, began time.Duration) {
+	if err != nil || len(g.parts) == 1 {
+		s.observe(ctx, g, a, err, began)
+	}
+}
+
+// maxAge is how old the last confirmation may be, by the key's limits and for this request.
+func (t *transaction) maxAge(k *key) time.Duration {
+	if t.maxStale != nil {
+		return min(k.Limits.MaxAge, *t.maxStale)
+	}
+	return k.Limits.MaxAge
 }
 
 // DecryptDataKeyRequest asks for the clear form of an exported data key.
@@ -227,12 +243,15 @@ func (t *transaction) unwrapDirect(ctx context.Context, k *key, edk sealed) ([]b
 	}
 	authority := g.authority(g.versions(sealedKey{edk}), cache.Decrypt)
 	began, clock := s.now(), time.Now()
-	var plaintext []byte
-	err := s.sure(t.upstream(ctx), g, authority, sealedKey{edk})
+	plaintext, err := w.unwrap(t.upstream(ctx), edk)
+	s.observeOne(ctx, g, authority, err, began)
 	if err == nil {
-		plaintext, err = w.unwrap(t.upstream(ctx), edk)
+		edk.proven = true
+		if err = s.agreed(t.upstream(ctx), g, authority, sealedKey{edk}, t.maxAge(k)); err != nil {
+			clear(plaintext)
+			plaintext = nil
+		}
 	}
 	t.upstreamSince(clock)
-	s.observe(ctx, g, authority, err, began)
 	return plaintext, err
 }

@@ -1,6 +1,8 @@
 package kms
 
 import (
+	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -14,15 +16,6 @@ import (
 	"github.com/kms-agent/kms-agent/cache"
 	"github.com/kms-agent/kms-agent/envelope"
 	"github.com/kms-agent/kms-agent/plugins"
-)
-
-const (
-	// hedgeAfter is how long the first backend has for opening a data key before the
-	// next is asked too.
-	hedgeAfter = 150 * time.Millisecond
-	// stragglers is how long a wrap waits for further backends once enough of them
-	// have wrapped.
-	stragglers = time.Second
 )
 
 // group is the wrapping keys of one logical key, each in a backend of its own, in the
@@ -98,14 +91,6 @@ func (g *group) authority(v versions, d cache.Direction) cache.Authority {
 // the same part, and they stand in the order of the parts.
 type sealedKey []sealed
 
-func (k sealedKey) clone() sealedKey {
-	out := make(sealedKey, len(k))
-	for i, s := range k {
-		out[i] = s.clone()
-	}
-	return out
-}
-
 // made is a data key for messages as the cache keeps it: what each message says of it
 // is made once.
 type made struct {
@@ -158,28 +143,6 @@ func (g *group) partOf(uri string) int {
 	return slices.IndexFunc(g.parts, func(w *wrapping) bool { return w.id.uri == uri })
 }
 
-// each runs f for some parts at once and returns what it said, by part; parts left
-// out have nil in errs.
-func each(parts []int, f func(part int) error) map[int]error {
-	var mu sync.Mutex
-	errs := make(map[int]error, len(parts))
-	if len(parts) == 1 { // as a rule: no goroutine is needed
-		errs[parts[0]] = f(parts[0])
-		return errs
-	}
-	var all sync.WaitGroup
-	for _, part := range parts {
-		all.Go(func() {
-			err := f(part)
-			mu.Lock()
-			defer mu.Unlock()
-			errs[part] = err
-		})
-	}
-	all.Wait()
-	return errs
-}
-
 // combine makes one answer of those of several backends. That one of them denies the
 // key, or has it disabled, is a no. That one does not have it is a fault to report, and
 // a no where nobody has it who answers. One yes is a yes; what else there is counts
@@ -195,7 +158,7 @@ func (s *Service) combine(g *group, errs map[int]error) error {
 			yes = true
 		case class == plugins.KeyNotFound:
 			missing = err
-			if len(g.parts) > 1 {
+			if len(g.parts) > 1 && g.parts[part].missing.CompareAndSwap(false, true) {
 				s.alarm("one of the backends of a key does not have it", err, g.parts[part].id.backend, g.parts[part].id.uri)
 			}
 		case class.Definite():
@@ -209,18 +172,16 @@ func (s *Service) combine(g *group, errs map[int]error) error {
 		return nil
 	case other != nil:
 		return other
+	case missing != nil:
+		return missing
 	}
-	return missing
+	return plugins.Errorf(plugins.Unavailable, "none of the backends of key %s has answered", g.key)
 }
 
 // describeGroup returns the current versions of the parts. A part of which nothing is
 // known is left out, as long as there is another.
 func (s *Service) describeGroup(ctx context.Context, g *group, maxAge time.Duration) (versions, []*described, error) {
 	known := make([]*described, len(g.parts))
-	ask := func(part int) (err error) {
-		known[part], err = s.describe(ctx, g.parts[part], maxAge)
-		return err
-	}
 	var stale []int
 	for part, w := range g.parts {
 		if d := w.described.Load(); d != nil && s.now()-d.at <= maxAge {
@@ -230,13 +191,7 @@ func (s *Service) describeGroup(ctx context.Context, g *group, maxAge time.Durat
 		}
 	}
 	if len(stale) > 0 {
-		errs := each(stale, ask)
-		for part, d := range known {
-			if d != nil {
-				errs[part] = nil
-			}
-		}
-		if err := s.combine(g, errs); err != nil {
+		if err := s.describeStale(ctx, g, stale, known, maxAge); err != nil {
 			return nil, nil, err
 		}
 	}
@@ -249,6 +204,60 @@ func (s *Service) describeGroup(ctx context.Context, g *group, maxAge time.Durat
 	return v, known, nil
 }
 
+// describeStale fills in what is missing. What is said later is known the next time.
+func (s *Service) describeStale(ctx context.Context, g *group, stale []int, known []*described, maxAge time.Duration) error {
+	if len(g.parts) == 1 {
+		d, err := s.describe(ctx, g.parts[0], maxAge)
+		known[0] = d
+		return err
+	}
+	alone := !slices.ContainsFunc(g.parts, func(w *wrapping) bool { return w.described.Load() != nil })
+	fresh := make([]atomic.Pointer[described], len(g.parts))
+	errs := s.poll(ctx, g, stale, polling{
+		allowance: describePatience,
+		ask: func(ctx context.Context, part int) error {
+			d, err := s.describePart(ctx, g.parts[part], maxAge, alone)
+			fresh[part].Store(d)
+			return err
+		},
+	})
+	for part, w := range g.parts {
+		if known[part] == nil {
+			known[part] = fresh[part].Load()
+		}
+		if _, answered := errs[part]; known[part] == nil && !answered {
+			known[part] = w.described.Load() // what is late is known the next time
+			w.failures.CompareAndSwap(0, 1)  // and not waited for
+		}
+		if known[part] != nil {
+			errs[part] = nil
+		}
+	}
+	return s.combine(g, errs)
+}
+
+// describePart is describe for one of several wrapping keys. One of which nothing is known
+// yet is not waited for where there are others, unless this is the first time.
+func (s *Service) describePart(ctx context.Context, w *wrapping, maxAge time.Duration, alone bool) (*described, error) {
+	if alone || w.described.Load() != nil {
+		return s.describe(ctx, w, maxAge)
+	}
+	lately := s.now()-time.Duration(w.asked.Load()) < w.describePause(maxAge)
+	switch {
+	case lately && w.missing.Load():
+		return nil, plugins.Errorf(plugins.KeyNotFound, "backend %s does not have %s", w.id.backend, w.id.uri)
+	case lately && w.failures.Load() > 0:
+		return nil, plugins.Errorf(plugins.Unavailable, "backend %s has not told of %s yet", w.id.backend, w.id.uri)
+	}
+	bounded, cancel := context.WithTimeout(ctx, max(hedgeAfter, w.patience(max(maxAge, 1))))
+	defer cancel()
+	d, err := s.askDescription(bounded, w)
+	if err != nil && ctx.Err() == nil && bounded.Err() != nil {
+		w.failures.CompareAndSwap(0, 1) // too slow to be waited for again
+	}
+	return d, err
+}
+
 // wrapGroup has a data key wrapped, and proven, by every part that answers, and by as
 // many as must at least.
 func (s *Service) wrapGroup(ctx context.Context, g *group, v versions, material []byte, info envelope.ProviderInfo, encryptionContext map[string]string) (sealedKey, error) {
@@ -259,7 +268,7 @@ func (s *Service) wrapGroup(ctx context.Context, g *group, v versions, material 
 		}
 	}
 	made, errs := s.wrapParts(ctx, g, parts, v, material, info, encryptionContext)
-	switch err := s.combine(g, errs); {
+	switch err := cmp.Or(s.combine(g, errs), g.unrevoked(v, cache.Encrypt)); {
 	case err != nil:
 		return nil, err
 	case len(made) < g.least:
@@ -307,7 +316,7 @@ func (s *Service) wrapParts(ctx context.Context, g *group, parts []int, v versio
 			return inOrder(made), errs
 		}
 		if late == nil && len(made) >= g.least && len(errs) < len(parts) {
-			timer := time.NewTimer(stragglers)
+			timer := time.NewTimer(g.allowed(parts, errs, stragglers))
 			defer timer.Stop()
 			late = timer.C
 		}
@@ -321,69 +330,38 @@ func inOrder(k sealedKey) sealedKey {
 }
 
 // unwrapGroup opens a data key by whichever part answers first: the next one is asked
-// when one fails, or takes its time. The result is the caller's to clear.
-func (s *Service) unwrapGroup(ctx context.Context, g *group, k sealedKey) ([]byte, error) {
-	k = g.byHealth(k)
-	if len(k) == 1 {
-		return g.parts[k[0].part].unwrap(ctx, k[0])
+// when one fails, or takes its time. The result is the caller's to clear; by tells which
+// of them it was.
+func (s *Service) unwrapGroup(ctx context.Context, g *group, k sealedKey) (material []byte, by int, err error) {
+	parts := make([]int, len(k))
+	for i, one := range k {
+		parts[i] = one.part
 	}
-	type answer struct {
-		part     int
-		material []byte
-		err      error
+	material, by, errs := race(ctx, s, g, g.byHealth(parts), func(ctx context.Context, part int) ([]byte, error) {
+		return g.parts[part].unwrap(ctx, *k.of(part))
+	}, func(late []byte) { clear(late) })
+	if by >= 0 {
+		return material, by, nil
 	}
-	ctx, cancel := context.WithCancel(ctx)
-	answers := make(chan answer, len(k))
-	asked := 0
-	next := func() {
-		if asked < len(k) {
-			one := k[asked]
-			go func() {
-				material, err := g.parts[one.part].unwrap(ctx, one)
-				answers <- answer{one.part, material, err}
-			}()
-			asked++
-		}
+	return nil, by, s.combine(g, errs)
+}
+
+// provenBy returns a copy that keeps no message in memory, and knows which of them has
+// been opened.
+func (k sealedKey) provenBy(part int) sealedKey {
+	out := make(sealedKey, len(k))
+	for i, s := range k {
+		out[i] = s.clone()
+		out[i].proven = s.part == part
 	}
-	errs := map[int]error{}
-	defer func() {
-		cancel()
-		go func(late int) { // what comes too late is erased
-			for range late {
-				clear((<-answers).material)
-			}
-		}(asked - len(errs))
-	}()
-	next()
-	hedge := time.NewTicker(hedgeAfter)
-	defer hedge.Stop()
-	for len(errs) < len(k) {
-		select {
-		case a := <-answers:
-			errs[a.part] = a.err
-			class := plugins.ClassOf(a.err)
-			if a.err == nil {
-				return a.material, nil
-			}
-			if class.Definite() && class != plugins.KeyNotFound {
-				return nil, a.err
-			}
-			next()
-		case <-hedge.C:
-			next()
-		}
-	}
-	return nil, s.combine(g, errs)
+	return out
 }
 
 // byHealth puts the parts first whose last call went well.
-func (g *group) byHealth(k sealedKey) sealedKey {
-	if len(k) < 2 {
-		return k
-	}
-	sorted := slices.Clone(k)
-	slices.SortStableFunc(sorted, func(a, b sealed) int {
-		return int(g.parts[a.part].failing.Load()) - int(g.parts[b.part].failing.Load())
+func (g *group) byHealth(parts []int) []int {
+	sorted := slices.Clone(parts)
+	slices.SortStableFunc(sorted, func(a, b int) int {
+		return int(g.parts[a].failing.Load()) - int(g.parts[b].failing.Load())
 	})
 	return sorted
 }
@@ -405,14 +383,24 @@ func (s *Service) confirmGroup(ctx context.Context, g *group, a cache.Authority,
 			parts = append(parts, part)
 		}
 	}
-	errs := each(parts, func(part int) error {
-		if a.Direction == cache.Encrypt {
-			return s.confirmWrap(ctx, g.parts[part], v[part])
-		}
-		return s.confirmUnwrap(ctx, g.parts[part], v[part], known.of(part))
+	began := s.now()
+	errs := s.poll(ctx, g, parts, polling{
+		allowance: confirmStragglers,
+		// Of one that refused the key nobody knows more until it answers.
+		must: func(part int) bool { return g.parts[part].refuses(v[part], a.Direction) },
+		ask: func(ctx context.Context, part int) error {
+			if a.Direction == cache.Encrypt {
+				return s.confirmWrap(ctx, g.parts[part], v[part])
+			}
+			return s.confirmUnwrap(ctx, g.parts[part], v[part], known.of(part))
+		},
+		late: func(_ int, err error) {
+			if g.refuses(err) && s.inUse(g) {
+				s.cache.Observe(a, cache.No, began)
+			}
+		},
 	})
-	err = s.combine(g, errs)
-	if err == nil && a.Direction == cache.Encrypt {
+	if err = cmp.Or(s.combine(g, errs), g.unrevoked(v, a.Direction)); err == nil && a.Direction == cache.Encrypt {
 		s.retireLacking(g, errs)
 	}
 	return err
@@ -438,7 +426,27 @@ func (s *Service) sure(ctx context.Context, g *group, a cache.Authority, sample 
 	if len(g.parts) == 1 || s.cache.Recheck(a) == nil {
 		return nil
 	}
-	return s.confirmGroup(ctx, g, a, sample)
+	return s.confirmNow(ctx, g, a, sample)
+}
+
+// agreed makes sure that all parts have confirmed an authority no longer ago than maxAge:
+// what one of them wraps or opens past the cache is no word of the others.
+func (s *Service) agreed(ctx context.Context, g *group, a cache.Authority, sample sealedKey, maxAge time.Duration) error {
+	if len(g.parts) == 1 {
+		return nil
+	}
+	age, ok := s.cache.Confirmed(a)
+	if ok && age <= maxAge && s.cache.Recheck(a) == nil {
+		return nil
+	}
+	return s.confirmNow(ctx, g, a, sample)
+}
+
+func (s *Service) confirmNow(ctx context.Context, g *group, a cache.Authority, sample sealedKey) error {
+	began := s.now()
+	err := s.confirmGroup(ctx, g, a, sample)
+	s.observe(ctx, g, a, err, began)
+	return err
 }
 
 // of returns what a part has wrapped of a data key.
@@ -456,15 +464,23 @@ func (s *Service) retireLacking(g *group, errs map[int]error) {
 			return
 		}
 	}
-	s.retire(g)
+	if g.lacking.CompareAndSwap(true, false) {
+		s.cache.Retire(g.id.backend, g.id.uri, func(origin any) bool { return len(sealedOf(origin)) < len(g.parts) })
+	}
 }
 
-func (s *Service) retire(g *group) {
+// retireWithout retires data keys that miss the wrap of one backend.
+func (s *Service) retireWithout(g *group, backend string) {
 	if !g.lacking.CompareAndSwap(true, false) {
 		return
 	}
+	part := slices.IndexFunc(g.parts, func(w *wrapping) bool { return w.id.backend == backend })
 	s.cache.Retire(g.id.backend, g.id.uri, func(origin any) bool {
-		return len(sealedOf(origin)) < len(g.parts)
+		k := sealedOf(origin)
+		if k.of(part) != nil && len(k) < len(g.parts) {
+			g.lacking.Store(true) // another backend is away still
+		}
+		return k.of(part) == nil
 	})
 }
 
@@ -480,7 +496,7 @@ func (s *Service) Reached(backend string) {
 	}
 	s.mu.Unlock()
 	for _, g := range groups {
-		s.retire(g)
+		s.retireWithout(g, backend)
 		s.cache.Reached(g.id.backend)
 	}
 }
@@ -494,24 +510,26 @@ func foreignPart(key, uri string) *Error {
 }
 
 // wrapFirst has key material wrapped by the first part that answers, in the order of
-// the configuration.
+// the configuration and those that are well before the others.
 func (s *Service) wrapFirst(ctx context.Context, g *group, v versions, material []byte, info envelope.ProviderInfo, encryptionContext map[string]string) (sealed, error) {
-	errs := map[int]error{}
+	var parts []int
 	for part, version := range v {
-		if version == "" {
-			continue
-		}
-		info.URI, info.Version = g.parts[part].id.uri, version
-		wrapped, err := s.wrap(ctx, g.parts[part], material, info, encryptionContext)
-		if err == nil {
-			wrapped.part = part
-			return wrapped, nil
-		}
-		if errs[part] = err; ctx.Err() != nil || g.refuses(err) {
-			break
+		if version != "" {
+			parts = append(parts, part)
 		}
 	}
-	return sealed{}, s.combine(g, errs)
+	wrapped, by, errs := race(ctx, s, g, g.byHealth(parts), func(ctx context.Context, part int) (sealed, error) {
+		own := bytes.Clone(material) // who is late reads it when the caller has cleared its own
+		defer clear(own)
+		one := info
+		one.URI, one.Version = g.parts[part].id.uri, v[part]
+		return s.wrap(ctx, g.parts[part], own, one, encryptionContext)
+	}, func(sealed) {})
+	if by < 0 {
+		return sealed{}, s.combine(g, errs)
+	}
+	wrapped.part = by
+	return wrapped, nil
 }
 
 func (g *group) askAgain() {

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -37,6 +38,21 @@ type rig struct {
 	auditLog string
 	clock    *clock
 	config   kms.Config
+
+	mu     sync.Mutex // guards alarms
+	alarms []string
+}
+
+func (r *rig) alarm(message string, _ error, _, _ string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.alarms = append(r.alarms, message)
+}
+
+func (r *rig) alarmed() []string {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return slices.Clone(r.alarms)
 }
 
 // clock is CLOCK_BOOTTIME under the test's control.
@@ -66,8 +82,25 @@ type troubled struct {
 	wrapped  func([]byte) []byte
 	unwraped func([]byte) []byte
 	before   func(call string) error // runs before each call, which fails with its error
+	takes    time.Duration           // how long each call takes; it ends with its context
+	refuses  func(ciphertext []byte) error
 	wraps    int
 	unwraps  int
+}
+
+// forever is longer than anybody waits.
+const forever = time.Hour
+
+func (b *troubled) slow(takes time.Duration) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.takes = takes
+}
+
+func (b *troubled) refuse(unwrap func(ciphertext []byte) error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.refuses = unwrap
 }
 
 func (b *troubled) fail(err error) {
@@ -89,10 +122,17 @@ func (b *troubled) intercept(before func(call string) error) {
 }
 
 // meets runs what a test has set before a call.
-func (b *troubled) meets(call string) error {
+func (b *troubled) meets(ctx context.Context, call string) error {
 	b.mu.Lock()
-	before := b.before
+	before, takes := b.before, b.takes
 	b.mu.Unlock()
+	if takes > 0 {
+		select {
+		case <-time.After(takes):
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
 	if before == nil {
 		return nil
 	}
@@ -106,7 +146,7 @@ func (b *troubled) counts() (wraps, unwraps int) {
 }
 
 func (b *troubled) Wrap(ctx context.Context, key plugins.KeyRef, plaintext []byte, binding plugins.Binding) ([]byte, error) {
-	if err := b.meets("wrap"); err != nil {
+	if err := b.meets(ctx, "wrap"); err != nil {
 		return nil, err
 	}
 	b.mu.Lock()
@@ -124,11 +164,14 @@ func (b *troubled) Wrap(ctx context.Context, key plugins.KeyRef, plaintext []byt
 }
 
 func (b *troubled) Unwrap(ctx context.Context, key plugins.KeyRef, ciphertext []byte, binding plugins.Binding) ([]byte, error) {
-	if err := b.meets("unwrap"); err != nil {
+	if err := b.meets(ctx, "unwrap"); err != nil {
 		return nil, err
 	}
 	b.mu.Lock()
 	err, alter := b.err, b.unwraped
+	if b.refuses != nil && err == nil {
+		err = b.refuses(ciphertext)
+	}
 	b.unwraps++
 	b.mu.Unlock()
 	if err != nil {
@@ -142,7 +185,7 @@ func (b *troubled) Unwrap(ctx context.Context, key plugins.KeyRef, ciphertext []
 }
 
 func (b *troubled) Describe(ctx context.Context, uri string) (plugins.Description, error) {
-	if err := b.meets("describe"); err != nil {
+	if err := b.meets(ctx, "describe"); err != nil {
 		return plugins.Description{}, err
 	}
 	b.mu.Lock()
@@ -231,7 +274,7 @@ func newRigWithSink(t testing.TB, sink audit.Sink) *rig {
 	t.Cleanup(func() { _ = r.quota.Close() })
 	r.random = mixed.New(nil)
 	t.Cleanup(r.random.Close)
-	r.Service, err = kms.New(kms.Options{Audit: log, Quota: r.quota, Random: r.random, MaxEntries: 64, Now: r.clock.Now, ConfirmTimeout: 5 * time.Second})
+	r.Service, err = kms.New(kms.Options{Audit: log, Quota: r.quota, Random: r.random, MaxEntries: 64, Now: r.clock.Now, ConfirmTimeout: 5 * time.Second, Alarm: r.alarm})
 	if err != nil {
 		t.Fatalf("service: %v", err)
 	}

@@ -94,6 +94,7 @@ type Service struct {
 	partitionKey [32]byte
 	state        atomic.Pointer[state]
 	frames       largeFrames
+	strays       *strays
 
 	mu        sync.Mutex // guards wrappings and groups
 	wrappings map[wrappingID]*wrapping
@@ -108,7 +109,7 @@ func New(o Options) (*Service, error) {
 	}
 	s := &Service{
 		audit: o.Audit, quota: o.Quota, census: o.Census, random: o.Random, now: o.Now, recheck: o.RecheckInterval, alarm: o.Alarm, ended: o.Observe,
-		wrappings: map[wrappingID]*wrapping{}, groups: map[wrappingID]*group{}, frames: largeFrames{byCaller: map[string]uint64{}},
+		wrappings: map[wrappingID]*wrapping{}, groups: map[wrappingID]*group{}, frames: largeFrames{byCaller: map[string]uint64{}}, strays: newStrays(),
 	}
 	if s.recheck <= 0 {
 		s.recheck = 5 * time.Second
@@ -139,7 +140,11 @@ func (s *Service) Run(ctx context.Context) error { return s.cache.Run(ctx) }
 
 // Close saves what the store is to have, and destroys every data key. Operations after
 // it fail.
-func (s *Service) Close() { s.cache.Close() }
+func (s *Service) Close() {
+	s.strays.stop()
+	s.cache.Close()
+	s.strays.work.Wait()
+}
 
 // Stats tells the state of the data-key cache.
 func (s *Service) Stats() cache.Stats { return s.cache.Stats() }

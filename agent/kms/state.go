@@ -2,6 +2,7 @@ package kms
 
 import (
 	"fmt"
+	"maps"
 	"slices"
 	"time"
 
@@ -124,7 +125,7 @@ func (s *Service) Apply(c Config) (err error) {
 	if next.limited, err = s.limit(c.Policy); err != nil {
 		return err
 	}
-	previous := s.state.Swap(next)
+	previous, before := s.state.Swap(next), s.groups
 	s.wrappings, s.groups = used, groups
 	for _, g := range groups {
 		for _, w := range g.parts {
@@ -137,6 +138,11 @@ func (s *Service) Apply(c Config) (err error) {
 			s.cache.EvictKey(name)
 		} else if old.Limits.Store && !k.Limits.Store {
 			s.cache.Unstore(name)
+		}
+	}
+	for _, g := range before {
+		if !slices.ContainsFunc(slices.Collect(maps.Values(groups)), func(other *group) bool { return other.id.backend == g.id.backend }) {
+			s.cache.Forget(g.id.backend)
 		}
 	}
 	return nil

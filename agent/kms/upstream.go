@@ -37,11 +37,7 @@ func verdictOf(err error) cache.Verdict {
 
 // current returns the versions that new data keys are wrapped under.
 func (t *transaction) current(ctx context.Context, k *key) (versions, error) {
-	maxAge := k.Limits.MaxAge
-	if t.maxStale != nil {
-		maxAge = min(maxAge, *t.maxStale)
-	}
-	v, known, err := t.service.describeGroup(t.upstream(ctx), k.group, maxAge)
+	v, known, err := t.service.describeGroup(t.upstream(ctx), k.group, t.maxAge(k))
 	if err != nil {
 		return nil, failure(ctx, k.Name, err)
 	}
@@ -129,10 +125,11 @@ func (s *Service) newMessageKey(ctx context.Context, k *key, current versions, p
 		clear(material)
 		return cache.Material{}, err
 	}
-	if s.inUse(k.group) {
-		s.cache.Observe(k.group.authority(k.group.versions(wrapped), cache.Decrypt), cache.Yes, began)
+	all := len(wrapped) == len(k.group.parts)
+	if all && s.inUse(k.group) {
+		s.cache.Observe(k.group.authority(current, cache.Decrypt), cache.Yes, began)
 	}
-	return cache.Material{DataKey: material, Origin: k.group.made(wrapped)}, nil
+	return cache.Material{DataKey: material, Origin: k.group.made(wrapped), Unconfirmed: !all}, nil
 }
 
 // stillWanted keeps a data key out of the cache when the key that it belongs to
@@ -221,8 +218,10 @@ func (t *transaction) decryptionKey(ctx context.Context, k *key, edks sealedKey)
 			if err := t.service.sure(ctx, k.group, authority, known); err != nil {
 				return cache.Material{}, err
 			}
-			material, err := t.service.unwrapGroup(ctx, k.group, known)
-			return t.service.stillWanted(k, cache.Material{DataKey: material, Origin: known.clone()}, err)
+			material, by, err := t.service.unwrapGroup(ctx, k.group, known)
+			return t.service.stillWanted(k, cache.Material{
+				DataKey: material, Origin: known.provenBy(by), Unconfirmed: len(k.group.parts) > 1, // one has answered
+			}, err)
 		},
 	})
 	t.waited(use, began)
@@ -236,17 +235,41 @@ func (t *transaction) decryptionKey(ctx context.Context, k *key, edks sealedKey)
 // tried on a caller's word.
 func (t *transaction) known(ctx context.Context, k *key, edks sealedKey) (sealedKey, error) {
 	var known sealedKey
-	errs := map[int]error{}
 	for _, edk := range edks {
-		err := t.service.knows(t.upstream(ctx), k.group.parts[edk.part], edk.version)
-		if errs[edk.part] = err; err == nil {
+		if k.group.parts[edk.part].hasToldOf(edk.version) {
 			known = append(known, edk)
+		}
+	}
+	if len(known) == len(edks) {
+		return known, nil
+	}
+	// One that can be opened is not made to wait for what the others say of the rest.
+	bounded, cancel := ctx, context.CancelFunc(func() {})
+	if len(known) > 0 {
+		bounded, cancel = context.WithTimeout(ctx, hedgeAfter)
+	}
+	defer cancel()
+	var parts []int
+	for _, edk := range edks {
+		if known.of(edk.part) == nil {
+			parts = append(parts, edk.part)
+		}
+	}
+	errs := t.service.poll(bounded, k.group, parts, polling{
+		allowance: describePatience,
+		ask: func(ctx context.Context, part int) error {
+			return t.service.knows(t.upstream(ctx), k.group.parts[part], edks.of(part).version)
+		},
+	})
+	for part, err := range errs {
+		if err == nil {
+			known = append(known, *edks.of(part))
 		}
 	}
 	if len(known) == 0 {
 		return nil, t.service.combine(k.group, errs)
 	}
-	return known, nil
+	return inOrder(known), nil
 }
 
 func decryptID(k *key, edks sealedKey) cache.DecryptID {

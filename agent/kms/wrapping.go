@@ -2,10 +2,12 @@ package kms
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"math"
 	mathrand "math/rand/v2"
 	"sync"
 	"sync/atomic"
@@ -42,14 +44,19 @@ type wrapping struct {
 	refused   atomic.Pointer[string] // why the last question was answered by a definite no; nil where it was not
 	asked     atomic.Int64           // time of the last question, as time.Duration
 	failures  atomic.Int64           // questions in a row that had no answer
-	// failing is 1 while the last unwrap was not answered, or slowly.
+	// jitter is drawn with each failure: drawn with each request, the least would count.
+	jitter atomic.Uint32
+	// failing is 1 while the last call was not answered, or slowly.
 	failing atomic.Int32
+	// missing: it was reported that the backend does not have it, which others have.
+	missing atomic.Bool
 	// group is the one that it is a part of, in the configuration in use.
 	group  atomic.Pointer[group]
 	flight singleflight.Group
 
-	mu       sync.Mutex        // guards canaries
-	canaries map[string]sealed // by version
+	mu       sync.Mutex             // guards canaries and noes
+	canaries map[string]sealed      // by version
+	noes     map[question]time.Time // what was refused last, and when that was heard
 }
 
 // described is what upstream said of a wrapping key, and when it was asked.
@@ -64,6 +71,8 @@ type sealed struct {
 	version string
 	binding plugins.Binding
 	part    int // index of the wrapping key in its group
+	// proven: it was opened, so that it is no forgery.
+	proven bool
 }
 
 // clone returns a copy that keeps no message in memory which k was read from.
@@ -94,7 +103,7 @@ func (s *Service) inUse(g *group) bool {
 }
 
 func newWrapping(id wrappingID, key string, backend plugins.Backend) *wrapping {
-	return &wrapping{id: id, key: key, backend: backend, canaries: map[string]sealed{}}
+	return &wrapping{id: id, key: key, backend: backend, canaries: map[string]sealed{}, noes: map[question]time.Time{}}
 }
 
 func (w *wrapping) ref(version string) plugins.KeyRef {
@@ -150,8 +159,8 @@ func (w *wrapping) describePause(maxAge time.Duration) time.Duration {
 	if failed == 0 {
 		return describePause
 	}
-	jitter := 1 + mathrand.Float64()/2 //nolint:gosec // no secret
-	return max(describePause, time.Duration(jitter*float64(min(describePause<<failed, maxAge/2))))
+	spread := 1 + float64(w.jitter.Load())/math.MaxUint32/2
+	return max(describePause, time.Duration(spread*float64(min(describePause<<failed, maxAge/2))))
 }
 
 // askAgain makes the next use of the wrapping key ask for its versions, however new
@@ -175,7 +184,12 @@ const longAgo = time.Duration(-1 << 61)
 // askDescription asks upstream, once for all who wait.
 func (s *Service) askDescription(ctx context.Context, w *wrapping) (*described, error) {
 	result := w.flight.DoChan("", func() (any, error) {
-		return s.askForItself(forAll(context.WithoutCancel(ctx)), w)
+		detached, done, err := s.strays.begin(forAll(ctx))
+		if err != nil {
+			return nil, err
+		}
+		defer done()
+		return s.askForItself(detached, w)
 	})
 	select {
 	case r := <-result:
@@ -201,11 +215,13 @@ func (s *Service) askForItself(ctx context.Context, w *wrapping) (*described, er
 	if err != nil {
 		if verdictOf(err) == cache.Unreachable {
 			w.failures.Add(1)
+			w.jitter.Store(mathrand.Uint32()) //nolint:gosec // no secret
 		}
 		s.descriptionFailed(w, err, began)
 		return nil, fmt.Errorf("describe %s: %w", w.id.uri, err)
 	}
 	w.refused.Store(nil)
+	w.missing.Store(false)
 	w.failures.Store(0)
 	fresh := &described{Description: d, at: began}
 	for {
@@ -249,6 +265,7 @@ func (s *Service) descriptionFailed(w *wrapping, err error, began time.Duration)
 	if known == nil || g == nil || !g.refuses(err) {
 		return
 	}
+	w.refusedAll(known, err)
 	s.cache.Refuse(g.id.backend, g.id.uri, func(a cache.Authority) bool {
 		v, err := g.parseVersions(a.Version)
 		return err == nil && v[g.partOf(w.id.uri)] != ""
@@ -291,6 +308,12 @@ func (s *Service) knows(ctx context.Context, w *wrapping, version string) error 
 	return plugins.Errorf(plugins.KeyNotFound, "%s has no version %q", w.id.uri, version)
 }
 
+// hasToldOf is knows without a question.
+func (w *wrapping) hasToldOf(version string) bool {
+	d := w.described.Load()
+	return d != nil && findVersion(d.Description, version) != nil
+}
+
 func findVersion(d plugins.Description, version string) *plugins.KeyVersion {
 	for i := range d.Versions {
 		if d.Versions[i].Version == version {
@@ -320,7 +343,10 @@ func (s *Service) wrap(ctx context.Context, w *wrapping, material []byte, info e
 	if err != nil {
 		return sealed{}, err
 	}
+	began := time.Now()
 	ciphertext, err := plugins.WrapProven(ctx, w.backend, w.ref(info.Version), material, b)
+	w.said(question{info.Version, cache.Encrypt}, b, err, began)
+	w.took(began, stragglers, err)
 	if errors.Is(err, plugins.ErrUnproven) {
 		s.alarm("a wrap does not unwrap; it is not used", err, w.id.backend, w.id.uri)
 	}
@@ -329,7 +355,7 @@ func (s *Service) wrap(ctx context.Context, w *wrapping, material []byte, info e
 	}
 	return sealed{
 		edk:     envelope.EDK{ProviderID: envelope.ProviderID, ProviderInfo: b.ProviderInfo, Ciphertext: ciphertext},
-		version: info.Version, binding: b,
+		version: info.Version, binding: b, proven: true,
 	}, nil
 }
 
@@ -337,16 +363,41 @@ func (s *Service) wrap(ctx context.Context, w *wrapping, material []byte, info e
 func (w *wrapping) unwrap(ctx context.Context, k sealed) ([]byte, error) {
 	began := time.Now()
 	material, err := w.backend.Unwrap(ctx, w.ref(k.version), k.edk.Ciphertext, k.binding)
-	switch {
-	case verdictOf(err) == cache.Unreachable, err == nil && time.Since(began) > hedgeAfter:
-		w.failing.Store(1)
-	case err == nil:
-		w.failing.Store(0)
+	w.said(question{k.version, cache.Decrypt}, k.binding, err, began)
+	w.took(began, hedgeAfter, err)
+	if err == nil {
+		w.keep(k)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("unwrap with %s version %s: %w", w.id.uri, k.version, err)
 	}
 	return material, nil
+}
+
+// keep makes what was opened the canary of its version, where there is none yet: an agent
+// that only decrypts makes none of its own.
+func (w *wrapping) keep(k sealed) {
+	if k.binding.ContextBound {
+		return
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if _, ok := w.canaries[k.version]; !ok {
+		k = k.clone()
+		k.proven = true
+		w.canaries[k.version] = k
+	}
+}
+
+// took notes whether a call was answered, and in good time: also one that was given up
+// because another backend was faster.
+func (w *wrapping) took(began time.Time, good time.Duration, err error) {
+	switch {
+	case verdictOf(err) == cache.Unreachable, time.Since(began) > good:
+		w.failing.Store(1)
+	case err == nil:
+		w.failing.Store(0)
+	}
 }
 
 // confirm asks upstream whether it still says yes: with a canary of the
@@ -373,7 +424,9 @@ func (s *Service) confirmWrap(ctx context.Context, w *wrapping, version string) 
 		return plugins.Errorf(plugins.KeyNotFound, "%s has no version %q", w.id.uri, version)
 	}
 	if v.State != plugins.Enabled {
-		return plugins.Errorf(plugins.KeyUnusable, "version %s of %s is %s", version, w.id.uri, v.State)
+		err := plugins.Errorf(plugins.KeyUnusable, "version %s of %s is %s", version, w.id.uri, v.State)
+		w.said(question{version, cache.Encrypt}, plugins.Binding{}, err, time.Now())
+		return err
 	}
 	var material [envelope.DataKeySize]byte
 	_, _ = rand.Read(material[:]) // never fails: crypto/rand
@@ -395,15 +448,33 @@ func (s *Service) confirmUnwrap(ctx context.Context, w *wrapping, version string
 	switch {
 	case ok:
 	case sample == nil:
-		return plugins.Errorf(plugins.Unavailable, "nothing at hand to prove version %s of %s with", version, w.id.uri)
+		return nothingAtHand(w, version, nil)
 	default:
 		probe = *sample
 	}
 	material, err := w.unwrap(ctx, probe)
 	clear(material)
-	if err != nil && plugins.ClassOf(err) == plugins.BadCiphertext {
+	class := plugins.ClassOf(err)
+	switch {
+	case err == nil:
+		return nil
+	case !probe.proven && (class == plugins.BadCiphertext || class.Definite() && probe.binding.ContextBound):
+		return nothingAtHand(w, version, err) // a caller may have made it up, or its context
+	case class == plugins.BadCiphertext:
 		s.alarm("what opened before no longer opens: the wrapping key may have been replaced", err, w.id.backend, w.id.uri)
 		return plugins.Errorf(plugins.Internal, "version %s of %s no longer opens what it opened before", version, w.id.uri)
 	}
 	return err
 }
+
+// nothingAtHand says that a version cannot be asked about. Upstream has said nothing,
+// which is no outage.
+func nothingAtHand(w *wrapping, version string, err error) error {
+	return &Error{
+		Reason: ReasonKeySuspended, Key: w.key, RetryAfter: time.Second,
+		Message: "the agent has nothing at hand to ask the backend with whether it still allows this key; retry",
+		Cause:   fmt.Errorf("nothing at hand to prove version %s of %s with: %w", version, w.id.uri, cmp.Or(err, errNoSample)),
+	}
+}
+
+var errNoSample = errors.New("nothing of it was opened yet")
