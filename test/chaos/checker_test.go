@@ -111,17 +111,18 @@ func servedThoughDisabled(m *model, c *call, u use) string {
 		if c.Start > known+k.MaxAge+swept+tolerance && m.calm(m.backendOf(w), a.Begun, c.End) {
 			return fmt.Sprintf("%s was disabled for longer than max_age (%s), its backend could be reached all the time, and it served", w, k.MaxAge)
 		}
-		if c.Start > known+k.MaxAge+m.graceOf(u)+tolerance {
+		// Of several backends the others confirm the key, while this one is out of reach.
+		if len(k.Objects) == 1 && c.Start > known+k.MaxAge+m.graceOf(u)+tolerance {
 			return fmt.Sprintf("%s was disabled for longer than max_age (%s) and grace (%s) together, and it served", w, k.MaxAge, m.graceOf(u))
 		}
 	}
 	return ""
 }
 
-// unreachableFor is since when all backends of a use were surely out of reach, until
-// the end of a call.
+// unreachableFor is since when all backends of a use's key were surely out of reach,
+// until the end of a call: any of them confirms the key.
 func (m *model) unreachableFor(c *call, u use) (since time.Duration, ok bool) {
-	for _, b := range m.backendsOf(u) {
+	for _, b := range m.backendsOf(use{Key: u.Key}) {
 		a := m.surely(down, b, c.Start, c.End)
 		if a == nil {
 			return 0, false
@@ -196,10 +197,7 @@ func falselyGrace(m *model, c *call, u use) string {
 	if a := m.surely(graceless, u.Key, c.Start, c.End); a != nil {
 		return "an answer was served in grace of a key that has none: " + a.String()
 	}
-	backends := m.backendsOf(u)
-	if k := m.keys[u.Key]; len(k.Objects) > 1 { // its confirmation waits for all of them
-		backends = m.backendsOf(use{Key: u.Key})
-	}
+	backends := m.backendsOf(use{Key: u.Key}) // a confirmation waits for all of them
 	if !slices.ContainsFunc(backends, func(b string) bool { return !m.calm(b, c.Start, c.End) }) {
 		return "an answer was served in grace while upstream could be reached"
 	}
@@ -254,16 +252,19 @@ func (m *model) excusedByRevocation(c *call) bool {
 
 // hit tells whether a use may be of what an action disables.
 func (m *model) hit(u use, a *action) bool {
-	if len(u.Wraps) > 0 {
-		return slices.Contains(u.Wraps, a.Target)
+	if slices.Contains(u.Wraps, a.Target) {
+		return true
+	}
+	objects := m.keys[u.Key].Objects
+	if len(u.Wraps) > 0 && len(objects) == 1 {
+		return false
 	}
 	// Nothing says which version was tried: the current one, or the one before it where
-	// the agent may not have heard of its rotation.
-	current := a.Current || !m.calm(a.backend(m), a.Begin-2*recovery, a.Begin)
-	return current && slices.ContainsFunc(m.keys[u.Key].Objects, func(o objectSetup) bool { return o.Name == objectOf(a.Target) })
+	// the agent may not have heard of its rotation. Of several backends all that answer
+	// are asked, also those that have not wrapped this, and one no is a no for the key.
+	current := a.Current || !m.calm(m.backendOf(a.Target), a.Begin-2*recovery, a.Begin)
+	return current && slices.ContainsFunc(objects, func(o objectSetup) bool { return o.Name == objectOf(a.Target) })
 }
-
-func (a *action) backend(m *model) string { return m.backendOf(a.Target) }
 
 // overused finds data keys that encrypted more messages than they may.
 func (m *model) overused() []violation {

@@ -70,9 +70,9 @@ const (
 // action is one deed of the nemesis. What it does is in effect for certain from Begun
 // to Ending, and may be from Begin to Ended.
 type action struct {
-	Lane, Fault, Target          string
-	Effect                       effect
-	Begin, Begun, Ending, Ended  time.Duration
+	Lane, Fault, Target         string
+	Effect                      effect
+	Begin, Begun, Ending, Ended time.Duration
 	// Sure: from Begun to Ending no call reaches the backend, not just some.
 	Sure bool
 	// Current: what is disabled is the current version.
@@ -111,9 +111,9 @@ type use struct {
 
 // call is what somebody asked for, and what came of it.
 type call struct {
-	ID                       int
-	Caller, Operation, Key   string
-	Start, End               time.Duration
+	ID                     int
+	Caller, Operation, Key string
+	Start, End             time.Duration
 	// Patience is the deadline that the caller gave. Hasty: it may be too short for an
 	// answer, or the call was cancelled.
 	Patience time.Duration
@@ -184,7 +184,7 @@ func (h *history) window(c *call, before, after time.Duration) string {
 	var lines []line
 	for _, a := range h.Actions {
 		if a.Begin <= to && a.Ended >= from-20*time.Second {
-			lines = append(lines, line{a.Begin, a.String()})
+			lines = append(lines, line{a.Begin, "# " + a.String()})
 		}
 	}
 	n := 0

@@ -98,9 +98,9 @@ func (n *nemesis) during(ctx context.Context, s step, a action, begin, end func(
 	a.Lane, a.Fault = s.Lane, s.Fault
 	was := n.action(a)
 	if err := begin(); err != nil {
-		n.mark(&was.Ended)
-		was.Ending, was.Failed = was.Begin, err.Error()
-		_ = end()
+		_ = end() // as far as it goes
+		n.atOnce(was)
+		was.Failed = err.Error()
 		return err
 	}
 	n.mark(&was.Begun)
@@ -109,6 +109,12 @@ func (n *nemesis) during(ctx context.Context, s step, a action, begin, end func(
 	err := end()
 	n.mark(&was.Ended)
 	return err
+}
+
+// atOnce ends an action that has no length.
+func (n *nemesis) atOnce(was *action) {
+	n.mark(&was.Ended)
+	was.Begun, was.Ending = was.Ended, was.Ended
 }
 
 func nothing() error { return nil }
@@ -290,8 +296,7 @@ func (n *nemesis) rotate(s step, backend, object string) error {
 	n.versions[object]++
 	n.mu.Unlock()
 	err := n.onToken(backend, "rotate", object)
-	n.mark(&was.Ended)
-	was.Ending = was.Begin
+	n.atOnce(was)
 	return err
 }
 
@@ -341,7 +346,7 @@ func (n *nemesis) evict(s step) error {
 		_, err := c.Evict(ctx, request)
 		return err
 	})
-	n.mark(&was.Ended)
+	n.atOnce(was)
 	return err
 }
 
@@ -354,7 +359,7 @@ func (n *nemesis) replace(s step) error {
 		_, err := c.RestartPlugin(ctx, &adminv1.RestartPluginRequest{Backend: backend})
 		return err
 	})
-	n.mark(&was.Ended)
+	n.atOnce(was)
 	if err != nil {
 		was.Failed = err.Error()
 	}
@@ -364,7 +369,7 @@ func (n *nemesis) replace(s step) error {
 // reloaded swaps the configuration for one that changes nothing, or cannot be read.
 func (n *nemesis) reloaded(s step) error {
 	was := n.action(action{Lane: s.Lane, Fault: s.Fault, Effect: harmless})
-	defer n.mark(&was.Ended)
+	defer n.atOnce(was)
 	n.mu.Lock()
 	good := n.text(n.settings)
 	n.mu.Unlock()
@@ -390,8 +395,8 @@ func (n *nemesis) restart(s step) error {
 		return err
 	}
 	n.mark(&was.Begun)
-	n.mark(&was.Ending)
 	err := n.start()
+	n.mark(&was.Ending)
 	n.mark(&was.Ended)
 	return err
 }

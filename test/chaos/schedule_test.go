@@ -48,7 +48,9 @@ func cool(length time.Duration) time.Duration { return min(20*time.Second, lengt
 func plan(seed uint64, length time.Duration) []step {
 	var steps []step
 	squeeze := min(1, float64(length)/float64(2*time.Minute)) // short runs have short faults
-	scaled := func(d time.Duration, least float64) time.Duration { return time.Duration(float64(d) * max(squeeze, least)) }
+	scaled := func(d time.Duration, least float64) time.Duration {
+		return time.Duration(float64(d) * max(squeeze, least))
+	}
 	for i, l := range lanes() {
 		r := rand.New(rand.NewPCG(seed, uint64(i)))
 		within := func(d time.Duration) time.Duration { return d/2 + time.Duration(r.Int64N(int64(d))) }

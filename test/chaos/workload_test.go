@@ -40,12 +40,22 @@ type kept struct {
 	mu       sync.Mutex // guards what follows
 	messages []message
 	keys     []exported
+	streams  int
 }
 
 func (k *kept) add(m message) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.messages = append(k.messages, m)
+}
+
+// addStream keeps the first of them only: they are large.
+func (k *kept) addStream(m message) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.streams++; k.streams <= 200 {
+		k.messages = append(k.messages, m)
+	}
 }
 
 func (k *kept) addKey(e exported) {
@@ -279,6 +289,7 @@ func (w *worker) stream() {
 	if err == nil {
 		c.Uses[0] = w.rec.useOf(k, true, edksOf(sealed.Bytes()))
 		c.Message = messageID(sealed.Bytes())
+		w.kept.addStream(message{c.Key, sealed.Bytes(), plaintext})
 	}
 	if w.rec.done(c, err); err != nil {
 		return
