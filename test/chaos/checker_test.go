@@ -33,6 +33,7 @@ func rules() []rule {
 		{"policy", servedThoughForbidden},
 		{"revocation", ofUses(servedThoughDisabled)},
 		{"grace-end", ofUses(servedTooLong)},
+		{"cold", ofUses(servedFromNothing)},
 		{"freshness", ofUses(implausible)},
 		{"max-stale", ofUses(tooStale)},
 		{"false-upstream", ofUses(falselyUpstream)},
@@ -138,6 +139,20 @@ func servedTooLong(m *model, c *call, u use) string {
 	k := m.keys[u.Key]
 	if ok && c.Start > since+k.MaxAge+m.graceOf(u)+tolerance {
 		return fmt.Sprintf("upstream was surely out of reach since %s, for longer than max_age (%s) and grace (%s) together, and the key served", at(since), k.MaxAge, m.graceOf(u))
+	}
+	return ""
+}
+
+// servedFromNothing: an agent that starts in an outage has nothing that it could serve.
+func servedFromNothing(m *model, c *call, u use) string {
+	since, ok := m.unreachableFor(c, u)
+	if !ok {
+		return ""
+	}
+	for _, a := range m.Actions {
+		if a.Effect == agentDown && a.Begin > since+tolerance && a.Ended <= c.Start {
+			return fmt.Sprintf("upstream was surely out of reach since %s, the agent has started since, and the key served: %s", at(since), a)
+		}
 	}
 	return ""
 }

@@ -14,15 +14,35 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	adminv1 "github.com/kms-agent/kms-agent/api/admin/v1"
 )
 
 // sample is what the agent holds at one moment; memory in MB.
 type sample struct {
 	goroutines, descriptors, threads, heap, resident float64
+	plugins                                          float64 // the memory of the largest
+}
+
+// largest is how much memory the largest of the plugins has, in MB.
+func largest(s *adminv1.StatusResponse) float64 {
+	most := 0
+	for _, b := range s.GetBackends() {
+		text, err := os.ReadFile(fmt.Sprintf("/proc/%d/statm", b.GetPid()))
+		if err != nil {
+			continue // it has just ended
+		}
+		if fields := strings.Fields(string(text)); len(fields) > 1 {
+			pages, _ := strconv.Atoi(fields[1]) // the kernel writes numbers
+			most = max(most, pages*os.Getpagesize())
+		}
+	}
+	return float64(most) / (1 << 20)
 }
 
 func (c *cluster) sample() (sample, error) {
-	if _, err := c.status(); err != nil {
+	s, err := c.status()
+	if err != nil {
 		return sample{}, err
 	}
 	c.mu.Lock()
@@ -48,7 +68,7 @@ func (c *cluster) sample() (sample, error) {
 	const mb = 1 << 20
 	return sample{
 		v["go_goroutines"], v["process_open_fds"], v["go_threads"],
-		v["go_memstats_heap_alloc_bytes"] / mb, v["process_resident_memory_bytes"] / mb,
+		v["go_memstats_heap_alloc_bytes"] / mb, v["process_resident_memory_bytes"] / mb, largest(s),
 	}, lines.Err()
 }
 
@@ -112,6 +132,7 @@ func growth(t *testing.T, before sample, samples []sample, after sample, length 
 		{"threads", func(s sample) float64 { return s.threads }, 8, 8},
 		{"heap MB", func(s sample) float64 { return s.heap }, 15, 30},
 		{"resident MB", func(s sample) float64 { return s.resident }, 40, 80},
+		{"plugin MB", func(s sample) float64 { return s.plugins }, 15, 25},
 	} {
 		middle, end := median(second, row.of), median(last, row.of)
 		t.Logf("%-14s before %6.1f, second quarter %6.1f, last %6.1f, after %6.1f", row.name, row.of(before), middle, end, row.of(after))

@@ -109,6 +109,7 @@ func cases() []planted {
 		{"a revoked version serves after grace", "revocation", []*action{lasting(down, "hsm", 30*second, 35*second), off}, []*call{decrypt(45 * second)}},
 		{"served after grace", "grace-end", []*action{out("orders")}, []*call{graced(decrypt(45*second), 8*second, second)}},
 		{"cached after grace", "grace-end", []*action{out("orders")}, []*call{decrypt(45 * second)}},
+		{"an agent serves that started in the outage", "cold", []*action{out("orders"), lasting(agentDown, "", 31*second, 32*second)}, []*call{graced(decrypt(33*second), 3*second, second)}},
 		{"cached for too long", "freshness", nil, []*call{changed(decrypt(second), func(c *call) { c.Uses[0].Age = 3 * second })}},
 		{"too much grace", "freshness", []*action{out("orders")}, []*call{graced(decrypt(33*second), 3*second, graceDecrypt)}},
 		{"grace of the other direction", "freshness", []*action{out("orders")}, []*call{graced(encrypt(33*second), 3*second, 5*second)}},
@@ -170,6 +171,8 @@ func TestPlanted(t *testing.T) {
 						h.quiet(a.Begin, a.Ended, key, "pair")
 					}
 				}
+			case agentDown:
+				h.quiet(a.Begin, a.Ended, "orders", "ledger", "notes", "pair")
 			case disabled:
 				h.quiet(a.Begin, a.Ended, "orders")
 			}

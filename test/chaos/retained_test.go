@@ -78,9 +78,9 @@ func (m *model) mustServe(c *call, last held) bool {
 		return false
 	}
 	k, from := m.keys[c.Key], last.call.Start
-	for _, e := range []effect{agentDown, evicted, graceless, disabled, rotated} {
+	for e, late := range map[effect]time.Duration{agentDown: 0, evicted: 0, graceless: 0, disabled: recovery, rotated: recovery} {
 		for _, target := range m.targetsOf(e, k) {
-			if m.possibly(e, target, from, c.End, recovery) {
+			if m.possibly(e, target, from, c.End, late) {
 				return false
 			}
 		}
