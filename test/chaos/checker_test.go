@@ -75,8 +75,23 @@ func ofUses(check func(*model, *call, use) string) func(*model, *call) string {
 	}
 }
 
-// wrongContent: what was encrypted is what is decrypted.
-func wrongContent(_ *model, c *call) string { return c.Wrong }
+// wrongContent: what was encrypted is what is decrypted. A token that lies is found out
+// where a message proves it; key material that it alone wraps proves nothing.
+func wrongContent(m *model, c *call) string {
+	if (c.Operation == "decrypt-data-key" || c.Operation == "unwrap") && m.lied(c) {
+		return ""
+	}
+	return c.Wrong
+}
+
+// lied tells whether a backend of a call may have given other bytes than were wrapped.
+func (m *model) lied(c *call) bool {
+	return slices.ContainsFunc(m.Actions, func(a *action) bool {
+		return a.Fault == lies && (span{a.Begin, a.Ended}).overlaps(c.Start, c.End) && slices.ContainsFunc(c.Uses, func(u use) bool {
+			return slices.Contains(m.backendsOf(u), a.Target)
+		})
+	})
+}
 
 func hostileServed(_ *model, c *call) string {
 	if c.Reason == "" && c.Hostile != "" {
@@ -109,8 +124,9 @@ func servedThoughDisabled(m *model, c *call, u use) string {
 			continue
 		}
 		known := a.Begun + catalogueAge
-		if c.Start > known+k.MaxAge+swept+tolerance && m.calm(m.backendOf(w), a.Begun, c.End) {
-			return fmt.Sprintf("%s was disabled for longer than max_age (%s), its backend could be reached all the time, and it served", w, k.MaxAge)
+		heard := catalogueAge + k.MaxAge + swept + tolerance // in so long a time, without a fault
+		if c.Start > a.Begun+heard && m.calm(m.backendOf(w), c.Start-heard, c.End) {
+			return fmt.Sprintf("%s was disabled for longer than max_age (%s), its backend could be reached, and it served", w, k.MaxAge)
 		}
 		// Of several backends the others confirm the key, while this one is out of reach.
 		if len(k.Objects) == 1 && c.Start > known+k.MaxAge+m.graceOf(u)+tolerance {
@@ -244,6 +260,8 @@ func (m *model) excused(c *call) bool {
 		return took(agentDown, "", reconnect)
 	case "KEY_UNUSABLE", "KEY_SUSPENDED":
 		return m.excusedByRevocation(c)
+	case "DECRYPT_FAILED":
+		return m.lied(c)
 	case "BACKEND_UNAVAILABLE", "BACKEND_BROKEN", "DEADLINE_EXCEEDED", "CANCELLED":
 		return m.excusedByOutage(c) || m.excusedByRevocation(c)
 	}

@@ -23,8 +23,6 @@ type nemesis struct {
 	steps []step
 	// tokens keeps what administers a token from one whose directory is away.
 	tokens map[string]*sync.Mutex
-	// agents is held for reading by what needs an agent that stays.
-	agents sync.RWMutex
 
 	mu       sync.Mutex      // guards what follows
 	settings settings        // in use
@@ -164,6 +162,8 @@ func (n *nemesis) onHSM(ctx context.Context, s step) error {
 		return rules(false, "C_Decrypt skip=1 hang")
 	case "loss":
 		return rules(false, loss(s.Roll)...)
+	case lies:
+		return rules(false, "lossy")
 	case "token away":
 		return n.away(ctx, s, n.cluster.tokens["hsm"].Tokens(), n.tokens["hsm"])
 	case "wrong PIN":
@@ -191,7 +191,7 @@ func (n *nemesis) away(ctx context.Context, s step, path string, lock *sync.Mute
 		lock.Lock()
 		defer lock.Unlock()
 	}
-	return n.during(ctx, s, action{Target: s.Lane, Effect: down},
+	return n.during(ctx, s, action{Target: s.Lane, Effect: down, Sure: s.Lane == "local"}, // a token may still be open
 		func() error { return os.Rename(path, path+".away") }, func() error { return os.Rename(path+".away", path) })
 }
 

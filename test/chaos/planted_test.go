@@ -99,6 +99,7 @@ func cases() []planted {
 	return []planted{
 		{"nothing", "", nil, nil},
 		{"another plaintext", "content", nil, []*call{changed(decrypt(second), func(c *call) { c.Wrong = "it is another" })}},
+		{"another plaintext of a token that lies", "content", []*action{{Lane: "hsm", Fault: lies, Target: "hsm", Effect: down, Begin: second, Begun: second, Ending: 3 * second, Ended: 3 * second}}, []*call{changed(decrypt(2*second), func(c *call) { c.Wrong = "it is another" })}},
 		{"a forged message", "hostile", nil, []*call{changed(decrypt(second), func(c *call) { c.Hostile = "forged" })}},
 		{"no rule", "policy", nil, []*call{good("bob", "wrap", "orders", second)}},
 		{"a rule that is gone", "policy", []*action{lasting(forbidden, "carol", 10*second, 20*second)}, []*call{good("carol", "decrypt", "orders", 15*second)}},
@@ -175,6 +176,7 @@ func TestPlanted(t *testing.T) {
 				h.quiet(a.Begin, a.Ended, "orders", "ledger", "notes", "pair")
 			case disabled:
 				h.quiet(a.Begin, a.Ended, "orders")
+			default: // nobody else notices
 			}
 		}
 		h.Calls = append(h.Calls, p.calls...)

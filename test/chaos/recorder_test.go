@@ -104,6 +104,7 @@ func (r *recorder) useOf(k *client.KeyUse, encrypt bool, edks []envelope.EDK) us
 		u.Source = cached
 	case client.SourceGrace:
 		u.Source = grace
+	default: // there is none, which is a violation
 	}
 	u.Age, u.GraceLeft = f.Age, f.GraceLeft
 	u.Wraps, u.EDKs = r.wrapsOf(edks)

@@ -22,27 +22,35 @@ type held struct {
 // refusedThoughCached finds calls that were refused in an outage though their data key
 // must have been there, within its grace.
 func (m *model) refusedThoughCached() []violation {
+	var found []violation
+	m.eachHeld(func(c *call, last held) {
+		if c.Reason != "" && m.mustServe(c, last) {
+			found = append(found, violation{"grace", fmt.Sprintf("a call was refused though call %d had its data key in the cache, which was in grace still", last.call.ID), c})
+		}
+	})
+	return found
+}
+
+// eachHeld visits the calls whose data key an earlier one proves to have been cached.
+func (m *model) eachHeld(visit func(c *call, last held)) {
 	calls := slices.Clone(m.Calls)
 	slices.SortFunc(calls, func(a, b *call) int { return int(a.End - b.End) })
 	cache := map[holder]held{}
-	var found []violation
 	for _, c := range calls {
 		h, ok := m.holderOf(c)
 		if !ok {
 			continue
 		}
-		if c.Reason == "" {
-			u := c.Uses[0]
-			if old, ok := cache[h]; !ok || c.Start-u.Age > old.confirmed {
-				cache[h] = held{c, c.Start - u.Age}
-			}
-			continue
+		last, ok := cache[h]
+		if ok && last.call.End < c.Start {
+			visit(c, last)
 		}
-		if last, ok := cache[h]; ok && last.call.End < c.Start && m.mustServe(c, last) {
-			found = append(found, violation{"grace", fmt.Sprintf("a call was refused though call %d had its data key in the cache, which was in grace still", last.call.ID), c})
+		if c.Reason == "" {
+			if confirmed := c.Start - c.Uses[0].Age; !ok || confirmed > last.confirmed {
+				cache[h] = held{c, confirmed}
+			}
 		}
 	}
-	return found
 }
 
 // holderOf is the data key that a call needs, where that is known: one whose messages
@@ -72,7 +80,7 @@ func (m *model) mustServe(c *call, last held) bool {
 	switch c.Reason {
 	case "BACKEND_UNAVAILABLE", "BACKEND_BROKEN", "DEADLINE_EXCEEDED":
 	default:
-		return false // there is another rule for each
+		return false // another rule is for it
 	}
 	if _, bounded := m.stale(c); bounded {
 		return false

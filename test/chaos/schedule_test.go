@@ -22,16 +22,25 @@ type lane struct {
 	faults     []string
 	every      time.Duration // from the end of one step to the next, half of it to half more
 	short      time.Duration // how long most of them last, at most
-	long       time.Duration // how long one of five lasts, at most
+	long       time.Duration // how long one of five lasts, and every other of the outages
 	atOnceOnly []string      // these have no length
 }
 
+// outages are the faults in which a backend answers nobody: those that last are what
+// grace is for.
+func outages() []string {
+	return []string{"general error", "dead", "refuse", "gone", "silence", "keystore away"}
+}
+
+// lies is a token that answers, and not with what it should.
+const lies = "lies"
+
 func lanes() []lane {
 	return []lane{
-		{"hsm", []string{"kill", "stop", "general error", "dead", "slow", "loss", "token away", "wrong PIN", "kill", "hang"}, 9 * time.Second, 5 * time.Second, 26 * time.Second, []string{"kill"}},
+		{"hsm", []string{"kill", "stop", "general error", "dead", "slow", "loss", "token away", "wrong PIN", "kill", "hang", lies}, 9 * time.Second, 5 * time.Second, 26 * time.Second, []string{"kill"}},
 		{"net", []string{"cut", "refuse", "gone", "silence", "halves", "delay", "throttle", "corrupt", "kill", "stop"}, 9 * time.Second, 5 * time.Second, 26 * time.Second, []string{"cut", "kill"}},
 		{"local", []string{"kill", "stop", "keystore away", "keystore away"}, 12 * time.Second, 5 * time.Second, 26 * time.Second, []string{"kill"}},
-		{"keys", []string{"rotate orders", "disable orders", "disable ledger", "disable pair-a", "disable pair-b", "rotate pair-a", "rotate ledger"}, 14 * time.Second, 12 * time.Second, 28 * time.Second, nil},
+		{"keys", []string{"rotate orders", "disable orders", "disable ledger", "disable pair-a", "disable pair-b", "rotate pair-a", "rotate ledger"}, 8 * time.Second, 15 * time.Second, 28 * time.Second, []string{"rotate orders", "rotate pair-a", "rotate ledger"}},
 		{"agent", []string{
 			"evict", "evict all", "bad configuration", "same configuration", "forbid carol", "limit carol", "no grace", "replace hsm", "replace net",
 			"kill agent", "restart agent",
@@ -64,7 +73,7 @@ func plan(seed uint64, length time.Duration) []step {
 			lasts := time.Duration(0)
 			if long := r.IntN(5) == 0; !slices.Contains(l.atOnceOnly, fault) {
 				lasts = min(within(scaled(l.short, 0.5)), scaled(l.short, 0.5))
-				if long {
+				if long || slices.Contains(outages(), fault) && r.IntN(2) == 0 {
 					lasts = scaled(l.long, 0.3)
 				}
 			}

@@ -40,7 +40,7 @@ func (m *model) summary() string {
 	for _, name := range sorted(faults) {
 		fmt.Fprintf(&b, " %s %d,", name, faults[name])
 	}
-	b.WriteString("\n  worst recovery:")
+	b.WriteString("\n  " + m.coverage() + "\n  worst recovery:")
 	for _, line := range m.worstRecoveries() {
 		b.WriteString(" " + line + ",")
 	}
