@@ -87,7 +87,7 @@ func (t *transaction) wrapBound(ctx context.Context, k *key, material []byte, pu
 	authority := g.authority(current, cache.Encrypt)
 	began, clock := s.now(), time.Now()
 	var wrapped sealed
-	if err = s.sure(t.upstream(ctx), g, authority, nil); err == nil {
+	if err = s.sure(t.upstream(ctx), g, authority, nil, k.Limits.MaxAge); err == nil {
 		wrapped, err = s.wrapFirst(t.upstream(ctx), g, current, material, info, encryptionContext)
 	}
 	t.upstreamSince(clock)
@@ -228,7 +228,7 @@ func (t *transaction) unwrapDirect(ctx context.Context, k *key, edk sealed) ([]b
 	authority := g.authority(g.versions(sealedKey{edk}), cache.Decrypt)
 	began, clock := s.now(), time.Now()
 	var plaintext []byte
-	err := s.sure(t.upstream(ctx), g, authority, sealedKey{edk})
+	err := s.sure(t.upstream(ctx), g, authority, sealedKey{edk}, k.Limits.MaxAge)
 	if err == nil {
 		plaintext, err = w.unwrap(t.upstream(ctx), edk)
 	}

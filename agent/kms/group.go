@@ -37,10 +37,15 @@ type group struct {
 	least int
 	// lacking: data keys in use, or spares, miss a wrap.
 	lacking atomic.Bool
+
+	mu sync.Mutex
+	// askedAll is when all parts were last asked about an authority, or when it was
+	// first used. mu guards it.
+	askedAll map[cache.Authority]time.Duration
 }
 
 func newGroup(key string, parts []*wrapping, least int) *group {
-	g := &group{key: key, parts: parts, least: max(1, least)}
+	g := &group{key: key, parts: parts, least: max(1, least), askedAll: map[cache.Authority]time.Duration{}}
 	names, uris := make([]string, len(parts)), make([]string, len(parts))
 	for i, w := range parts {
 		names[i], uris[i] = w.id.backend, w.id.uri
@@ -394,6 +399,7 @@ func (s *Service) confirmGroup(ctx context.Context, g *group, a cache.Authority,
 	if err != nil {
 		return err
 	}
+	g.asked(a, s.now())
 	known := sealedOf(sample)
 	var parts []int
 	for part, version := range v {
@@ -433,12 +439,33 @@ func (w *wrapping) provable() string {
 }
 
 // sure asks all parts about an authority that one of them has refused: that another
-// answers proves nothing.
-func (s *Service) sure(ctx context.Context, g *group, a cache.Authority, sample sealedKey) error {
-	if len(g.parts) == 1 || s.cache.Recheck(a) == nil {
+// answers proves nothing. It also asks them once in maxAge: each data key that one part
+// opens, or wraps alone, confirms the authority, so that a refresh that would ask the
+// others may never be due.
+func (s *Service) sure(ctx context.Context, g *group, a cache.Authority, sample sealedKey, maxAge time.Duration) error {
+	if len(g.parts) == 1 || s.cache.Recheck(a) == nil && !g.overdue(a, s.now(), maxAge) {
 		return nil
 	}
 	return s.confirmGroup(ctx, g, a, sample)
+}
+
+// overdue tells one of those who ask that all parts must be asked.
+func (g *group) overdue(a cache.Authority, now, maxAge time.Duration) bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	last, ok := g.askedAll[a]
+	if ok && now-last < maxAge {
+		return false
+	}
+	g.askedAll[a] = now
+	return ok
+}
+
+// asked notes that all parts are being asked.
+func (g *group) asked(a cache.Authority, now time.Duration) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.askedAll[a] = now
 }
 
 // of returns what a part has wrapped of a data key.

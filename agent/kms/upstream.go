@@ -216,7 +216,7 @@ func (t *transaction) decryptionKey(ctx context.Context, k *key, edks sealedKey)
 		Authority: authority,
 		Limits:    k.limits(cache.Decrypt), MaxStale: t.maxStale, Arrived: t.arrived,
 		Fill: func(ctx context.Context) (cache.Material, error) {
-			if err := t.service.sure(ctx, k.group, authority, known); err != nil {
+			if err := t.service.sure(ctx, k.group, authority, known, k.Limits.MaxAge); err != nil {
 				return cache.Material{}, err
 			}
 			material, err := t.service.unwrapGroup(ctx, k.group, known)
