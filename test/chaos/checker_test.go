@@ -78,16 +78,17 @@ func ofUses(check func(*model, *call, use) string) func(*model, *call) string {
 // wrongContent: what was encrypted is what is decrypted. A token that lies is found out
 // where a message proves it; key material that it alone wraps proves nothing.
 func wrongContent(m *model, c *call) string {
-	if (c.Operation == "decrypt-data-key" || c.Operation == "unwrap") && m.lied(c) {
+	if (c.Operation == "decrypt-data-key" || c.Operation == "unwrap") && m.lied(c, 0) {
 		return ""
 	}
 	return c.Wrong
 }
 
-// lied tells whether a backend of a call may have given other bytes than were wrapped.
-func (m *model) lied(c *call) bool {
+// lied tells whether a backend of a call may have given other bytes than were wrapped,
+// in the call or up to late before.
+func (m *model) lied(c *call, late time.Duration) bool {
 	return slices.ContainsFunc(m.Actions, func(a *action) bool {
-		return a.Fault == lies && (span{a.Begin, a.Ended}).overlaps(c.Start, c.End) && slices.ContainsFunc(c.Uses, func(u use) bool {
+		return a.Fault == lies && (span{a.Begin, a.Ended + late}).overlaps(c.Start, c.End) && slices.ContainsFunc(c.Uses, func(u use) bool {
 			return slices.Contains(m.backendsOf(u), a.Target)
 		})
 	})
@@ -259,9 +260,10 @@ func (m *model) excused(c *call) bool {
 	case unreachable, "SHUTTING_DOWN":
 		return took(agentDown, "", reconnect)
 	case "KEY_UNUSABLE", "KEY_SUSPENDED":
-		return m.excusedByRevocation(c)
+		// A key whose canary does not open is taken for another one.
+		return m.excusedByRevocation(c) || m.lied(c, recovery)
 	case "DECRYPT_FAILED":
-		return m.lied(c)
+		return m.lied(c, 0)
 	case "BACKEND_UNAVAILABLE", "BACKEND_BROKEN", "DEADLINE_EXCEEDED", "CANCELLED":
 		return m.excusedByOutage(c) || m.excusedByRevocation(c)
 	}
