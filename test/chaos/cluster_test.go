@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -192,11 +193,11 @@ func (c *cluster) start() error {
 	c.process, c.ended = cmd, ended
 	c.mu.Unlock()
 	for deadline := time.Now().Add(40 * time.Second); time.Now().Before(deadline); time.Sleep(30 * time.Millisecond) {
-		if _, err := c.status(); err == nil {
+		if s, err := c.status(); err == nil && s.GetIdentity().GetState() == "ready" { // it can show who it is
 			return nil
 		}
 	}
-	return fmt.Errorf("the agent does not answer after 40 s")
+	return errors.New("the agent does not serve after 40 s")
 }
 
 // stop ends the agent and wants an ordered end.
