@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -70,14 +71,14 @@ func run(t *testing.T, seed uint64, length time.Duration) {
 	ctx, cancel := context.WithCancel(t.Context())
 	defer time.AfterFunc(length, cancel).Stop()
 	defer cancel()
-	watched := make(chan []sample, 1)
-	go func() { watched <- cl.watch(ctx, rec, length) }()
-	disturbed := make(chan struct{})
-	go func() { defer close(disturbed); nem.run(ctx) }()
+	var samples []sample
+	var beside sync.WaitGroup
+	beside.Go(func() { samples = cl.watch(ctx, rec, length) })
+	beside.Go(func() { nem.run(ctx) })
+	beside.Go(func() { rec.watchHost(ctx, []string{"hsm", "net", "local"}) })
 	work(ctx, callers, seed)
 	cancel()
-	<-disturbed
-	samples := <-watched
+	beside.Wait()
 	for _, problem := range nem.problems {
 		t.Errorf("the nemesis failed: %s", problem)
 	}

@@ -1,6 +1,7 @@
 package chaos
 
 import (
+	"context"
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
@@ -49,6 +50,35 @@ func (r *recorder) mark(which *time.Duration) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	*which = r.now()
+}
+
+// stalled is how late the host may be, at most, before nothing can be said of who should
+// have answered in time.
+const stalled = 400 * time.Millisecond
+
+// watchHost writes down when this host has no time for anybody, which is no fault of the
+// agent's.
+func (r *recorder) watchHost(ctx context.Context, backends []string) {
+	const beat = 50 * time.Millisecond
+	tick := time.NewTimer(beat)
+	defer tick.Stop()
+	for before := r.now(); ; before = r.now() {
+		tick.Reset(beat)
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		now := r.now()
+		if now-before < beat+stalled {
+			continue
+		}
+		r.mu.Lock()
+		for _, b := range backends {
+			r.h.Actions = append(r.h.Actions, &action{Lane: "host", Fault: "stall", Target: b, Effect: down, Begin: before, Begun: now, Ending: now, Ended: now})
+		}
+		r.mu.Unlock()
+	}
 }
 
 // done writes down a call that has ended.

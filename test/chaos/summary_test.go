@@ -14,54 +14,52 @@ func newRand() *rand.Rand { return rand.New(rand.NewPCG(0, 0)) }
 func (m *model) summary() string {
 	var b strings.Builder
 	outcomes, fresh := map[string]int{}, map[source]int{}
-	worst := map[string]time.Duration{}
+	slowest := map[string]time.Duration{}
 	for _, c := range m.Calls {
 		reason := c.Reason
 		if reason == "" {
-			reason = "ok"
+			reason = "served"
 			for _, u := range c.Uses {
 				fresh[u.Source]++
 			}
 		}
 		outcomes[reason]++
 		if !c.Hasty {
-			worst[reason] = max(worst[reason], c.End-c.Start)
+			slowest[reason] = max(slowest[reason], c.End-c.Start)
 		}
 	}
-	faults := map[string]int{}
-	for _, a := range m.Actions {
-		faults[a.Lane+" "+a.Fault]++
-	}
-	fmt.Fprintf(&b, "seed %d: %d calls\n", m.Seed, len(m.Calls))
+	fmt.Fprintf(&b, "seed %d: %d calls, keys %d upstream, %d cached, %d in grace\n", m.Seed, len(m.Calls), fresh[upstream], fresh[cached], fresh[grace])
+	fmt.Fprintf(&b, "  %-26s %8s %12s\n", "outcome", "calls", "slowest")
 	for _, name := range sorted(outcomes) {
-		fmt.Fprintf(&b, "  %-22s %8d   slowest %s\n", name, outcomes[name], worst[name].Round(time.Millisecond))
+		fmt.Fprintf(&b, "  %-26s %8d %12s\n", name, outcomes[name], slowest[name].Round(time.Millisecond))
 	}
-	fmt.Fprintf(&b, "  fresh: %d upstream, %d cached, %d grace\n  faults:", fresh[upstream], fresh[cached], fresh[grace])
+	faults, worst := map[string]int{}, m.worstRecoveries()
+	for _, a := range m.Actions {
+		faults[a.Lane+": "+a.Fault]++
+	}
+	fmt.Fprintf(&b, "  %-26s %8s %12s\n", "fault", "times", "recovery")
 	for _, name := range sorted(faults) {
-		fmt.Fprintf(&b, " %s %d,", name, faults[name])
+		recovery := ""
+		if took, ok := worst[name]; ok {
+			recovery = took.Round(10 * time.Millisecond).String()
+		}
+		fmt.Fprintf(&b, "  %-26s %8d %12s\n", name, faults[name], recovery)
 	}
-	b.WriteString("\n  " + m.coverage() + "\n  worst recovery:")
-	for _, line := range m.worstRecoveries() {
-		b.WriteString(" " + line + ",")
-	}
+	b.WriteString("  " + m.coverage())
 	return b.String()
 }
 
-// worstRecoveries are the longest times after each kind of fault, where no other fault
-// came before its end.
-func (m *model) worstRecoveries() []string {
+// worstRecoveries are the longest times after each kind of fault until upstream
+// answered, where no other fault came before that.
+func (m *model) worstRecoveries() map[string]time.Duration {
 	worst := map[string]time.Duration{}
 	for _, r := range m.recovers {
 		if !m.troubledAfter(r) {
-			name := r.action.Lane + " " + r.action.Fault
+			name := r.action.Lane + ": " + r.action.Fault
 			worst[name] = max(worst[name], r.took)
 		}
 	}
-	var lines []string
-	for _, name := range sorted(worst) {
-		lines = append(lines, fmt.Sprintf("%s %s", name, worst[name].Round(10*time.Millisecond)))
-	}
-	return lines
+	return worst
 }
 
 func sorted[V any](m map[string]V) []string {
