@@ -9,12 +9,13 @@ LDFLAGS  := -s -w
 RELEASE  := CGO_ENABLED=0 GOEXPERIMENT=runtimesecret
 FUZZTIME ?= 30s
 SOAKTIME ?= 10m
+CHAOS_TIME ?= 10m
 COUNT    ?= 5
 # Examples with dependencies that the agent's own module must not have.
 EXAMPLES := examples/rows
 each_example = set -e; for dir in $(EXAMPLES); do (cd $$dir && $(1)); done
 
-.PHONY: build build-fips build-hsm drill quickstart quickstart-hsm test test-fips test-hsm-all race lint generate generate-check fmt-check vet tidy-check check fuzz soak bench interop deps clean help
+.PHONY: build build-fips build-hsm drill quickstart quickstart-hsm test test-fips test-hsm-all race lint generate generate-check fmt-check vet tidy-check check fuzz soak chaos bench interop deps clean help
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -60,6 +61,10 @@ interop: deps ## messages against another implementation, at length
 
 soak: ## mixed load, honest and hostile, for SOAKTIME; fails where the agent grows
 	SOAK=$(SOAKTIME) $(GO) test -count=1 -v -timeout 0 ./test/soak
+
+chaos: deps ## an agent whose backends, plugins, tokens and lines fail, for CHAOS_TIME; CHAOS_SEED replays
+	@CHAOS_TIME=$(CHAOS_TIME) CHAOS_SEED=$${CHAOS_SEED:-$$(( $$(date +%s) % 1000000 ))} CHAOS_DIR=$(CURDIR)/bin/chaos \
+		$(GO) test -count=1 -v -timeout 0 -run 'TestChaos$$' ./test/chaos
 
 lint: ## golangci-lint
 	$(TOOL) golangci-lint run ./...

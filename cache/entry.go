@@ -3,6 +3,7 @@ package cache
 import (
 	"container/list"
 	"slices"
+	"sync/atomic"
 	"time"
 )
 
@@ -41,6 +42,8 @@ type entry struct {
 	// spare: it is one of them, and has no owner yet.
 	pool  *pool
 	spare bool
+	// proven: it has opened what it should. Not guarded.
+	proven atomic.Bool
 }
 
 // over tells whether an entry may serve nobody any more, by the limits.

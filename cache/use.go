@@ -62,6 +62,23 @@ func (u *Use) Authority() Authority { return u.entry.place.Authority }
 // Freshness returns how fresh the data key was when it was handed out.
 func (u *Use) Freshness() Freshness { return u.freshness }
 
+// Proven notes that the data key has opened what it should.
+func (u *Use) Proven() {
+	if p := &u.entry.proven; !p.Load() { // not written to each time: many share it
+		p.Store(true)
+	}
+}
+
+// Doubt destroys a data key that does not open what it should, so that the next request
+// asks upstream, unless it has opened something before: then what it was given is wrong.
+func (c *Cache) Doubt(u *Use) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if e := u.entry; !e.proven.Load() && c.entries[e.place] == e {
+		c.removeLocked(e) // no eviction: it was good for nothing
+	}
+}
+
 // Release ends the use. It is idempotent.
 func (u *Use) Release() {
 	if u.released.CompareAndSwap(false, true) {

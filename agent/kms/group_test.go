@@ -357,3 +357,44 @@ func TestExportedByTheFirst(t *testing.T) {
 		t.Errorf("Unwrap: %v", err)
 	}
 }
+
+// A revocation is heard within max_age, also where the other backend opens what is not
+// cached, or wraps alone, all the time.
+func TestOneRevokesWhileTheOtherIsBusy(t *testing.T) {
+	for name, use := range map[string]func(p *pair, message []byte) error{
+		"decrypt": func(p *pair, message []byte) error {
+			_, err := p.decrypt(message)
+			return err
+		},
+		"export": func(p *pair, _ []byte) error {
+			_, err := p.GenerateDataKey(p.t.Context(), caller(p.t, orders), kms.GenerateDataKeyRequest{Key: "orders"})
+			return err
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			p := newPair(t, 1)
+			var messages [][]byte
+			for range 7 {
+				messages = append(messages, p.must().Message)
+				p.Evict("orders")
+			}
+			if err := use(p, messages[0]); err != nil {
+				t.Fatal(err)
+			}
+			p.b.intercept(func(call string) error { // as a version that is disabled
+				if call == "describe" {
+					return nil
+				}
+				return denied()
+			})
+			for _, m := range messages[1:] { // a minute more than max_age
+				p.clock.Advance(time.Minute)
+				if err := use(p, m); err != nil {
+					wantReason(t, err, kms.ReasonKeyUnusable)
+					return
+				}
+			}
+			t.Errorf("a key that one backend denies is still used after %d minutes, max_age is %v", len(messages)-1, limits().MaxAge)
+		})
+	}
+}

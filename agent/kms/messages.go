@@ -217,8 +217,10 @@ func (t *transaction) unlock(ctx context.Context, k *key, edks sealedKey, open f
 		use, v, err := t.decryptionKey(ctx, k, try)
 		if err == nil {
 			if err = open(use.DataKey()); err == nil {
+				use.Proven()
 				return use, v, nil
 			}
+			t.service.cache.Doubt(use)
 			use.Release()
 			err = undecryptable(k.Name, err)
 		}

@@ -575,6 +575,36 @@ func TestALyingBackendLosesNothing(t *testing.T) {
 	}
 }
 
+// A data key that opened nothing yet, and does not open what it should, is not kept:
+// what the backend got wrong once must not keep a message closed for as long as the
+// cache has it. One that has opened something stays, whatever is forged with it.
+func TestALieIsNotKept(t *testing.T) {
+	r := newRig(t)
+	c := caller(t, orders)
+	made, err := r.Encrypt(t.Context(), c, kms.EncryptRequest{Key: "orders", Plaintext: []byte("x")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.backend.lie(nil, func(p []byte) []byte { p[0] ^= 1; return p })
+	_, err = r.Decrypt(t.Context(), c, kms.DecryptRequest{Message: made.Message})
+	wantReason(t, err, kms.ReasonDecryptFailed)
+	r.backend.lie(nil, nil)
+	if _, err := r.Decrypt(t.Context(), c, kms.DecryptRequest{Message: made.Message}); err != nil {
+		t.Errorf("after the backend has lied once: %v", err)
+	}
+	_, before := r.backend.counts()
+	forged := bytes.Clone(made.Message)
+	forged[len(forged)-1] ^= 1
+	_, err = r.Decrypt(t.Context(), c, kms.DecryptRequest{Message: forged})
+	wantReason(t, err, kms.ReasonDecryptFailed)
+	if _, err := r.Decrypt(t.Context(), c, kms.DecryptRequest{Message: made.Message}); err != nil {
+		t.Errorf("after a forged message: %v", err)
+	}
+	if _, after := r.backend.counts(); after != before {
+		t.Errorf("a forged message made the backend unwrap %d times more", after-before)
+	}
+}
+
 func TestADefiniteNoIsNeverAnOutage(t *testing.T) {
 	r := newRig(t)
 	m := r.material()

@@ -26,6 +26,8 @@ type ways struct {
 	refuse, silent bool
 	whole, halves  int // answers that pass, then answers that are cut in half
 	delay          time.Duration
+	rate           int // bytes a second of each connection; 0 is as fast as can be
+	clean, dirty   int // answers that pass, then answers of which one bit is another
 }
 
 // link is one connection, which is two.
@@ -136,9 +138,12 @@ func (l *line) answers(k *link) {
 		if err != nil {
 			return
 		}
-		whole := l.hold(k)
+		whole, dirty := l.hold(k, n)
 		if !whole {
 			n /= 2
+		}
+		if dirty {
+			buffer[n/2] ^= 1
 		}
 		if _, err := k.near.Write(buffer[:n]); err != nil || !whole {
 			return
@@ -146,25 +151,46 @@ func (l *line) answers(k *link) {
 	}
 }
 
-// hold keeps an answer back for as long as it is to be, and tells whether all of it
-// arrives.
-func (l *line) hold(k *link) (whole bool) {
+// hold keeps an answer of so many bytes back for as long as it is to be, and tells
+// whether all of it arrives, and whether a bit is to be changed.
+func (l *line) hold(k *link, bytes int) (whole, dirty bool) {
 	for {
 		l.mu.Lock()
 		w, changed := l.ways, l.changed
 		if !w.silent {
-			whole = l.ways.next()
+			whole, dirty = l.ways.next(), l.ways.nextDirty()
 		}
 		l.mu.Unlock()
 		if !w.silent {
-			return whole && k.wait(w.delay)
+			return whole && k.wait(w.delay+w.takes(bytes)), dirty
 		}
 		select {
 		case <-changed:
 		case <-k.ended:
-			return false
+			return false, false
 		}
 	}
+}
+
+// takes is how long so many bytes are under way.
+func (w *ways) takes(bytes int) time.Duration {
+	if w.rate <= 0 {
+		return 0
+	}
+	return time.Duration(bytes) * time.Second / time.Duration(w.rate)
+}
+
+// nextDirty tells whether the next answer has a bit changed.
+func (w *ways) nextDirty() bool {
+	switch {
+	case w.dirty == 0:
+		return false
+	case w.clean > 0:
+		w.clean--
+		return false
+	}
+	w.dirty--
+	return true
 }
 
 // next tells whether the next answer arrives whole.

@@ -130,6 +130,18 @@ func (r *Remote) CutAnswers(skip, count int) {
 // Delay keeps back each answer for so long.
 func (r *Remote) Delay(d time.Duration) { r.line.change(func(w *ways) { w.delay = d }) }
 
+// Throttle lets each connection have so many bytes of answers a second; 0 is as many as
+// can be.
+func (r *Remote) Throttle(bytesPerSecond int) {
+	r.line.change(func(w *ways) { w.rate = bytesPerSecond })
+}
+
+// Corrupt lets skip answers pass, and changes a bit in the middle of the count ones that
+// are next.
+func (r *Remote) Corrupt(skip, count int) {
+	r.line.change(func(w *ways) { w.clean, w.dirty = skip, count })
+}
+
 // Connections returns how many connections were made, or tried and refused, since it
 // was last asked. While the server is stopped nobody counts.
 func (r *Remote) Connections() int { return r.line.counted() }

@@ -1,0 +1,183 @@
+package chaos
+
+import (
+	"slices"
+	"time"
+)
+
+const (
+	// recovery is how long after the end of a fault everything must serve again.
+	recovery = 15 * time.Second
+	// settling is how long after the first answer from upstream calls that began in the
+	// fault may still fail: as long as they may take.
+	settling = 3 * time.Second
+	// reconnect is how long callers need to find an agent that is back.
+	reconnect = 3 * time.Second
+	// tolerance is for what happens between a clock's being read here and there, on a
+	// machine that has other things to do.
+	tolerance = 700 * time.Millisecond
+	// catalogueAge is how old a plugin's knowledge of a token's versions may be.
+	catalogueAge = time.Second
+	// swept is how often the agent looks for what it has to refresh.
+	swept = time.Second
+)
+
+// span is a time.
+type span struct{ from, to time.Duration }
+
+func (s span) overlaps(from, to time.Duration) bool { return s.from <= to && s.to >= from }
+
+// model says what may have been true when.
+type model struct {
+	*history
+
+	keys     map[string]*keySetup
+	backends map[string]string // by object
+	// troubles are the times in which calls of a backend may fail: from the beginning
+	// of a fault until after the first answer after it.
+	troubles map[string][]span
+	recovers []recovered
+}
+
+// recovered is how long it took until upstream answered for a backend.
+type recovered struct {
+	action *action
+	took   time.Duration
+}
+
+func newModel(h *history) *model {
+	m := &model{history: h, keys: map[string]*keySetup{}, backends: map[string]string{}, troubles: map[string][]span{}}
+	for i := range h.Setup.Keys {
+		k := &h.Setup.Keys[i]
+		m.keys[k.Name] = k
+		for _, o := range k.Objects {
+			m.backends[o.Name] = o.Backend
+		}
+	}
+	m.findTroubles()
+	return m
+}
+
+// findTroubles finds when each fault was over for callers.
+func (m *model) findTroubles() {
+	answers := map[string][]*call{} // from upstream, by the one backend that gave them
+	for _, c := range m.Calls {
+		if backend := m.answeredBy(c); backend != "" {
+			answers[backend] = append(answers[backend], c)
+		}
+	}
+	for backend, calls := range answers {
+		slices.SortFunc(calls, func(a, b *call) int { return int(a.Start - b.Start) })
+		answers[backend] = calls
+	}
+	for _, backend := range m.allBackends() {
+		for _, a := range m.Actions {
+			if a.Effect != agentDown && (a.Effect != down || a.Target != backend) {
+				continue
+			}
+			until := a.Ended + recovery
+			for _, c := range answers[backend] {
+				if c.Start >= a.Ended {
+					m.recovers = append(m.recovers, recovered{a, c.End - a.Ended})
+					until = min(until, c.End+settling)
+					break
+				}
+			}
+			m.troubles[backend] = append(m.troubles[backend], span{a.Begin, until})
+		}
+	}
+}
+
+// answeredBy is the backend that an answer proves to have answered; "" where it proves
+// nothing of one alone.
+func (m *model) answeredBy(c *call) string {
+	if c.Reason != "" || len(c.Uses) != 1 || c.Uses[0].Source != upstream || len(c.Uses[0].Wraps) != 1 {
+		return ""
+	}
+	return m.backendOf(c.Uses[0].Wraps[0])
+}
+
+func (m *model) allBackends() []string {
+	var names []string
+	for _, b := range m.backends {
+		if !slices.Contains(names, b) {
+			names = append(names, b)
+		}
+	}
+	slices.Sort(names)
+	return names
+}
+
+// backendOf is the backend of "object@version".
+func (m *model) backendOf(wrap string) string { return m.backends[objectOf(wrap)] }
+
+func objectOf(wrap string) string {
+	for i := len(wrap) - 1; i >= 0; i-- {
+		if wrap[i] == '@' {
+			return wrap[:i]
+		}
+	}
+	return wrap
+}
+
+// calm tells whether calls of a backend surely succeeded in a time.
+func (m *model) calm(backend string, from, to time.Duration) bool {
+	return !slices.ContainsFunc(m.troubles[backend], func(s span) bool { return s.overlaps(from, to) })
+}
+
+// possibly tells whether an effect may have been there in a time, or up to late before.
+func (m *model) possibly(e effect, target string, from, to, late time.Duration) bool {
+	return slices.ContainsFunc(m.Actions, func(a *action) bool {
+		return a.Effect == e && (a.Target == target || a.Target == "") && span{a.Begin, a.Ended + late}.overlaps(from, to)
+	})
+}
+
+// surely returns the action whose effect was there all the time, for certain.
+func (m *model) surely(e effect, target string, from, to time.Duration) *action {
+	i := slices.IndexFunc(m.Actions, func(a *action) bool {
+		return a.Effect == e && a.Target == target && a.Begun <= from && a.Ending >= to && (e != down || a.Sure)
+	})
+	if i < 0 {
+		return nil
+	}
+	return m.Actions[i]
+}
+
+// backendsOf are those that a use can be served by: those that have wrapped it, or all
+// of the key's where that is not known.
+func (m *model) backendsOf(u use) []string {
+	var names []string
+	for _, w := range u.Wraps {
+		names = append(names, m.backendOf(w))
+	}
+	if k := m.keys[u.Key]; len(names) == 0 && k != nil {
+		for _, o := range k.Objects {
+			names = append(names, o.Backend)
+		}
+	}
+	return names
+}
+
+// served tells whether upstream could be reached for a use all the time.
+func (m *model) served(u use, from, to time.Duration) bool {
+	return slices.ContainsFunc(m.backendsOf(u), func(b string) bool { return m.calm(b, from, to) })
+}
+
+// graceOf is the most grace that a use may have had.
+func (m *model) graceOf(u use) time.Duration {
+	k := m.keys[u.Key]
+	if u.Encrypt {
+		return k.Encrypt
+	}
+	return k.Grace
+}
+
+// stale is the bound of max_stale on a call: the request's and the rule's; false where
+// there is none.
+func (m *model) stale(c *call) (time.Duration, bool) {
+	bound, ok := m.Setup.RuleStale[c.Caller+" "+c.Key]
+	if c.MaxStale != nil && (!ok || *c.MaxStale < bound) {
+		bound, ok = *c.MaxStale, true
+	}
+	return bound, ok
+}
