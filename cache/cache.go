@@ -159,6 +159,8 @@ var (
 	ErrRevoked = errors.New("the key is revoked: its backend refuses it")
 	// ErrOverShare: the caller has too many misses waiting.
 	ErrOverShare = errors.New("too many cache misses in flight")
+	// ErrUnfit: a stored data key has no place any more.
+	ErrUnfit = errors.New("the data key does not fit what is configured")
 	// ErrTooLarge: one message is larger than a data key may encrypt.
 	ErrTooLarge = errors.New("the message is larger than the key's max_bytes")
 	// ErrMemory: protected memory is used up by data keys in use.

@@ -99,7 +99,7 @@ func (c *Cache) fetchLocked(ctx context.Context, r *request) (*Use, error) {
 		}
 		switch {
 		case err != nil:
-			u, err = c.unansweredLocked(ctx, r, err)
+			u, err = c.unansweredLocked(ctx, f, r, err)
 		case u == nil:
 			u = c.serveLocked(r, c.cfg.Now())
 		}
@@ -111,9 +111,9 @@ func (c *Cache) fetchLocked(ctx context.Context, r *request) (*Use, error) {
 
 // unansweredLocked serves a request in grace whose question failed, or says why it
 // is not served; neither where it has to wait on.
-func (c *Cache) unansweredLocked(ctx context.Context, r *request, err error) (*Use, error) {
+func (c *Cache) unansweredLocked(ctx context.Context, f *flight, r *request, err error) (*Use, error) {
 	if ctx.Err() != nil || c.closed || c.verdict(err) != Unreachable {
-		return nil, c.explainLocked(ctx, r, err)
+		return nil, c.explainLocked(ctx, f, r, err)
 	}
 	if u := c.serveLocked(r, c.cfg.Now()); u != nil {
 		return u, nil
@@ -125,7 +125,7 @@ func (c *Cache) unansweredLocked(ctx context.Context, r *request, err error) (*U
 		c.stats.Unserved++
 		c.upstreamLocked(r.place.Authority.Backend).refused++
 	}
-	return nil, c.explainLocked(ctx, r, err)
+	return nil, c.explainLocked(ctx, f, r, err)
 }
 
 // usableLocked returns the entry that stands for the request, when its limits
@@ -327,8 +327,9 @@ func (c *Cache) filledLocked(a *authority, owner *share, r *request, f *flight, 
 }
 
 // explainLocked says why a request ends with the error of a flight: where
-// upstream does not answer after it said no, it is the no that counts.
-func (c *Cache) explainLocked(ctx context.Context, r *request, err error) error {
+// upstream does not answer after it said no, or could not be asked, it is the no that
+// counts.
+func (c *Cache) explainLocked(ctx context.Context, f *flight, r *request, err error) error {
 	if ctx.Err() != nil {
 		return err
 	}
@@ -336,7 +337,8 @@ func (c *Cache) explainLocked(ctx context.Context, r *request, err error) error 
 		return ErrClosed
 	}
 	a := c.authorities[r.place.Authority]
-	if a != nil && a.standing != good && c.verdict(err) == Unreachable {
+	v := c.verdict(err)
+	if a != nil && a.standing != good && (v == Unreachable || v == Other && f.place == (place{})) {
 		return a.suspension()
 	}
 	return err

@@ -88,6 +88,10 @@ func (d *disk) decode(records []seal.Record) (*contents, error) {
 			if k.keyRecord, k.secret, err = decodeKey(r.Value); err == nil {
 				k.origin, err = d.Unmarshal(k.keyRecord.origin)
 			}
+			if errors.Is(err, ErrUnfit) {
+				err = nil // it has no place any more, which says nothing of the rest
+				continue
+			}
 			all.keys = append(all.keys, k)
 		case seal.Confirmation, seal.Tombstone:
 			var s standingRecord

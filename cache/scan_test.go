@@ -9,7 +9,7 @@ import (
 )
 
 // TestNothingIsLeftInMemory runs a program of the release build's kind that
-// takes data keys through the cache and the message format and then searches
+// takes data keys through the cache, the message format and a store, and then searches
 // its own memory for them.
 func TestNothingIsLeftInMemory(t *testing.T) {
 	program := filepath.Join(t.TempDir(), "scan")
@@ -18,7 +18,7 @@ func TestNothingIsLeftInMemory(t *testing.T) {
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("build: %v\n%s", err, out)
 	}
-	out, err := exec.Command(program).Output()
+	out, err := exec.Command(program, t.TempDir()).Output()
 	if err != nil {
 		t.Fatalf("scan: %v", err)
 	}

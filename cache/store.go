@@ -24,7 +24,8 @@ type StoreConfig struct {
 	// are then bounded too. A data key that gets none gives way to another.
 	Wears bool
 	// Marshal and Unmarshal are of Material.Origin. An error of Marshal keeps the
-	// data key out of the store.
+	// data key out of the store. One of Unmarshal that is ErrUnfit leaves the data key
+	// behind; any other means a store that is damaged.
 	Marshal   func(origin any) ([]byte, error)
 	Unmarshal func(encoded []byte) (origin any, err error)
 	// Notes returns what the caller wants to know again after a restart. It is called

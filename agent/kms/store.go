@@ -62,7 +62,7 @@ func (s *Service) unmarshalOrigin(encoded []byte) (any, error) {
 		}
 		k := s.state.Load().keys[info.Key]
 		if k == nil || g != nil && g != k.group || k.group.partOf(info.URI) < 0 {
-			return nil, errors.New("kms: stored encrypted data key: the configuration has another wrapping key")
+			return nil, cache.ErrUnfit
 		}
 		g = k.group
 		key = append(key, sealed{

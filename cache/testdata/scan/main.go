@@ -1,5 +1,5 @@
-// Command scan takes data keys through the cache and the message format, lets
-// go of them, and then looks for what is left of them in its own memory. It
+// Command scan takes data keys through the cache, the message format and a sealed store
+// in the directory that it is given, lets go of them, and then looks for what is left of them in its own memory. It
 // prints a JSON object of counts.
 package main
 
@@ -8,10 +8,12 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"log"
 	"os"
+	"path/filepath"
 	"runtime"
 	"strings"
 	"time"
@@ -20,6 +22,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kms-agent/kms-agent/cache"
+	"github.com/kms-agent/kms-agent/cache/seal"
 	"github.com/kms-agent/kms-agent/envelope"
 )
 
@@ -86,20 +89,17 @@ func run() (Report, error) {
 	for i := range control {
 		control[i] = hidden[i] ^ mask
 	}
-	began := time.Now()
-	c, err := cache.New(cache.Config{
-		Now: func() time.Duration { return time.Since(began) }, MaxEntries: keys,
-		Classify: func(error) cache.Verdict { return cache.Other },
-		Confirm:  func(context.Context, cache.Authority, any) error { return nil },
-	})
+	if err := inAnotherLife(); err != nil {
+		return Report{}, err
+	}
+	c, end, err := newCache()
 	if err != nil {
 		return Report{}, err
 	}
-	defer c.Close()
-	if err := work(c); err != nil {
-		return Report{}, err
-	}
-	inUse, err := c.Decrypt(context.Background(), request(0))
+	defer end()
+	fromStore := request(0)
+	fromStore.Fill = func(context.Context) (cache.Material, error) { return cache.Material{}, errors.New("not in the store") }
+	inUse, err := c.Decrypt(context.Background(), fromStore)
 	if err != nil {
 		return Report{}, err
 	}
@@ -114,6 +114,9 @@ func run() (Report, error) {
 	}
 	inUse.Release()
 	c.EvictAll()
+	if err := c.Flush(context.Background()); err != nil {
+		return report, err
+	}
 	collect()
 	for n := range keys {
 		found, err := s.count(n)
@@ -130,6 +133,48 @@ func run() (Report, error) {
 	return report, nil
 }
 
+// inAnotherLife uses the data keys, and leaves them in the store.
+func inAnotherLife() error {
+	c, end, err := newCache()
+	if err != nil {
+		return err
+	}
+	defer end()
+	return work(c)
+}
+
+// newCache is a cache that has taken in what the store has.
+func newCache() (c *cache.Cache, end func(), err error) {
+	sealer, err := seal.OpenFile(filepath.Join(os.Args[1], "sealer"))
+	if err != nil {
+		return nil, nil, err
+	}
+	file, err := seal.OpenStore(filepath.Join(os.Args[1], "store"), sealer)
+	if err != nil {
+		return nil, nil, err
+	}
+	began := time.Now()
+	c, err = cache.New(cache.Config{
+		Now: func() time.Duration { return time.Since(began) }, MaxEntries: keys,
+		Classify: func(error) cache.Verdict { return cache.Other },
+		Confirm:  func(context.Context, cache.Authority, any) error { return nil },
+		Store: &cache.StoreConfig{
+			File: file, Wall: time.Now, Boot: "every process is a boot of its own " + began.String(),
+			Marshal:   func(any) ([]byte, error) { return []byte("origin"), nil },
+			Unmarshal: func([]byte) (any, error) { return nil, nil }, //nolint:nilnil // there is none
+		},
+	})
+	if err != nil {
+		return nil, nil, err
+	}
+	_, err = c.Restore(func([]cache.Note) cache.Accept {
+		return func(cache.Authority) (string, cache.Limits, bool) { return "key", limits(), true }
+	})
+	return c, func() { c.Close(); file.Close(); sealer.Close() }, err
+}
+
+func limits() cache.Limits { return cache.Limits{MaxAge: time.Hour, Store: true} }
+
 // same compares without a copy.
 func same(key []byte, n int) bool {
 	hidden := masked(n)
@@ -145,7 +190,7 @@ func request(n int) cache.DecryptRequest {
 	return cache.DecryptRequest{
 		Caller: "caller", Key: "key", ID: cache.DecryptID{byte(n), 1}, Fill: fill(n),
 		Authority: cache.Authority{Backend: "b", WrappingKey: "k", Version: "1", Direction: cache.Decrypt},
-		Limits:    cache.Limits{MaxAge: time.Hour},
+		Limits:    limits(),
 	}
 }
 
