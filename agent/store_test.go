@@ -22,9 +22,10 @@ import (
 	"github.com/kms-agent/kms-agent/client"
 )
 
-// storing is configText for an agent that stores the data keys of one key.
+// storing is configText for an agent that stores the data keys of one key. Its caller is
+// known without a Workload API, so that nothing else has to be there when it serves.
 func storing(store string, replace ...string) string {
-	return administrator(append(replace,
+	return administrator(append(replace, "PEERS", staticPeer(),
 		"state_dir: state\n", "state_dir: state\nstore: "+store+"\n",
 		`wrapping_key: "local:orders" }`, `wrapping_key: "local:orders", grace: { encrypt: 1h, decrypt: 1h }, cache: { store: true, max_age: 1s, spares: 1 } }`,
 	)...)
@@ -104,6 +105,14 @@ func (r *rig) outage() (over func()) {
 	}
 }
 
+// awaitBackend is for an agent that is degraded for another reason.
+func (r *rig) awaitBackend() {
+	r.t.Helper()
+	r.await("the backend is up", func(s *adminv1.StatusResponse) bool {
+		return len(s.GetBackends()) == 1 && s.GetBackends()[0].GetState() == "up"
+	})
+}
+
 // exchange encrypts and decrypts what another agent encrypted.
 func exchange(t *testing.T, c *client.Client, old []byte) (message []byte, sources [2]kmsagentv1.Freshness_Source) {
 	t.Helper()
@@ -129,7 +138,8 @@ func TestStartInAnOutage(t *testing.T) {
 			r := newRig(t, "")
 			r.write(storing(store(r)))
 			r.startIn(stateWith(kind))
-			old, _ := exchange(t, r.as("orders"), nil)
+			r.awaitBackend()
+			old, _ := exchange(t, r.as("peer"), nil)
 			r.stop()
 			over := r.outage()
 			r.startIn("degraded")
@@ -137,7 +147,7 @@ func TestStartInAnOutage(t *testing.T) {
 			if err != nil || s.GetStore().GetRestored() < 2 || s.GetStore().GetRefused() != "" || s.GetStore().GetDevelopment() != (kind == "file") {
 				t.Errorf("store = %v, %v", s.GetStore(), err)
 			}
-			c := r.as("orders")
+			c := r.as("peer")
 			in := [2]kmsagentv1.Freshness_Source{kmsagentv1.Freshness_SOURCE_GRACE, kmsagentv1.Freshness_SOURCE_GRACE}
 			for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(50 * time.Millisecond) {
 				_, sources := exchange(t, c, old)
@@ -200,14 +210,15 @@ func TestRefusedStores(t *testing.T) {
 			}
 			path := r.path("state/data-keys.sealed")
 			r.start()
-			exchange(t, r.as("orders"), nil)
+			exchange(t, r.as("peer"), nil)
 			r.stop()
 			older[r.dir] = readFile(t, path)
 			r.start()
-			exchange(t, r.as("orders"), nil)
+			exchange(t, r.as("peer"), nil)
 			r.stop()
 			c.change(t, r, path)
 			r.startIn("degraded")
+			r.awaitBackend()
 			s, err := r.status()
 			if err != nil || s.GetStore().GetRefusedReason() != c.reason || s.GetStore().GetRestored() != 0 {
 				t.Errorf("store = %v, %v; want it refused as %s", s.GetStore(), err, c.reason)
@@ -215,7 +226,7 @@ func TestRefusedStores(t *testing.T) {
 			if !strings.Contains(strings.Join(s.GetProblems(), "\n"), "sealed store: the agent started without it") {
 				t.Errorf("problems %q do not tell", s.GetProblems())
 			}
-			exchange(t, r.as("orders"), nil)
+			exchange(t, r.as("peer"), nil)
 			r.stop()
 			r.start() // its last save has replaced what was there
 			if s, err = r.status(); err != nil || s.GetStore().GetRefused() != "" || s.GetStore().GetRestored() == 0 {

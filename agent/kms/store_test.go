@@ -17,7 +17,7 @@ import (
 type storeRig struct {
 	*rig
 	dir    string
-	sealer *seal.File
+	sealer seal.Sealer
 	file   *seal.Store
 	max    int
 	wall   time.Time
