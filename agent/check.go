@@ -98,6 +98,12 @@ func (h *hostCheck) grace() {
 		if k.Grace.Encrypt > 0 && k.Cache.Spares == 0 {
 			h.warn(at+"grace.encrypt", "without cache.spares nothing is encrypted any more when the data key reaches a limit in an outage; set cache.spares to 1 or more")
 		}
+		if n := len(k.wraps()); n > 1 && k.MinWraps == n {
+			h.warn(at+"min_wraps", "is as many as there are wrapping keys: while one backend is away no new data key is made, and nothing is encrypted when those at hand are used up; make it smaller, or accept that")
+		}
+		if len(k.Prewarm) > 0 && k.Grace.Decrypt == 0 {
+			h.warn(at+"prewarm", "without grace.decrypt what is held ready serves for max_age in an outage and no longer; set grace.decrypt")
+		}
 	}
 }
 

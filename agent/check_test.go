@@ -183,3 +183,25 @@ func TestAccountsOfAnotherHostAreNotLookedUp(t *testing.T) {
 	finds(t, "fault", agent.CheckConfig(name, []byte(config), false).Faults, `there is no group "there-is-no-such-group" on this host`)
 	finds(t, "fault", agent.CheckConfig(name, []byte(config), true).Faults, "")
 }
+
+// TestCheckWarnsOfEndurance: numbers that do not fit together, on this host or another.
+func TestCheckWarnsOfEndurance(t *testing.T) {
+	for config, want := range map[string]string{
+		"grace: { decrypt: 4h }":                                            "",
+		"grace: { decrypt: 7h }":                                            "keys[0].cache.max_idle: is shorter than the key's grace",
+		"grace: { encrypt: 1h }":                                            "keys[0].grace.encrypt: without cache.spares nothing is encrypted any more when the data key reaches a limit in an outage; set cache.spares",
+		"grace: { encrypt: 1h }, cache: { spares: 1 }":                      "",
+		"more_wraps: [{ backend: other, wrapping_key: v:o }], min_wraps: 1": "",
+		"more_wraps: [{ backend: other, wrapping_key: v:o }], min_wraps: 2": "keys[0].min_wraps: is as many as there are wrapping keys",
+		"prewarm: [messages/*]":                                             "keys[0].prewarm: without grace.decrypt",
+		"prewarm: [messages/*], grace: { decrypt: 1h }":                     "",
+	} {
+		t.Run(config, func(t *testing.T) {
+			dir, whole := checkedHost(t)
+			whole = strings.Replace(whole, "local:orders }", "local:orders, "+config+" }", 1)
+			got := agent.CheckConfig(filepath.Join(dir, "config.yaml"), []byte(whole), true)
+			finds(t, "fault", got.Faults, "")
+			finds(t, "warning", got.Warnings, want)
+		})
+	}
+}

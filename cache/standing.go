@@ -14,6 +14,8 @@ type Standing struct {
 	Down      bool
 	Since     time.Duration
 	GraceLeft time.Duration
+	// DataKeys is how many there are for it, spares among them: without any nothing serves.
+	DataKeys int
 }
 
 // Standing tells what is known of an Authority, and how long it would still serve
@@ -26,7 +28,7 @@ func (c *Cache) Standing(name Authority, l Limits) Standing {
 		return Standing{}
 	}
 	now := c.cfg.Now()
-	s := Standing{Confirmed: a.known, Down: a.reach.down}
+	s := Standing{Confirmed: a.known, Down: a.reach.down, DataKeys: len(a.entries)}
 	if a.standing != good {
 		s.Refused = a.suspension()
 	}

@@ -177,7 +177,7 @@ func (s *Service) health(k *key) KeyHealth {
 	}
 	h.CurrentVersion = current.String()
 	if g.lacking.Load() && h.Problem == "" {
-		h.Problem = "not all of its backends have wrapped the data keys in use; messages made meanwhile are lost with those that have"
+		h.Problem = "not all of its backends have wrapped the data keys in use: messages made meanwhile can be opened by those alone that have, which `kms-agent keys health` tells; new data keys are made when all answer again"
 	}
 	h.Spares, h.SparesWanted = s.cache.SparesOf(k.Name)
 	for direction, part := range map[cache.Direction]struct {
@@ -192,12 +192,21 @@ func (s *Service) health(k *key) KeyHealth {
 		if standing.Confirmed {
 			*part.confirmed = standing.Age
 		}
+		if standing.DataKeys == 0 && (direction == cache.Encrypt || s.away(k, current)) {
+			standing.GraceLeft = 0 // there is nothing that could serve
+		}
 		*part.endures = Endurance{Down: standing.Down, Since: standing.Since, Left: standing.GraceLeft}
 		if standing.Down && standing.Age > k.Limits.MaxAge && h.Problem == "" {
 			h.Problem = outageProblem(direction, standing)
 		}
 	}
 	return h
+}
+
+// away tells whether a key's backend does not answer, in either direction.
+func (s *Service) away(k *key, current versions) bool {
+	return s.cache.Standing(k.group.authority(current, cache.Encrypt), k.Limits).Down ||
+		s.cache.Standing(k.group.authority(current, cache.Decrypt), k.Limits).Down
 }
 
 func outageProblem(d cache.Direction, s cache.Standing) string {

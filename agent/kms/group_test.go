@@ -70,14 +70,14 @@ func (p *pair) forget() {
 	}
 }
 
-func (p *pair) health() kms.KeyHealth {
-	p.t.Helper()
-	for _, h := range p.Health() {
+func (r *rig) health() kms.KeyHealth {
+	r.t.Helper()
+	for _, h := range r.Health() {
 		if h.Name == "orders" {
 			return h
 		}
 	}
-	p.t.Fatal("the key is not there")
+	r.t.Fatal("the key is not there")
 	return kms.KeyHealth{}
 }
 

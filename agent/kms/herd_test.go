@@ -86,7 +86,7 @@ type herdOf struct {
 func newHerd(t *testing.T, agents, keysEach int) *herdOf {
 	t.Helper()
 	h := &herdOf{rig: newRig(t), up: &counted{start: time.Now(), calls: map[int]int{}}, messages: map[string][]byte{}}
-	h.Service.Close()
+	h.Close()
 	var err error
 	h.Service, err = kms.New(kms.Options{
 		Audit: h.audit, MaxEntries: 6 * agents * keysEach, ConfirmTimeout: 5 * time.Second,
@@ -151,7 +151,12 @@ func TestNoHerdOfAnyCall(t *testing.T) {
 		ctx, stop := context.WithCancel(t.Context())
 		done := make(chan error)
 		go func() { done <- h.Run(ctx) }()
-		defer func() { stop(); <-done }()
+		defer func() {
+			stop()
+			if err := <-done; err != nil {
+				t.Error(err)
+			}
+		}()
 		for _, key := range h.keys { // nobody starts a fleet at once
 			if _, err := h.Encrypt(t.Context(), caller(t, orders), kms.EncryptRequest{Key: key}); err != nil {
 				t.Fatal(err)

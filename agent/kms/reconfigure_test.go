@@ -147,3 +147,18 @@ func TestUnchangedKeysKeepTheirDataKeys(t *testing.T) {
 		t.Errorf("%+v, want the data keys of before: %+v", s, before)
 	}
 }
+
+// How long a key lasts is told of what there is to last: without data keys nothing does.
+func TestEnduranceNeedsDataKeys(t *testing.T) {
+	r := newRig(t)
+	r.grace(time.Hour)
+	r.outlives()
+	if h := r.health(); h.Encrypt.Left != time.Hour-time.Minute {
+		t.Errorf("encrypts for %v, want 59m", h.Encrypt.Left)
+	}
+	r.Evict("orders")
+	if h := r.health(); h.Encrypt.Left != 0 || h.Decrypt.Left != 0 {
+		t.Errorf("without data keys: encrypts for %v, decrypts for %v", h.Encrypt.Left, h.Decrypt.Left)
+	}
+	wantReason(t, r.use(), kms.ReasonBackendDown)
+}
