@@ -279,3 +279,41 @@ func TestLargeStore(t *testing.T) {
 		t.Errorf("%d data keys took %v, want under a second", entries, quickest)
 	}
 }
+
+// TestRestartWithTwoBackends brings data keys back with all their wraps, and drops those
+// of which one backend is another now.
+func TestRestartWithTwoBackends(t *testing.T) {
+	r := newStoreRig(t)
+	dir := t.TempDir()
+	newKeystore(t, dir, "orders-b")
+	b := &troubled{Backend: openLocal(t, dir)}
+	r.config.Backends["b"] = b
+	r.config.Keys[0].Wraps = append(r.config.Keys[0].Wraps, kms.Wrap{Backend: "b", WrappingKey: "local:orders-b"})
+	r.config.Upstreams["b"] = "two"
+	r.restart()
+	message := r.used("orders")
+	r.backend.fail(unreachable())
+	b.fail(unreachable())
+	if got := r.restart(); got.DataKeys != 2 {
+		t.Fatalf("restored %+v, want a data key of each direction", got)
+	}
+	if _, err := r.decrypt(message); err != nil {
+		t.Errorf("decrypt in an outage: %v", err)
+	}
+	again, _, err := r.encrypt("orders")
+	if err != nil {
+		t.Fatalf("encrypt in an outage: %v", err)
+	}
+	if got := wrapsOf(t, again); len(got) != 2 {
+		t.Errorf("wrapped by %v, want both", got)
+	}
+	r.backend.fail(nil)
+	if _, err := r.decrypt(again); err != nil {
+		t.Errorf("one is back: %v", err)
+	}
+	r.config.Upstreams = map[string]string{"local": "one", "b": "three"}
+	r.backend.fail(unreachable())
+	if got := r.restart(); got.DataKeys != 0 {
+		t.Errorf("restored %+v, want nothing: one backend is another", got)
+	}
+}
