@@ -85,7 +85,7 @@ func TestANoIsHeardBesideTraffic(t *testing.T) {
 			var messages [][]byte
 			for range 8 {
 				messages = append(messages, p.must().Message)
-				p.Evict("orders")
+				p.forget()
 			}
 			if _, err := p.decrypt(messages[0]); err != nil {
 				t.Fatal(err)
@@ -254,7 +254,7 @@ func TestOneHangsFromTheStart(t *testing.T) {
 				q.pass(100 * time.Millisecond)
 				q.within("encrypt", 200*time.Millisecond, func() error { _, err := q.encrypt(); return err })
 				q.within("data key", 200*time.Millisecond, q.export)
-				q.Evict("orders")
+				q.forget()
 				q.within("decrypt", 400*time.Millisecond, func() error {
 					opened, err := q.decrypt(made.Message)
 					if !bytes.Equal(opened.Plaintext, []byte("hello")) {
@@ -262,7 +262,7 @@ func TestOneHangsFromTheStart(t *testing.T) {
 					}
 					return err
 				})
-				q.Evict("orders")
+				q.forget()
 				q.within("a new data key", 400*time.Millisecond, func() error { _, err := q.encrypt(); return err })
 			}
 			hangs.slow(0)
@@ -288,7 +288,7 @@ func TestForgedSamplesProveNothing(t *testing.T) {
 				var genuine [][]byte
 				for range 2 {
 					genuine = append(genuine, p.must().Message)
-					p.Evict("orders")
+					p.forget()
 				}
 				q := p.again() // it has never encrypted: there is no canary
 				forged, forgery := p.forge(genuine[0])
@@ -354,7 +354,7 @@ func TestNothingAtHandIsNoOutage(t *testing.T) {
 	if _, err := q.Decrypt(t.Context(), caller(t, orders), kms.DecryptRequest{Message: made.message}); err != nil {
 		t.Fatal(err)
 	}
-	q.Evict("orders")
+	q.forget()
 	r.backend.fail(plugins.Errorf(plugins.KeyUnusable, "disabled"))
 	_, err := q.Decrypt(t.Context(), caller(t, orders), kms.DecryptRequest{Message: made.message})
 	wantReason(t, err, kms.ReasonKeyUnusable)

@@ -63,10 +63,10 @@ func (p *pair) opens(what string, message []byte) {
 }
 
 // forget drops what is cached, so that upstream is asked.
-func (p *pair) forget() {
-	p.t.Helper()
-	if _, _, err := p.Evict("orders"); err != nil {
-		p.t.Error(err)
+func (r *rig) forget() {
+	r.t.Helper()
+	if _, _, err := r.Evict("orders"); err != nil {
+		r.t.Error(err)
 	}
 }
 
@@ -376,7 +376,7 @@ func TestOneRevokesWhileTheOtherIsBusy(t *testing.T) {
 			var messages [][]byte
 			for range 7 {
 				messages = append(messages, p.must().Message)
-				p.Evict("orders")
+				p.forget()
 			}
 			if err := use(p, messages[0]); err != nil {
 				t.Fatal(err)

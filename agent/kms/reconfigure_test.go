@@ -126,7 +126,7 @@ func TestBackendsComeAndGo(t *testing.T) {
 	p.config.Keys[0].Wraps = both[1:]
 	p.apply()
 	p.opens("the first is taken out", one)
-	p.Evict("orders")
+	p.forget()
 	_, err := p.decrypt(alone)
 	wantReason(t, err, kms.ReasonDecryptFailed)
 	p.config.Keys[0].Wraps, p.config.Keys[0].MinWraps = both, 2
@@ -156,7 +156,7 @@ func TestEnduranceNeedsDataKeys(t *testing.T) {
 	if h := r.health(); h.Encrypt.Left != time.Hour-time.Minute {
 		t.Errorf("encrypts for %v, want 59m", h.Encrypt.Left)
 	}
-	r.Evict("orders")
+	r.forget()
 	if h := r.health(); h.Encrypt.Left != 0 || h.Decrypt.Left != 0 {
 		t.Errorf("without data keys: encrypts for %v, decrypts for %v", h.Encrypt.Left, h.Decrypt.Left)
 	}
