@@ -125,7 +125,7 @@ func (c *Cache) awaitLocked(ctx context.Context, f *flight, r *request) error {
 	case ctx.Err() != nil:
 		return ctx.Err()
 	}
-	c.authorityLocked(r.place.Authority).reach.failedLocked(f.began, errSlow)
+	c.failedLocked(c.authorityLocked(r.place.Authority), f.began, errSlow)
 	return errSlow
 }
 

@@ -10,7 +10,6 @@ import (
 	"github.com/kms-agent/kms-agent/agent/kms"
 	"github.com/kms-agent/kms-agent/cache"
 	"github.com/kms-agent/kms-agent/envelope"
-	"github.com/kms-agent/kms-agent/plugins"
 )
 
 // inBubble runs a test on a pair with time under control.
@@ -305,9 +304,14 @@ func TestForgedSamplesProveNothing(t *testing.T) {
 					t.Error("a forgery was decrypted")
 				}
 				q.pass(6 * time.Minute)
-				if _, err := q.decrypt(genuine[1]); err != nil {
+				if o := q.Outages(); len(o) != 0 {
+					t.Errorf("a forgery began outages %+v", o)
+				}
+				opened, err := q.decrypt(genuine[1])
+				if err != nil {
 					t.Errorf("after somebody else's forgery: %v", err)
 				}
+				q.wantNoGrace(opened.KeyUse)
 				synctest.Wait()
 				if s := q.Stats(); s.Evictions != 0 {
 					t.Errorf("%d evicted by a forgery", s.Evictions)
@@ -342,23 +346,4 @@ func (p *pair) forge(message []byte) (forged, forgery []byte) {
 		p.t.Fatal(err)
 	}
 	return forged, edk.Ciphertext
-}
-
-// That there is nothing to ask a backend with is no outage of it.
-func TestNothingAtHandIsNoOutage(t *testing.T) {
-	r := newRig(t)
-	made := r.material()
-	q := newRig(t)
-	q.config = r.config
-	q.apply()
-	if _, err := q.Decrypt(t.Context(), caller(t, orders), kms.DecryptRequest{Message: made.message}); err != nil {
-		t.Fatal(err)
-	}
-	q.forget()
-	r.backend.fail(plugins.Errorf(plugins.KeyUnusable, "disabled"))
-	_, err := q.Decrypt(t.Context(), caller(t, orders), kms.DecryptRequest{Message: made.message})
-	wantReason(t, err, kms.ReasonKeyUnusable)
-	if o := q.Outages(); len(o) != 0 {
-		t.Errorf("outages %+v", o)
-	}
 }
