@@ -265,7 +265,7 @@ func (m *model) excused(c *call) bool {
 	case "DECRYPT_FAILED":
 		return m.lied(c, 0)
 	case "BACKEND_UNAVAILABLE", "BACKEND_BROKEN", "DEADLINE_EXCEEDED", "CANCELLED":
-		return m.excusedByOutage(c) || m.excusedByRevocation(c)
+		return m.excusedByOutage(c)
 	}
 	return false
 }
