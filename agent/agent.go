@@ -63,6 +63,11 @@ type Agent struct {
 	loaded     time.Time
 	generation uint64
 	rejected   string
+	doors      map[string]*door // that serve, by name
+
+	// upper and serving are of the doors; only who holds reloading uses them.
+	upper   *errgroup.Group
+	serving context.Context //nolint:containedctx // the life of what serves
 
 	// ready is called once when every door is open.
 	ready func()
@@ -78,7 +83,7 @@ func New(cfg *Config, path string, logger *zap.Logger) (*Agent, error) {
 	if err != nil {
 		return nil, fmt.Errorf("log level: %w", err)
 	}
-	a := &Agent{path: path, logger: logger, cfg: cfg, started: time.Now(), backends: map[string]*backend{}, ready: func() {}, prewarmed: newPrewarmer()}
+	a := &Agent{path: path, logger: logger, cfg: cfg, started: time.Now(), backends: map[string]*backend{}, doors: map[string]*door{}, ready: func() {}, prewarmed: newPrewarmer()}
 	a.UseLevel(zap.NewAtomicLevelAt(configured))
 	a.metrics = metrics.New(cfg.Metrics.MaxCallers, a.Status)
 	if err := a.buildIdentity(cfg); err != nil {
@@ -232,12 +237,15 @@ func (a *Agent) serve(ctx context.Context) error {
 	if exporter != nil {
 		upper.Go(func() error { return a.serveMetrics(ctx, exporter) })
 	}
+	a.reloading.Lock() // until the doors serve nobody moves them
+	a.upper, a.serving = upper, ctx
 	for _, d := range doors {
-		upper.Go(func() error { return d.run(ctx) })
+		a.serveDoor(d)
 	}
+	a.reloading.Unlock()
 	upper.Go(func() error { return a.watch(ctx) })
 	upper.Go(func() error { return a.prewarm(ctx) })
-	upper.Go(func() error { return a.tellHealth(ctx, doors) })
+	upper.Go(func() error { return a.tellHealth(ctx) })
 	a.logger.Info("agent ready", zap.String("config", a.path), zap.String("native", cfg.Listen.Native.Socket),
 		zap.Int("keys", len(cfg.Keys)), zap.Int("backends", len(cfg.Backends)))
 	a.ready()

@@ -24,9 +24,15 @@ import (
 // drainDoor is how long calls under way may take once the agent stops.
 const drainDoor = 5 * time.Second
 
+// drainMoved is how long calls under way may take at a door that a reload has moved:
+// longer than any deadline; streams that last are cut off then.
+const drainMoved = time.Minute
+
 // door is one open listener and the server behind it.
 type door struct {
 	*serve.Door
+	end      context.CancelFunc // ends its run
+	drain    time.Duration
 	listener net.Listener
 	server   *grpc.Server
 	health   *health.Server
@@ -35,33 +41,60 @@ type door struct {
 // openDoors listens on every socket of the configuration, or on none.
 func (a *Agent) openDoors(ctx context.Context) ([]*door, error) {
 	cfg := a.configuration()
-	gid := -1
-	if g := cfg.Listen.Native.Group; g != nil {
-		gid = int(*g)
-	}
-	listener, err := identity.Listen(ctx, cfg.Listen.Native.Socket, cfg.Listen.Native.Mode.FileMode(), gid)
+	n, err := a.openNative(ctx, cfg)
 	if err != nil {
-		return nil, fmt.Errorf("native socket: %w", err)
+		return nil, err
 	}
-	n := a.newDoor("native", listener, a.creds, identity.CallerFromContext)
-	native.Register(n.server, n.Door)
 	doors := []*door{n}
 	if cfg.Admin.Socket == "" {
 		return doors, nil
 	}
-	// Administrators are known by what the kernel says of them, not by SPIFFE:
-	// the agent can be looked at while its identities are what is broken.
-	creds, err := identity.NewCredentials(identity.Config{TrustDomain: cfg.TrustDomain})
-	if err == nil {
-		listener, err = identity.Listen(ctx, cfg.Admin.Socket, 0o600, -1)
-	}
+	m, err := a.openAdmin(ctx, cfg)
 	if err != nil {
-		n.server.Stop() // it has workers already
-		return nil, errors.Join(fmt.Errorf("admin socket: %w", err), n.listener.Close())
+		return nil, errors.Join(err, n.discard())
 	}
-	m := a.newDoor("admin", listener, creds, localPeer)
-	admin.Register(m.server, m.Door, a)
 	return append(doors, m), nil
+}
+
+func (a *Agent) openNative(ctx context.Context, cfg *Config) (*door, error) {
+	listener, err := identity.Listen(ctx, cfg.Listen.Native.Socket, cfg.Listen.Native.Mode.FileMode(), cfg.Listen.Native.gid())
+	if err != nil {
+		return nil, fmt.Errorf("native socket: %w", err)
+	}
+	d := a.newDoor("native", listener, a.creds, identity.CallerFromContext)
+	native.Register(d.server, d.Door)
+	return d, nil
+}
+
+// gid is the group of the socket, -1 for that of the process.
+func (c *NativeConfig) gid() int {
+	if c.Group == nil {
+		return -1
+	}
+	return int(*c.Group)
+}
+
+// openAdmin opens the door of administrators, who are known by what the kernel says of
+// them, not by SPIFFE: the agent can be looked at while its identities are what is
+// broken.
+func (a *Agent) openAdmin(ctx context.Context, cfg *Config) (*door, error) {
+	creds, err := identity.NewCredentials(identity.Config{TrustDomain: cfg.TrustDomain})
+	if err != nil {
+		return nil, fmt.Errorf("admin socket: %w", err)
+	}
+	listener, err := identity.Listen(ctx, cfg.Admin.Socket, 0o600, -1)
+	if err != nil {
+		return nil, fmt.Errorf("admin socket: %w", err)
+	}
+	d := a.newDoor("admin", listener, creds, localPeer)
+	admin.Register(d.server, d.Door, a)
+	return d, nil
+}
+
+// discard closes a door that never served.
+func (d *door) discard() error {
+	d.server.Stop() // it has workers already
+	return d.listener.Close()
 }
 
 // localPeer is the identity of an administrator: the kernel's word alone.
@@ -78,7 +111,7 @@ func (a *Agent) newDoor(name string, l net.Listener, creds *identity.Credentials
 	d := &door{
 		Door:     serve.NewDoor(name, a.service, bounds, identify, a.logger),
 		listener: serve.Bound(l, bounds.MaxConnections, bounds.MaxConnectionsPerUser, a.overConnections(name)),
-		health:   health.NewServer(),
+		health:   health.NewServer(), drain: drainDoor,
 	}
 	d.server = d.Server(creds, a.tracing.serverOptions()...)
 	grpc_health_v1.RegisterHealthServer(d.server, d.health)
@@ -102,7 +135,7 @@ const healthEvery = time.Second
 
 // tellHealth keeps the health service at what status says: an agent that is
 // degraded still serves.
-func (a *Agent) tellHealth(ctx context.Context, doors []*door) error {
+func (a *Agent) tellHealth(ctx context.Context) error {
 	tick := time.NewTicker(healthEvery)
 	defer tick.Stop()
 	var last *adminv1.StatusResponse
@@ -116,7 +149,7 @@ func (a *Agent) tellHealth(ctx context.Context, doors []*door) error {
 		if now.GetState() == stateNotServing {
 			state = grpc_health_v1.HealthCheckResponse_NOT_SERVING
 		}
-		for _, d := range doors {
+		for _, d := range a.openedDoors() {
 			d.health.SetServingStatus("", state)
 			d.health.SetServingStatus(kmsagentv1.KMS_ServiceDesc.ServiceName, state)
 		}
@@ -147,7 +180,7 @@ func (d *door) run(ctx context.Context) error {
 		defer close(stopped)
 		<-serving.Done()
 		d.health.Shutdown()
-		force := time.AfterFunc(drainDoor, d.server.Stop)
+		force := time.AfterFunc(d.drain, d.server.Stop)
 		defer force.Stop()
 		d.server.GracefulStop()
 	}()

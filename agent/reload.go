@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -49,7 +50,21 @@ func (a *Agent) reloadLocked(ctx context.Context) error {
 	if section := needsRestart(a.cfg, next); section != "" {
 		return fmt.Errorf("%s changed, which takes a restart of the agent; restart it, or undo that change to have the others reloaded", section)
 	}
-	return a.applyLocked(ctx, next)
+	if a.serving == nil { // the sockets are being opened just now
+		if next.Listen.Native.Socket != a.cfg.Listen.Native.Socket || next.Admin.Socket != a.cfg.Admin.Socket {
+			return errors.New("a socket moved while the agent was starting; have it reloaded again")
+		}
+		return a.applyLocked(ctx, next)
+	}
+	m, err := a.move(ctx, next)
+	if err != nil {
+		return err
+	}
+	if err := a.applyLocked(ctx, next); err != nil {
+		return errors.Join(err, m.back())
+	}
+	m.take()
+	return nil
 }
 
 // needsRestart names the first section that differs and that cannot change in
@@ -62,8 +77,8 @@ func needsRestart(old, next *Config) string {
 		{"trust_domain", old.TrustDomain, next.TrustDomain},
 		{"state_dir", old.StateDir, next.StateDir},
 		{"runtime_dir", old.RuntimeDir, next.RuntimeDir},
-		{"listen", old.Listen, next.Listen},
-		{"admin.socket", old.Admin.Socket, next.Admin.Socket},
+		{"listen.native.proofs", old.Listen.Native.Proofs, next.Listen.Native.Proofs},
+		{"admin.socket", old.Admin.Socket == "", next.Admin.Socket == ""},
 		{"identity.workload_api", old.Identity.WorkloadAPI, next.Identity.WorkloadAPI},
 		{"identity.bundle_max_age", old.Identity.BundleMaxAge, next.Identity.BundleMaxAge},
 		{"identity.jwt_audience", old.Identity.JWTAudience, next.Identity.JWTAudience},
