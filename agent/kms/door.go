@@ -34,6 +34,8 @@ type transaction struct {
 	record      audit.Record
 	// holds: data keys are taken for the agent itself, to have them ready.
 	holds bool
+	// again counts the beginnings after the first.
+	again int
 	// held is what the limits of rules have admitted.
 	held quota.Held
 	// note is what the record says beyond what the caller is told, unless an
@@ -51,6 +53,9 @@ func perform[R any](ctx context.Context, s *Service, call Call, op policy.Operat
 	t := s.begin(call, op)
 	defer t.held.Release() // after a panic too
 	answer, err := act(ctx, t)
+	for t.anew(ctx, err) {
+		answer, err = act(ctx, t)
+	}
 	if auditErr := t.finish(ctx, err); auditErr != nil {
 		err = auditErr
 	}
@@ -62,6 +67,34 @@ func perform[R any](ctx context.Context, s *Service, call Call, op policy.Operat
 	}
 	var none R
 	return none, err
+}
+
+// maxAnew is how often an operation begins again because its configuration was
+// replaced meanwhile.
+const maxAnew = 3
+
+// anew begins an operation again, with the configuration in use, where it failed
+// because that has taken the place of its own, whose backends are gone. What rules
+// have counted stays counted.
+func (t *transaction) anew(ctx context.Context, err error) bool {
+	if !t.overtaken(err) || ctx.Err() != nil || t.again >= maxAnew {
+		return false
+	}
+	t.held.Release() // a rule that lets one call run would refuse this one to itself
+	fresh := t.service.begin(t.call, policy.Operation(t.record.Operation))
+	fresh.record.BytesIn = t.record.BytesIn // a stream's
+	t.state, t.record, t.maxStale, t.policyStale, t.note = fresh.state, fresh.record, fresh.maxStale, nil, ""
+	t.again++
+	return true
+}
+
+// overtaken reports whether err says no more than that the configuration was replaced.
+func (t *transaction) overtaken(err error) bool {
+	if errors.Is(err, errReconfigured) {
+		return true
+	}
+	e, ok := errors.AsType[*Error](err)
+	return ok && e.Reason == ReasonBackendDown && t.state != t.service.state.Load()
 }
 
 func (s *Service) begin(call Call, op policy.Operation) *transaction {

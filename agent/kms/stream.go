@@ -146,6 +146,9 @@ func (s *Service) EncryptStream(ctx context.Context, call Call, req EncryptStrea
 	begun := false
 	defer t.releaseUnless(&begun)
 	st, err := t.beginEncrypt(ctx, req, w)
+	for t.anew(ctx, err) {
+		st, err = t.beginEncrypt(ctx, req, w)
+	}
 	if begun = err == nil; begun {
 		return st, nil
 	}
@@ -287,6 +290,15 @@ func (t *transaction) beginDecrypt(ctx context.Context, expected map[string]stri
 	if err != nil {
 		return nil, streamFailure(ctx, "", err)
 	}
+	st, err := t.openDecrypt(ctx, expected, reader)
+	for t.anew(ctx, err) {
+		st, err = t.openDecrypt(ctx, expected, reader)
+	}
+	return st, err
+}
+
+// openDecrypt begins a stream whose header has been read.
+func (t *transaction) openDecrypt(ctx context.Context, expected map[string]string, reader *envelope.Reader) (*DecryptStream, error) {
 	k, edks, err := t.admit(ctx, reader.Header(), expected, 0)
 	if err != nil {
 		return nil, err

@@ -82,12 +82,14 @@ func (k sealed) clone() sealed {
 	return k
 }
 
+var errReconfigured = errors.New("the configuration has been replaced")
+
 // reconfigured is for what began under a configuration that has been replaced.
 // Upstream has said nothing.
 func reconfigured(k *key) *Error {
 	e := &Error{
 		Reason: ReasonBackendDown, RetryAfter: time.Second,
-		Message: "the agent's configuration of this key changed meanwhile; retry",
+		Message: "the agent's configuration of this key changed meanwhile; retry", Cause: errReconfigured,
 	}
 	if k != nil {
 		e.Key = k.Name
