@@ -230,7 +230,7 @@ func (t *transaction) unwrapDirect(ctx context.Context, k *key, edk sealed) ([]b
 	var plaintext []byte
 	err := s.sure(t.upstream(ctx), g, authority, sealedKey{edk}, k.Limits.MaxAge)
 	if err == nil {
-		plaintext, err = w.unwrap(t.upstream(ctx), edk)
+		plaintext, err = s.unwrap(t.upstream(ctx), w, edk)
 	}
 	t.upstreamSince(clock)
 	s.observe(ctx, g, authority, err, began)

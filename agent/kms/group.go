@@ -264,7 +264,11 @@ func (s *Service) wrapGroup(ctx context.Context, g *group, v versions, material 
 		}
 	}
 	made, errs := s.wrapParts(ctx, g, parts, v, material, info, encryptionContext)
-	switch err := s.combine(g, errs); {
+	err := s.combine(g, errs)
+	if err == nil {
+		err = g.withheld(v, cache.Encrypt)
+	}
+	switch {
 	case err != nil:
 		return nil, err
 	case len(made) < g.least:
@@ -330,7 +334,7 @@ func inOrder(k sealedKey) sealedKey {
 func (s *Service) unwrapGroup(ctx context.Context, g *group, k sealedKey) ([]byte, error) {
 	k = g.byHealth(k)
 	if len(k) == 1 {
-		return g.parts[k[0].part].unwrap(ctx, k[0])
+		return s.unwrap(ctx, g.parts[k[0].part], k[0])
 	}
 	type answer struct {
 		part     int
@@ -344,7 +348,7 @@ func (s *Service) unwrapGroup(ctx context.Context, g *group, k sealedKey) ([]byt
 		if asked < len(k) {
 			one := k[asked]
 			go func() {
-				material, err := g.parts[one.part].unwrap(ctx, one)
+				material, err := s.unwrap(ctx, g.parts[one.part], one)
 				answers <- answer{one.part, material, err}
 			}()
 			asked++
@@ -417,7 +421,9 @@ func (s *Service) confirmGroup(ctx context.Context, g *group, a cache.Authority,
 		}
 		return s.confirmUnwrap(ctx, g.parts[part], v[part], known.of(part))
 	})
-	err = s.combine(g, errs)
+	if err = s.combine(g, errs); err == nil {
+		err = g.withheld(v, a.Direction)
+	}
 	if err == nil && a.Direction == cache.Encrypt {
 		s.retireLacking(g, errs)
 	}
@@ -443,7 +449,14 @@ func (w *wrapping) provable() string {
 // opens, or wraps alone, confirms the authority, so that a refresh that would ask the
 // others may never be due.
 func (s *Service) sure(ctx context.Context, g *group, a cache.Authority, sample sealedKey, maxAge time.Duration) error {
-	if len(g.parts) == 1 || s.cache.Recheck(a) == nil && !g.overdue(a, s.now(), maxAge) {
+	if len(g.parts) == 1 {
+		return nil
+	}
+	v, err := g.parseVersions(a.Version)
+	if err != nil {
+		return err
+	}
+	if s.cache.Recheck(a) == nil && g.withheld(v, a.Direction) == nil && !g.overdue(a, s.now(), maxAge) {
 		return nil
 	}
 	return s.confirmGroup(ctx, g, a, sample)

@@ -350,6 +350,58 @@ func TestExportedByTheFirst(t *testing.T) {
 	}
 }
 
+// What one backend has refused stays refused while that backend is away, whatever the
+// other says, until it says yes itself.
+func TestARevocationOutlastsItsBackend(t *testing.T) {
+	for name, no := range map[string]func(p *pair){
+		"denied":   func(p *pair) { p.b.fail(denied()) },
+		"disabled": func(p *pair) { p.b.intercept(butDescribe) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			p := newPair(t, 1)
+			made := p.must()
+			if _, err := p.decrypt(made.Message); err != nil {
+				t.Fatal(err)
+			}
+			no(p)
+			p.clock.Advance(6 * time.Minute)
+			refused := func(when string) {
+				t.Helper()
+				_, err := p.encrypt()
+				_, err2 := p.decrypt(made.Message)
+				for _, err := range []error{err, err2} {
+					if reason := kms.ReasonOf(err); reason != kms.ReasonKeyUnusable && reason != kms.ReasonKeySuspended {
+						t.Errorf("%s: %v, want that the key is refused", when, err)
+					}
+				}
+			}
+			refused("it says no")
+			p.clock.Advance(10 * time.Second)
+			refused("it says no still")
+			p.b.intercept(nil)
+			p.b.fail(unreachable())
+			for range 4 {
+				p.clock.Advance(10 * time.Second)
+				refused("it is away")
+			}
+			p.b.fail(nil)
+			p.clock.Advance(time.Minute)
+			p.must()
+			if _, err := p.decrypt(made.Message); err != nil {
+				t.Errorf("it says yes: %v", err)
+			}
+		})
+	}
+}
+
+// butDescribe is what a version says that is disabled.
+func butDescribe(call string) error {
+	if call == "describe" {
+		return nil
+	}
+	return denied()
+}
+
 // A revocation is heard within max_age, also where the other backend opens what is not
 // cached, or wraps alone, all the time.
 func TestOneRevokesWhileTheOtherIsBusy(t *testing.T) {
@@ -373,12 +425,7 @@ func TestOneRevokesWhileTheOtherIsBusy(t *testing.T) {
 			if err := use(p, messages[0]); err != nil {
 				t.Fatal(err)
 			}
-			p.b.intercept(func(call string) error { // as a version that is disabled
-				if call == "describe" {
-					return nil
-				}
-				return denied()
-			})
+			p.b.intercept(butDescribe)
 			for _, m := range messages[1:] { // a minute more than max_age
 				p.clock.Advance(time.Minute)
 				if err := use(p, m); err != nil {

@@ -129,7 +129,7 @@ func (s *Service) newMessageKey(ctx context.Context, k *key, current versions, p
 		clear(material)
 		return cache.Material{}, err
 	}
-	if s.inUse(k.group) {
+	if s.inUse(k.group) && k.group.withheld(current, cache.Decrypt) == nil {
 		s.cache.Observe(k.group.authority(k.group.versions(wrapped), cache.Decrypt), cache.Yes, began)
 	}
 	return cache.Material{DataKey: material, Origin: k.group.made(wrapped)}, nil

@@ -48,6 +48,8 @@ type wrapping struct {
 	group  atomic.Pointer[group]
 	flight singleflight.Group
 
+	refusals refusals
+
 	mu       sync.Mutex        // guards canaries
 	canaries map[string]sealed // by version
 }
@@ -198,6 +200,7 @@ func (s *Service) askForItself(ctx context.Context, w *wrapping) (*described, er
 	began := s.now()
 	w.asked.Store(int64(began))
 	d, err := w.backend.Describe(ctx, w.id.uri)
+	w.refusals.heard(refusal{}, err, began, s.now())
 	if err != nil {
 		if verdictOf(err) == cache.Unreachable {
 			w.failures.Add(1)
@@ -320,7 +323,9 @@ func (s *Service) wrap(ctx context.Context, w *wrapping, material []byte, info e
 	if err != nil {
 		return sealed{}, err
 	}
+	began := s.now()
 	ciphertext, err := plugins.WrapProven(ctx, w.backend, w.ref(info.Version), material, b)
+	w.refusals.heard(refusal{info.Version, cache.Encrypt}, err, began, s.now())
 	if errors.Is(err, plugins.ErrUnproven) {
 		s.alarm("a wrap does not unwrap; it is not used", err, w.id.backend, w.id.uri)
 	}
@@ -334,9 +339,10 @@ func (s *Service) wrap(ctx context.Context, w *wrapping, material []byte, info e
 }
 
 // unwrap opens one encrypted data key. The result is the caller's to clear.
-func (w *wrapping) unwrap(ctx context.Context, k sealed) ([]byte, error) {
-	began := time.Now()
+func (s *Service) unwrap(ctx context.Context, w *wrapping, k sealed) ([]byte, error) {
+	began, clock := time.Now(), s.now()
 	material, err := w.backend.Unwrap(ctx, w.ref(k.version), k.edk.Ciphertext, k.binding)
+	w.refusals.heard(refusal{k.version, cache.Decrypt}, err, clock, s.now())
 	switch {
 	case verdictOf(err) == cache.Unreachable, err == nil && time.Since(began) > hedgeAfter:
 		w.failing.Store(1)
@@ -373,7 +379,9 @@ func (s *Service) confirmWrap(ctx context.Context, w *wrapping, version string) 
 		return plugins.Errorf(plugins.KeyNotFound, "%s has no version %q", w.id.uri, version)
 	}
 	if v.State != plugins.Enabled {
-		return plugins.Errorf(plugins.KeyUnusable, "version %s of %s is %s", version, w.id.uri, v.State)
+		err := plugins.Errorf(plugins.KeyUnusable, "version %s of %s is %s", version, w.id.uri, v.State)
+		w.refusals.heard(refusal{version, cache.Encrypt}, err, d.at, s.now())
+		return err
 	}
 	var material [envelope.DataKeySize]byte
 	_, _ = rand.Read(material[:]) // never fails: crypto/rand
@@ -399,7 +407,7 @@ func (s *Service) confirmUnwrap(ctx context.Context, w *wrapping, version string
 	default:
 		probe = *sample
 	}
-	material, err := w.unwrap(ctx, probe)
+	material, err := s.unwrap(ctx, w, probe)
 	clear(material)
 	if err != nil && plugins.ClassOf(err) == plugins.BadCiphertext {
 		s.alarm("what opened before no longer opens: the wrapping key may have been replaced", err, w.id.backend, w.id.uri)
