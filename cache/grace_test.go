@@ -202,6 +202,7 @@ func TestRevokedInGrace(t *testing.T) {
 		stop()
 		f, err = use()
 		r.wantRefused("revoked", f, err, errNo)
+		synctest.Wait() // what made sure of that has its answer
 		r.up.say(errDown, errDown)
 		f, err = use()
 		r.wantRefused("away again: a no stays a no", f, err, cache.ErrRevoked)

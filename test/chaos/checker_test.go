@@ -56,6 +56,7 @@ func check(h *history) ([]violation, *model) {
 	found = append(found, m.overused()...)
 	found = append(found, m.shared()...)
 	found = append(found, m.refusedThoughCached()...)
+	found = append(found, m.forgotten()...)
 	found = append(found, m.slowRecoveries()...)
 	return found, m
 }
@@ -78,10 +79,18 @@ func ofUses(check func(*model, *call, use) string) func(*model, *call) string {
 // wrongContent: what was encrypted is what is decrypted. A token that lies is found out
 // where a message proves it; key material that it alone wraps proves nothing.
 func wrongContent(m *model, c *call) string {
-	if (c.Operation == "decrypt-data-key" || c.Operation == "unwrap") && m.lied(c, 0) {
+	if c.Operation == "decrypt-data-key" && m.wrongBefore(c) || (c.Operation == "decrypt-data-key" || c.Operation == "unwrap") && m.lied(c, 0) {
 		return ""
 	}
 	return c.Wrong
+}
+
+// wrongBefore tells whether a token had lied about the same data key, which then is in
+// the cache as it said.
+func (m *model) wrongBefore(c *call) bool {
+	return c.Wrong != "" && slices.ContainsFunc(m.Calls, func(other *call) bool {
+		return other.Wrong != "" && other.Operation == c.Operation && other.End < c.Start && other.Uses[0].EDKs == c.Uses[0].EDKs && m.lied(other, 0)
+	})
 }
 
 // lied tells whether a backend of a call may have given other bytes than were wrapped,
@@ -278,7 +287,11 @@ func (m *model) excusedByOutage(c *call) bool {
 // excusedByRevocation: one of the versions was, or may have been, disabled.
 func (m *model) excusedByRevocation(c *call) bool {
 	return slices.ContainsFunc(m.Actions, func(a *action) bool {
-		if a.Effect != disabled || !(span{a.Begin, a.Ended + recovery}).overlaps(c.Start, c.End) {
+		late := a.Ended + recovery
+		if b := m.backendOf(a.Target); late < c.Start && !m.heard(b, a.Ended, c.Start) {
+			late = c.Start // nobody could say yes since
+		}
+		if a.Effect != disabled || !(span{a.Begin, late}).overlaps(c.Start, c.End) {
 			return false
 		}
 		return slices.ContainsFunc(c.Uses, func(u use) bool { return m.hit(u, a) })

@@ -11,6 +11,9 @@ const (
 	// settling is how long after the first answer from upstream calls that began in the
 	// fault may still fail: as long as they may take.
 	settling = 3 * time.Second
+	// replacing is that time after a fault in which a module may hang for good: its
+	// process is found out, and replaced, while others are answered already.
+	replacing = 8 * time.Second
 	// reconnect is how long callers need to find an agent that is back.
 	reconnect = 3 * time.Second
 	// tolerance is for what happens between a clock's being read here and there, on a
@@ -79,13 +82,22 @@ func (m *model) findTroubles() {
 			for _, c := range answers[backend] {
 				if c.Start >= a.Ended {
 					m.recovers = append(m.recovers, recovered{a, c.End - a.Ended})
-					until = min(until, c.End+settling)
+					until = min(until, c.End+a.settles())
 					break
 				}
 			}
 			m.troubles[backend] = append(m.troubles[backend], span{a.Begin, until})
 		}
 	}
+}
+
+// settles is how long after the first answer a fault may still be felt.
+func (a *action) settles() time.Duration {
+	switch a.Fault {
+	case "hang", "slow", "cut", "refuse", "gone", "silence", "halves", "corrupt": // p11-kit's client hangs now and then
+		return replacing
+	}
+	return settling
 }
 
 // answeredBy is the backend that an answer proves to have answered; "" where it proves
@@ -123,6 +135,17 @@ func objectOf(wrap string) string {
 // calm tells whether calls of a backend surely succeeded in a time.
 func (m *model) calm(backend string, from, to time.Duration) bool {
 	return !slices.ContainsFunc(m.troubles[backend], func(s span) bool { return s.overlaps(from, to) })
+}
+
+// heard tells whether a backend surely answered for a while, so that all who wanted to
+// know have heard what it says.
+func (m *model) heard(backend string, from, to time.Duration) bool {
+	for at := from; at+recovery/3 <= to; at += 100 * time.Millisecond {
+		if m.calm(backend, at, at+recovery/3) {
+			return true
+		}
+	}
+	return false
 }
 
 // possibly tells whether an effect may have been there in a time, or up to late before.

@@ -70,6 +70,13 @@ func lasting(e effect, target string, from, to time.Duration) *action {
 	return &action{Lane: "planted", Fault: string(e), Target: target, Effect: e, Begin: from, Begun: from, Ending: to, Ended: to, Sure: e == down}
 }
 
+// shaky is a fault of "hsm" in which some calls are answered.
+func shaky(from, to time.Duration) *action {
+	a := lasting(down, "hsm", from, to)
+	a.Sure = false
+	return a
+}
+
 // quiet takes out what would not have been in a time.
 func (h *history) quiet(from, to time.Duration, keys ...string) {
 	h.Calls = slices.DeleteFunc(h.Calls, func(c *call) bool {
@@ -107,7 +114,10 @@ func cases() []planted {
 		{"a revoked version serves", "revocation", []*action{off}, []*call{decrypt(36 * second)}},
 		{"a revoked version serves for max_age", "", []*action{off}, []*call{decrypt(31 * second)}},
 		{"a revoked version serves in an outage", "", []*action{out("orders"), off}, []*call{graced(decrypt(36*second), 6*second, second)}},
-		{"a revoked version serves after grace", "revocation", []*action{lasting(down, "hsm", 30*second, 35*second), off}, []*call{decrypt(45 * second)}},
+		{"a no is forgotten in an outage", "forgotten", []*action{off, lasting(down, "hsm", 35*second, 90*second)}, []*call{refused(decrypt(33*second), "KEY_UNUSABLE"), graced(decrypt(37*second), 7*second, second)}},
+		{"a no is forgotten with another backend's yes", "forgotten", []*action{lasting(disabled, "pair-a@1", 30*second, 90*second), lasting(down, "hsm", 35*second, 90*second)},
+			[]*call{refused(good("alice", "decrypt", "pair", 33*second), "KEY_UNUSABLE"), good("alice", "decrypt", "pair", 38*second)}},
+		{"a revoked version serves after grace", "revocation", []*action{shaky(30*second, 80*second), off}, []*call{decrypt(45 * second)}},
 		{"served after grace", "grace-end", []*action{out("orders")}, []*call{graced(decrypt(45*second), 8*second, second)}},
 		{"cached after grace", "grace-end", []*action{out("orders")}, []*call{decrypt(45 * second)}},
 		{"an agent serves that started in the outage", "cold", []*action{out("orders"), lasting(agentDown, "", 31*second, 32*second)}, []*call{graced(decrypt(33*second), 3*second, second)}},
@@ -175,7 +185,7 @@ func TestPlanted(t *testing.T) {
 			case agentDown:
 				h.quiet(a.Begin, a.Ended, "orders", "ledger", "notes", "pair")
 			case disabled:
-				h.quiet(a.Begin, a.Ended, "orders")
+				h.quiet(a.Begin, a.Ended, "orders", "pair")
 			default: // nobody else notices
 			}
 		}
@@ -190,7 +200,7 @@ func TestPlanted(t *testing.T) {
 			t.Errorf("%s: the checker finds %q, want %q\n%v", p.name, got, p.rule, found)
 		}
 	}
-	for _, name := range append(names(), "max-messages", "partition", "grace") {
+	for _, name := range append(names(), "max-messages", "partition", "grace", "forgotten") {
 		if !tried[name] {
 			t.Errorf("rule %s has no planted violation", name)
 		}

@@ -53,6 +53,35 @@ func (m *model) eachHeld(visit func(c *call, last held)) {
 	}
 }
 
+// forgotten finds calls that were served by a version after a no to it had been told:
+// that the backend which said so is away since does not make it a yes. What others of
+// its data keys' backends have confirmed serves for max_age at most.
+func (m *model) forgotten() []violation {
+	var found []violation
+	for _, a := range m.Actions {
+		if a.Effect != disabled {
+			continue
+		}
+		told := map[string]*call{} // by key and direction
+		for _, c := range m.Calls {
+			if c.Start < a.Begun || c.End > a.Ending {
+				continue
+			}
+			for _, u := range c.Uses {
+				name := fmt.Sprint(u.Key, u.Encrypt)
+				switch first := told[name]; {
+				case !slices.Contains(u.Wraps, a.Target):
+				case c.Reason == "KEY_UNUSABLE" && len(c.Uses) == 1 && first == nil:
+					told[name] = c
+				case c.Reason == "" && first != nil && first.End+m.keys[u.Key].MaxAge+swept+tolerance < c.Start && !m.possibly(agentDown, "", first.Start, c.End, 0):
+					found = append(found, violation{"forgotten", fmt.Sprintf("call %d was told that %s must not be used, it is disabled still, and it served", first.ID, a.Target), c})
+				}
+			}
+		}
+	}
+	return found
+}
+
 // holderOf is the data key that a call needs, where that is known: one whose messages
 // are counted may be used up.
 func (m *model) holderOf(c *call) (holder, bool) {
