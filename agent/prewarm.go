@@ -18,6 +18,7 @@ import (
 	"google.golang.org/protobuf/encoding/protojson"
 
 	"github.com/kms-agent/kms-agent/agent/kms"
+	"github.com/kms-agent/kms-agent/agent/serve/native"
 	kmsagentv1 "github.com/kms-agent/kms-agent/api/kmsagent/v1"
 	"github.com/kms-agent/kms-agent/envelope"
 )
@@ -182,11 +183,7 @@ func readPrewarmList(r io.Reader) ([]kms.Sealed, error) {
 		if err := (protojson.UnmarshalOptions{DiscardUnknown: true}).Unmarshal(lines.Bytes(), &one); err != nil || one.GetEncryptedDataKey() == nil {
 			return keys, fmt.Errorf("line %d is no JSON object with encrypted_data_key and context", n)
 		}
-		edk := one.GetEncryptedDataKey()
-		keys = append(keys, kms.Sealed{
-			EDKs:    []envelope.EDK{{ProviderID: edk.GetProviderId(), ProviderInfo: edk.GetProviderInfo(), Ciphertext: edk.GetCiphertext()}},
-			Context: one.GetContext(),
-		})
+		keys = append(keys, kms.Sealed{EDKs: native.EDKs(one.GetEncryptedDataKey()), Context: one.GetContext()})
 	}
 	return keys, lines.Err()
 }

@@ -16,7 +16,7 @@ type keyID [32]byte
 type dataKey struct {
 	id        keyID
 	key       []byte
-	edk       envelope.EDK // empty for decryption
+	edks      []envelope.EDK // nil for decryption
 	name      string
 	version   string
 	freshness Freshness // as it was at asked

@@ -128,7 +128,7 @@ func (p *InProcess) Encrypt(ctx context.Context, r *EncryptRequest) (*EncryptRes
 		return nil, err
 	}
 	defer p.encryption.release(k)
-	message, err := envelope.Seal(nil, k.key, []envelope.EDK{k.edk}, r.GetContext(), r.GetPlaintext())
+	message, err := envelope.Seal(nil, k.key, k.edks, r.GetContext(), r.GetPlaintext())
 	if err != nil {
 		return nil, failed(codes.Internal, ErrInternal, k.name, "the message could not be made: "+err.Error())
 	}
@@ -165,12 +165,16 @@ func (p *InProcess) open(ctx context.Context, h *envelope.Header, name string, e
 			return undecryptable(name)
 		}
 	}
-	var first error
-	for _, edk := range h.EDKs {
-		if edk.ProviderID != envelope.ProviderID {
-			continue
+	own := slices.DeleteFunc(slices.Clone(h.EDKs), func(e envelope.EDK) bool { return e.ProviderID != envelope.ProviderID })
+	tries := [][]envelope.EDK{own} // as a rule they are of one data key
+	for i := range own {
+		if len(own) > 1 {
+			tries = append(tries, own[i:i+1])
 		}
-		k, freshness, err := p.keyToDecrypt(ctx, edk, h.Context, maxStale)
+	}
+	var first error
+	for i, edks := range tries {
+		k, freshness, err := p.keyToDecrypt(ctx, edks, h.Context, maxStale)
 		if err == nil {
 			err = try(k, freshness)
 			p.decryption.release(k)
@@ -181,6 +185,9 @@ func (p *InProcess) open(ctx context.Context, h *envelope.Header, name string, e
 		}
 		if first == nil || errors.Is(first, ErrDecryptFailed) {
 			first = err
+		}
+		if i == 0 && !errors.Is(err, ErrDecryptFailed) {
+			break // what none of them opens now, none opens alone
 		}
 	}
 	return first
@@ -225,28 +232,37 @@ func (p *InProcess) generate(ctx context.Context, id keyID, r *GenerateDataKeyRe
 	if err != nil {
 		return nil, err
 	}
-	edk := answer.GetEncryptedDataKey()
 	k, err := p.received(id, asked, answer.GetPlaintext(), answer.GetKeyUse(), answer.GetUseUntil())
 	if err != nil {
 		return nil, err
 	}
-	k.edk = envelope.EDK{ProviderID: edk.GetProviderId(), ProviderInfo: edk.GetProviderInfo(), Ciphertext: edk.GetCiphertext()}
+	first := answer.GetEncryptedDataKey()
+	for _, one := range append([]*EncryptedDataKey{first}, first.GetMore()...) {
+		k.edks = append(k.edks, envelope.EDK{ProviderID: one.GetProviderId(), ProviderInfo: one.GetProviderInfo(), Ciphertext: one.GetCiphertext()})
+	}
 	return k, nil
 }
 
-// keyToDecrypt returns the data key behind an EDK; the caller releases it.
-func (p *InProcess) keyToDecrypt(ctx context.Context, edk envelope.EDK, pairs map[string]string, maxStale *durationpb.Duration) (*dataKey, Freshness, error) {
+// keyToDecrypt returns the data key behind EDKs; the caller releases it.
+func (p *InProcess) keyToDecrypt(ctx context.Context, edks []envelope.EDK, pairs map[string]string, maxStale *durationpb.Duration) (*dataKey, Freshness, error) {
 	stale, err := bound(maxStale)
 	if err != nil {
 		return nil, Freshness{}, err
 	}
-	id := identify(pairs, "decrypt", string(edk.ProviderInfo), string(edk.Ciphertext))
+	var first *EncryptedDataKey
+	what := []string{"decrypt"}
+	for _, edk := range edks {
+		one := &EncryptedDataKey{ProviderId: edk.ProviderID, ProviderInfo: edk.ProviderInfo, Ciphertext: edk.Ciphertext}
+		if what = append(what, string(edk.ProviderInfo), string(edk.Ciphertext)); first == nil {
+			first = one
+			continue
+		}
+		first.More = append(first.More, one)
+	}
+	id := identify(pairs, what...)
 	return p.decryption.acquire(ctx, want{id: id, maxStale: stale, fetch: func(ctx context.Context) (*dataKey, error) {
 		asked := time.Now()
-		answer, err := p.client.DecryptDataKey(ctx, &DecryptDataKeyRequest{
-			EncryptedDataKey: &EncryptedDataKey{ProviderId: edk.ProviderID, ProviderInfo: edk.ProviderInfo, Ciphertext: edk.Ciphertext},
-			Context:          pairs, MaxStale: maxStale,
-		})
+		answer, err := p.client.DecryptDataKey(ctx, &DecryptDataKeyRequest{EncryptedDataKey: first, Context: pairs, MaxStale: maxStale})
 		if err != nil {
 			return nil, err
 		}

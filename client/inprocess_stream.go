@@ -30,7 +30,7 @@ func (p *InProcess) EncryptStream(ctx context.Context, start *EncryptStreamStart
 		most = limit
 	}
 	out := &sink{ctx: ctx, w: w}
-	stream, err := envelope.NewWriter(out, k.key, []envelope.EDK{k.edk}, start.GetContext())
+	stream, err := envelope.NewWriter(out, k.key, k.edks, start.GetContext())
 	if err != nil {
 		return nil, out.explain(err)
 	}

@@ -74,7 +74,7 @@ func TestANoIsHeardBesideTraffic(t *testing.T) {
 			p.must() // there is a canary of each now
 			p.b.intercept(refusesUse)
 			p.refusedWithin(6*time.Minute, each, func() error {
-				_, err := p.Unwrap(p.t.Context(), c, kms.UnwrapRequest{EDK: made.EDK})
+				_, err := p.Unwrap(p.t.Context(), c, kms.UnwrapRequest{EDKs: made.EDKs})
 				return err
 			})
 		})

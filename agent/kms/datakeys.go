@@ -3,6 +3,7 @@ package kms
 import (
 	"context"
 	"errors"
+	"fmt"
 	"time"
 
 	"github.com/kms-agent/kms-agent/agent/census"
@@ -21,8 +22,9 @@ type GenerateDataKeyRequest struct {
 // DataKeyResponse holds a data key: in clear where the operation gives that.
 type DataKeyResponse struct {
 	Plaintext []byte
-	EDK       envelope.EDK
-	KeyUse    KeyUse
+	// EDKs has one of each backend that has wrapped it, in the configuration's order.
+	EDKs   []envelope.EDK
+	KeyUse KeyUse
 	// UseUntil bounds how long a receiver may cache the plaintext.
 	UseUntil time.Time
 }
@@ -54,12 +56,12 @@ func (t *transaction) generate(ctx context.Context, req GenerateDataKeyRequest, 
 		return DataKeyResponse{}, err
 	}
 	material := t.service.newDataKey()
-	edk, use, err := t.wrapBound(ctx, k, material, envelope.PurposeExported, req.Context)
+	edks, use, err := t.wrapBound(ctx, k, material, envelope.PurposeExported, req.Context)
 	if err != nil {
 		clear(material)
 		return DataKeyResponse{}, err
 	}
-	return DataKeyResponse{Plaintext: material, EDK: edk, KeyUse: use, UseUntil: t.useUntil(k, use.Freshness)}, nil
+	return DataKeyResponse{Plaintext: material, EDKs: edks, KeyUse: use, UseUntil: t.useUntil(k, use.Freshness)}, nil
 }
 
 // useUntil is how long a receiver may cache a data key: no longer than the agent
@@ -73,31 +75,37 @@ func (t *transaction) useUntil(k *key, f cache.Freshness) time.Time {
 	return t.began.Add(max(0, min(t.state.DataKeyUse, left-f.Age)))
 }
 
-// wrapBound wraps key material under the current version with the context
-// bound, past the cache, which learns from it all the same.
-func (t *transaction) wrapBound(ctx context.Context, k *key, material []byte, purpose envelope.Purpose, encryptionContext map[string]string) (envelope.EDK, KeyUse, error) {
+// wrapBound has key material wrapped by every part that answers, under the current
+// versions and with the context bound: past the cache, which learns from it all the same.
+func (t *transaction) wrapBound(ctx context.Context, k *key, material []byte, purpose envelope.Purpose, encryptionContext map[string]string) ([]envelope.EDK, KeyUse, error) {
 	current, err := t.current(ctx, k)
 	if err != nil {
-		return envelope.EDK{}, KeyUse{}, err
+		return nil, KeyUse{}, err
 	}
 	s, g := t.service, k.group
 	info := envelope.ProviderInfo{
 		Purpose: purpose, Key: k.Name, ContextBound: true, Partition: s.partitionID(t.partition(k, encryptionContext)),
 	}
 	authority := g.authority(current, cache.Encrypt)
-	clock := time.Now()
-	var wrapped sealed
-	if err = s.agreed(t.upstream(ctx), g, authority, nil, t.maxAge(k)); err == nil {
-		began := s.now()
-		wrapped, err = s.wrapFirst(t.upstream(ctx), g, current, material, info, encryptionContext)
-		s.observeOne(ctx, g, authority, err, began)
+	clock, began := time.Now(), s.now()
+	wrapped, err := s.wrapGroup(t.upstream(ctx), g, current, material, info, encryptionContext)
+	all := len(wrapped) == len(g.parts)
+	if err != nil || all {
+		s.observe(ctx, g, authority, err, began)
+	}
+	if err == nil && !all {
+		err = s.agreed(t.upstream(ctx), g, authority, wrapped, t.maxAge(k))
 	}
 	t.upstreamSince(clock)
 	if err != nil {
-		return envelope.EDK{}, KeyUse{}, failure(ctx, k.Name, err)
+		return nil, KeyUse{}, failure(ctx, k.Name, err)
 	}
-	s.census.Add(census.Kind{Key: k.Name, Purpose: census.Purpose(purpose.String()), Wraps: g.wraps(sealedKey{wrapped})})
-	return wrapped.edk, t.used(k, g.versions(sealedKey{wrapped}).String(), cache.Freshness{Source: cache.Upstream}), nil
+	edks := make([]envelope.EDK, len(wrapped))
+	for i, one := range wrapped {
+		edks[i] = one.edk
+	}
+	s.census.Add(census.Kind{Key: k.Name, Purpose: census.Purpose(purpose.String()), Wraps: g.wraps(wrapped)})
+	return edks, t.used(k, g.versions(wrapped).String(), cache.Freshness{Source: cache.Upstream}), nil
 }
 
 // observe tells the cache what traffic past it has learned, unless the caller's
@@ -126,9 +134,10 @@ func (t *transaction) maxAge(k *key) time.Duration {
 	return k.Limits.MaxAge
 }
 
-// DecryptDataKeyRequest asks for the clear form of an exported data key.
+// DecryptDataKeyRequest asks for the clear form of an exported data key, whose EDKs are
+// of one data key: it is opened by whichever backend answers first.
 type DecryptDataKeyRequest struct {
-	EDK     envelope.EDK
+	EDKs    []envelope.EDK
 	Context map[string]string
 }
 
@@ -136,11 +145,11 @@ type DecryptDataKeyRequest struct {
 // and nothing else.
 func (s *Service) DecryptDataKey(ctx context.Context, call Call, req DecryptDataKeyRequest) (DataKeyResponse, error) {
 	return perform(ctx, s, call, policy.DecryptDataKey, func(ctx context.Context, t *transaction) (DataKeyResponse, error) {
-		k, edk, err := t.admitEDK(ctx, req.EDK, policy.DecryptDataKey, req.Context, envelope.PurposeExported)
+		k, edks, err := t.admitEDKs(ctx, req.EDKs, policy.DecryptDataKey, req.Context, envelope.PurposeExported)
 		if err != nil {
 			return DataKeyResponse{}, err
 		}
-		use, v, err := t.decryptionKey(ctx, k, sealedKey{edk})
+		use, v, err := t.decryptionKey(ctx, k, edks)
 		if err != nil {
 			return DataKeyResponse{}, err
 		}
@@ -152,25 +161,61 @@ func (s *Service) DecryptDataKey(ctx context.Context, call Call, req DecryptData
 	})
 }
 
-// admitEDK authorises the caller for the key that an EDK names and returns the
-// EDK ready to be opened.
-func (t *transaction) admitEDK(ctx context.Context, edk envelope.EDK, op policy.Operation, encryptionContext map[string]string, purpose envelope.Purpose) (*key, sealed, error) {
-	if edk.ProviderID != envelope.ProviderID {
-		return nil, sealed{}, foreign(errors.New("its provider is not kms-agent"))
-	}
-	info, err := envelope.ParseProviderInfo(edk.ProviderInfo)
+// admitEDKs authorises the caller for the key that EDKs name, and returns those that can
+// be tried, one of each part.
+func (t *transaction) admitEDKs(ctx context.Context, edks []envelope.EDK, op policy.Operation, encryptionContext map[string]string, purpose envelope.Purpose) (*key, sealedKey, error) {
+	name, infos, err := ownEDKs(edks)
 	if err != nil {
-		return nil, sealed{}, foreign(err)
+		return nil, nil, err
 	}
-	k, err := t.authoriseWith(ctx, info.Key, op, encryptionContext, uint64(len(edk.Ciphertext)))
+	payload := 0 // they are of the same
+	for _, edk := range edks {
+		payload = max(payload, len(edk.Ciphertext))
+	}
+	k, err := t.authoriseWith(ctx, name, op, encryptionContext, uint64(payload))
 	if err != nil {
-		return nil, sealed{}, err
+		return nil, nil, err
 	}
-	if !info.ContextBound {
-		return nil, sealed{}, undecryptable(k.Name, errors.New("its context is not bound"))
+	var ready sealedKey
+	var last error
+	for i, info := range infos {
+		if !info.ContextBound {
+			return nil, nil, undecryptable(k.Name, errors.New("its context is not bound"))
+		}
+		one, err := t.recognise(k, edks[i], info, encryptionContext, purpose)
+		if err != nil {
+			last = err
+			continue
+		}
+		ready = append(ready, one)
 	}
-	ready, err := t.recognise(k, edk, info, encryptionContext, purpose)
-	return k, ready, err
+	if ready = distinct(ready); len(ready) == 0 {
+		return nil, nil, last
+	}
+	return k, ready, nil
+}
+
+// ownEDKs reads what EDKs say of themselves: all are of this kind of agent and name one key.
+func ownEDKs(edks []envelope.EDK) (name string, infos []envelope.ProviderInfo, err error) {
+	switch n := len(edks); {
+	case n == 0:
+		return "", nil, foreign(errors.New("there is no encrypted data key"))
+	case n > envelope.MaxEDKs:
+		return "", nil, foreign(fmt.Errorf("it has %d encrypted data keys, at most %d", n, envelope.MaxEDKs))
+	}
+	infos = make([]envelope.ProviderInfo, len(edks))
+	for i, edk := range edks {
+		if edk.ProviderID != envelope.ProviderID {
+			return "", nil, foreign(errors.New("its provider is not kms-agent"))
+		}
+		if infos[i], err = envelope.ParseProviderInfo(edk.ProviderInfo); err != nil {
+			return "", nil, foreign(err)
+		}
+		if infos[i].Key != infos[0].Key {
+			return "", nil, foreign(errors.New("its encrypted data keys name several keys"))
+		}
+	}
+	return infos[0].Key, infos, nil
 }
 
 // WrapRequest asks for key material to be wrapped.
@@ -182,7 +227,8 @@ type WrapRequest struct {
 
 // WrapResponse holds wrapped key material.
 type WrapResponse struct {
-	EDK    envelope.EDK
+	// EDKs has one of each backend that has wrapped it, in the configuration's order.
+	EDKs   []envelope.EDK
 	KeyUse KeyUse
 }
 
@@ -198,14 +244,15 @@ func (s *Service) Wrap(ctx context.Context, call Call, req WrapRequest) (WrapRes
 			return WrapResponse{}, invalid(k.Name, "Wrap takes 1 to %d bytes of key material, this is %d; use Encrypt for data", MaxWrapSize, n)
 		}
 		t.record.BytesIn = uint64(len(req.Plaintext))
-		edk, use, err := t.wrapBound(ctx, k, req.Plaintext, envelope.PurposeWrap, req.Context)
-		return WrapResponse{EDK: edk, KeyUse: use}, err
+		edks, use, err := t.wrapBound(ctx, k, req.Plaintext, envelope.PurposeWrap, req.Context)
+		return WrapResponse{EDKs: edks, KeyUse: use}, err
 	})
 }
 
-// UnwrapRequest asks for wrapped key material in clear.
+// UnwrapRequest asks for wrapped key material in clear, whose EDKs are of the same:
+// it is opened by whichever backend answers first.
 type UnwrapRequest struct {
-	EDK     envelope.EDK
+	EDKs    []envelope.EDK
 	Context map[string]string
 }
 
@@ -221,37 +268,38 @@ func (r *UnwrapResponse) wipe() { clear(r.Plaintext) }
 // always asks upstream.
 func (s *Service) Unwrap(ctx context.Context, call Call, req UnwrapRequest) (UnwrapResponse, error) {
 	return perform(ctx, s, call, policy.Unwrap, func(ctx context.Context, t *transaction) (UnwrapResponse, error) {
-		k, edk, err := t.admitEDK(ctx, req.EDK, policy.Unwrap, req.Context, envelope.PurposeWrap)
+		k, edks, err := t.admitEDKs(ctx, req.EDKs, policy.Unwrap, req.Context, envelope.PurposeWrap)
 		if err != nil {
 			return UnwrapResponse{}, err
 		}
-		plaintext, err := t.unwrapDirect(ctx, k, edk)
+		plaintext, v, err := t.unwrapDirect(ctx, k, edks)
 		if err != nil {
 			return UnwrapResponse{}, failure(ctx, k.Name, err)
 		}
 		t.record.BytesOut = uint64(len(plaintext))
-		use := t.used(k, k.group.versions(sealedKey{edk}).String(), cache.Freshness{Source: cache.Upstream})
+		use := t.used(k, v.String(), cache.Freshness{Source: cache.Upstream})
 		return UnwrapResponse{Plaintext: plaintext, KeyUse: use}, nil
 	})
 }
 
-func (t *transaction) unwrapDirect(ctx context.Context, k *key, edk sealed) ([]byte, error) {
+// unwrapDirect opens EDKs past the cache. The result is the caller's to clear.
+func (t *transaction) unwrapDirect(ctx context.Context, k *key, edks sealedKey) ([]byte, versions, error) {
 	s, g := t.service, k.group
-	w := g.parts[edk.part]
-	if err := s.knows(t.upstream(ctx), w, edk.version); err != nil {
-		return nil, err
+	known, err := t.known(ctx, k, edks)
+	if err != nil {
+		return nil, nil, err
 	}
-	authority := g.authority(g.versions(sealedKey{edk}), cache.Decrypt)
+	v := g.versions(known)
+	authority := g.authority(v, cache.Decrypt)
 	began, clock := s.now(), time.Now()
-	plaintext, err := w.unwrap(t.upstream(ctx), edk)
+	plaintext, by, err := s.unwrapGroup(t.upstream(ctx), g, known)
 	s.observeOne(ctx, g, authority, err, began)
 	if err == nil {
-		edk.proven = true
-		if err = s.agreed(t.upstream(ctx), g, authority, sealedKey{edk}, t.maxAge(k)); err != nil {
+		if err = s.agreed(t.upstream(ctx), g, authority, known.provenBy(by), t.maxAge(k)); err != nil {
 			clear(plaintext)
 			plaintext = nil
 		}
 	}
 	t.upstreamSince(clock)
-	return plaintext, err
+	return plaintext, v, err
 }

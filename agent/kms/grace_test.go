@@ -19,7 +19,7 @@ type warm struct {
 	*rig
 	call     kms.Call
 	message  []byte
-	exported envelope.EDK
+	exported []envelope.EDK
 }
 
 func newWarm(t *testing.T) *warm {
@@ -34,7 +34,7 @@ func newWarm(t *testing.T) *warm {
 	if err != nil {
 		t.Fatal(err)
 	}
-	w.message, w.exported = made.Message, given.EDK
+	w.message, w.exported = made.Message, given.EDKs
 	if _, err := w.decrypt(); err != nil {
 		t.Fatal(err)
 	}
@@ -55,7 +55,7 @@ func (w *warm) decrypt() (kms.KeyUse, error) {
 }
 
 func (w *warm) open() (kms.DataKeyResponse, error) {
-	return w.DecryptDataKey(w.t.Context(), w.call, kms.DecryptDataKeyRequest{EDK: w.exported})
+	return w.DecryptDataKey(w.t.Context(), w.call, kms.DecryptDataKeyRequest{EDKs: w.exported})
 }
 
 // Each class of the contract, in the middle of grace: what is an outage goes on to be

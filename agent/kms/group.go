@@ -1,7 +1,6 @@
 package kms
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"encoding/json"
@@ -274,9 +273,6 @@ func (s *Service) wrapGroup(ctx context.Context, g *group, v versions, material 
 	case len(made) < g.least:
 		return nil, plugins.Errorf(plugins.Unavailable, "%d of the %d backends of key %s have wrapped, and min_wraps is %d", len(made), len(g.parts), g.key, g.least)
 	}
-	if len(made) < len(g.parts) {
-		g.lacking.Store(true)
-	}
 	return made, nil
 }
 
@@ -507,29 +503,6 @@ var errNoPart = errors.New("its wrapping key is none of this key's")
 // its logical key.
 func foreignPart(key, uri string) *Error {
 	return undecryptable(key, fmt.Errorf("wrapped under %s: %w", uri, errNoPart))
-}
-
-// wrapFirst has key material wrapped by the first part that answers, in the order of
-// the configuration and those that are well before the others.
-func (s *Service) wrapFirst(ctx context.Context, g *group, v versions, material []byte, info envelope.ProviderInfo, encryptionContext map[string]string) (sealed, error) {
-	var parts []int
-	for part, version := range v {
-		if version != "" {
-			parts = append(parts, part)
-		}
-	}
-	wrapped, by, errs := race(ctx, s, g, g.byHealth(parts), func(ctx context.Context, part int) (sealed, error) {
-		own := bytes.Clone(material) // who is late reads it when the caller has cleared its own
-		defer clear(own)
-		one := info
-		one.URI, one.Version = g.parts[part].id.uri, v[part]
-		return s.wrap(ctx, g.parts[part], own, one, encryptionContext)
-	}, func(sealed) {})
-	if by < 0 {
-		return sealed{}, s.combine(g, errs)
-	}
-	wrapped.part = by
-	return wrapped, nil
 }
 
 func (g *group) askAgain() {

@@ -3,6 +3,7 @@ package kms_test
 import (
 	"bytes"
 	"errors"
+	"slices"
 	"testing"
 	"time"
 
@@ -334,26 +335,111 @@ func TestStartWithoutOne(t *testing.T) {
 	p.opens("what was made without it", made.Message)
 }
 
-// Data keys for callers, and wraps of theirs, are of the first that answers.
-func TestExportedByTheFirst(t *testing.T) {
+// Data keys for callers, and wraps of theirs, carry the wraps of all that answer, of at
+// least min_wraps, and whichever answers opens them.
+func TestExportedByAll(t *testing.T) {
 	p := newPair(t, 1)
 	p.must()
-	p.a.fail(unreachable())
+	ctx, c := t.Context(), caller(t, orders)
+	lose := func(who *troubled) {
+		p.a.fail(nil)
+		p.b.fail(nil)
+		if who != nil {
+			who.fail(unreachable())
+		}
+	}
+	opens := func(what string, data, material []envelope.EDK, plaintext []byte) {
+		t.Helper()
+		p.forget()
+		opened, err := p.DecryptDataKey(ctx, c, kms.DecryptDataKeyRequest{EDKs: data})
+		if err != nil || !bytes.Equal(opened.Plaintext, plaintext) {
+			t.Errorf("%s: DecryptDataKey: %v", what, err)
+		}
+		back, err := p.Unwrap(ctx, c, kms.UnwrapRequest{EDKs: material})
+		if err != nil || string(back.Plaintext) != "key material" {
+			t.Errorf("%s: Unwrap: %v", what, err)
+		}
+	}
+	for name, tc := range map[string]struct {
+		away  *troubled // while they are made
+		wraps int
+		lose  []*troubled // when they are opened
+	}{
+		"all":       {nil, 2, []*troubled{nil, p.a, p.b}},
+		"no first":  {p.a, 1, []*troubled{nil, p.a}},
+		"no second": {p.b, 1, []*troubled{nil, p.b}},
+	} {
+		lose(tc.away)
+		made, err := p.GenerateDataKey(ctx, c, kms.GenerateDataKeyRequest{Key: "orders"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		wrapped, err := p.Wrap(ctx, c, kms.WrapRequest{Key: "orders", Plaintext: []byte("key material")})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(made.EDKs) != tc.wraps || len(wrapped.EDKs) != tc.wraps {
+			t.Errorf("%s: %d and %d wraps, want %d", name, len(made.EDKs), len(wrapped.EDKs), tc.wraps)
+		}
+		for _, who := range tc.lose {
+			lose(who)
+			opens(name, made.EDKs, wrapped.EDKs, made.Plaintext)
+		}
+		lose(nil)
+	}
+}
+
+func TestExportedWithFewer(t *testing.T) {
+	p := newPair(t, 2)
+	p.must()
+	p.b.fail(unreachable())
+	ctx, c := t.Context(), caller(t, orders)
+	_, err := p.GenerateDataKey(ctx, c, kms.GenerateDataKeyRequest{Key: "orders"})
+	wantReason(t, err, kms.ReasonBackendDown)
+	_, err = p.Wrap(ctx, c, kms.WrapRequest{Key: "orders", Plaintext: []byte("key material")})
+	wantReason(t, err, kms.ReasonBackendDown)
+}
+
+// What a caller puts together opens as what belongs together, or not at all.
+func TestExportedPutTogether(t *testing.T) {
+	p := newPair(t, 1)
 	ctx, c := t.Context(), caller(t, orders)
 	made, err := p.GenerateDataKey(ctx, c, kms.GenerateDataKeyRequest{Key: "orders"})
 	if err != nil {
 		t.Fatal(err)
 	}
-	opened, err := p.DecryptDataKey(ctx, c, kms.DecryptDataKeyRequest{EDK: made.EDK})
-	if err != nil || !bytes.Equal(opened.Plaintext, made.Plaintext) {
-		t.Errorf("DecryptDataKey: %v", err)
-	}
-	wrapped, err := p.Wrap(ctx, c, kms.WrapRequest{Key: "orders", Plaintext: []byte("key material")})
+	good, other := made.EDKs[0], made.EDKs[1]
+	broken := good
+	broken.Ciphertext = append(bytes.Clone(good.Ciphertext[:len(good.Ciphertext)-1]), good.Ciphertext[len(good.Ciphertext)-1]^1)
+	info, err := envelope.ParseProviderInfo(good.ProviderInfo)
 	if err != nil {
 		t.Fatal(err)
 	}
-	back, err := p.Unwrap(ctx, c, kms.UnwrapRequest{EDK: wrapped.EDK})
-	if err != nil || string(back.Plaintext) != "key material" {
-		t.Errorf("Unwrap: %v", err)
+	info.Key = "invoices"
+	strange := envelope.EDK{ProviderID: envelope.ProviderID, Ciphertext: good.Ciphertext}
+	if strange.ProviderInfo, err = info.Marshal(); err != nil {
+		t.Fatal(err)
+	}
+	for name, tc := range map[string]struct {
+		edks []envelope.EDK
+		want kms.Reason
+	}{
+		"none":             {nil, kms.ReasonInvalidMessage},
+		"too many":         {slices.Repeat([]envelope.EDK{good}, envelope.MaxEDKs+1), kms.ReasonInvalidMessage},
+		"of two keys":      {[]envelope.EDK{good, strange}, kms.ReasonInvalidMessage},
+		"of another too":   {[]envelope.EDK{good, {ProviderID: "aws-kms"}}, kms.ReasonInvalidMessage},
+		"one twice":        {[]envelope.EDK{good, good}, ""},
+		"in another order": {[]envelope.EDK{other, good}, ""},
+		"one broken":       {[]envelope.EDK{broken, other}, ""},
+		"all broken":       {[]envelope.EDK{broken}, kms.ReasonDecryptFailed},
+	} {
+		p.forget()
+		_, err := p.DecryptDataKey(ctx, c, kms.DecryptDataKeyRequest{EDKs: tc.edks})
+		if got := kms.ReasonOf(err); got != tc.want {
+			t.Errorf("%s: %v, want %q", name, err, tc.want)
+		}
+	}
+	if _, err := p.DecryptDataKey(ctx, c, kms.DecryptDataKeyRequest{EDKs: made.EDKs}); err != nil {
+		t.Errorf("afterwards: %v", err)
 	}
 }

@@ -129,7 +129,7 @@ func TestNoHugeContextOnRecord(t *testing.T) {
 				return err
 			},
 			"decrypt data key": func() error {
-				_, err := r.DecryptDataKey(t.Context(), c, kms.DecryptDataKeyRequest{EDK: m.exported, Context: huge})
+				_, err := r.DecryptDataKey(t.Context(), c, kms.DecryptDataKeyRequest{EDKs: []envelope.EDK{m.exported}, Context: huge})
 				return err
 			},
 			"wrap": func() error {
@@ -137,7 +137,7 @@ func TestNoHugeContextOnRecord(t *testing.T) {
 				return err
 			},
 			"unwrap": func() error {
-				_, err := r.Unwrap(t.Context(), c, kms.UnwrapRequest{EDK: m.wrapped, Context: huge})
+				_, err := r.Unwrap(t.Context(), c, kms.UnwrapRequest{EDKs: []envelope.EDK{m.wrapped}, Context: huge})
 				return err
 			},
 		} {

@@ -43,7 +43,7 @@ func (r *rig) material() material {
 	if err != nil {
 		r.t.Fatalf("parse: %v", err)
 	}
-	return material{message: message.Message, exported: exported.EDK, wrapped: wrapped.EDK, direct: parsed.EDKs[0]}
+	return material{message: message.Message, exported: exported.EDKs[0], wrapped: wrapped.EDKs[0], direct: parsed.EDKs[0]}
 }
 
 type operation struct {
@@ -82,7 +82,7 @@ func operations() []operation {
 			return err
 		}},
 		{name: "decrypt-data-key", cached: true, do: func(r *rig, c kms.Call, m material) error {
-			_, err := r.DecryptDataKey(context.Background(), c, kms.DecryptDataKeyRequest{EDK: m.exported, Context: tenant})
+			_, err := r.DecryptDataKey(context.Background(), c, kms.DecryptDataKeyRequest{EDKs: []envelope.EDK{m.exported}, Context: tenant})
 			return err
 		}},
 		{name: "wrap", do: func(r *rig, c kms.Call, _ material) error {
@@ -90,7 +90,7 @@ func operations() []operation {
 			return err
 		}},
 		{name: "unwrap", do: func(r *rig, c kms.Call, m material) error {
-			_, err := r.Unwrap(context.Background(), c, kms.UnwrapRequest{EDK: m.wrapped, Context: tenant})
+			_, err := r.Unwrap(context.Background(), c, kms.UnwrapRequest{EDKs: []envelope.EDK{m.wrapped}, Context: tenant})
 			return err
 		}},
 		{name: "describe", cached: true, do: func(r *rig, c kms.Call, _ material) error {
@@ -165,11 +165,11 @@ func TestPurposesAreNoOracles(t *testing.T) {
 	tenant := map[string]string{"tenant": "acme"}
 	for name, edk := range map[string]envelope.EDK{"message": m.direct, "wrapped": m.wrapped, "exported": m.exported} {
 		if name != "exported" {
-			_, err := r.DecryptDataKey(ctx, c, kms.DecryptDataKeyRequest{EDK: edk, Context: tenant})
+			_, err := r.DecryptDataKey(ctx, c, kms.DecryptDataKeyRequest{EDKs: []envelope.EDK{edk}, Context: tenant})
 			wantReason(t, err, kms.ReasonDecryptFailed)
 		}
 		if name != "wrapped" {
-			_, err := r.Unwrap(ctx, c, kms.UnwrapRequest{EDK: edk, Context: tenant})
+			_, err := r.Unwrap(ctx, c, kms.UnwrapRequest{EDKs: []envelope.EDK{edk}, Context: tenant})
 			wantReason(t, err, kms.ReasonDecryptFailed)
 		}
 	}
@@ -179,7 +179,7 @@ func TestPurposesAreNoOracles(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		forged, err := envelope.Seal(nil, dataKey, []envelope.EDK{wrapped.EDK}, tenant, []byte("forged"))
+		forged, err := envelope.Seal(nil, dataKey, []envelope.EDK{wrapped.EDKs[0]}, tenant, []byte("forged"))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -191,7 +191,7 @@ func TestPurposesAreNoOracles(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		message, err := envelope.Seal(nil, key.Plaintext, []envelope.EDK{key.EDK}, tenant, []byte("in process"))
+		message, err := envelope.Seal(nil, key.Plaintext, []envelope.EDK{key.EDKs[0]}, tenant, []byte("in process"))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -201,9 +201,9 @@ func TestPurposesAreNoOracles(t *testing.T) {
 		}
 	})
 	t.Run("the purpose is bound by the wrapping key", func(t *testing.T) {
-		_, err := r.DecryptDataKey(ctx, c, kms.DecryptDataKeyRequest{EDK: repurpose(t, m.wrapped, envelope.PurposeExported), Context: tenant})
+		_, err := r.DecryptDataKey(ctx, c, kms.DecryptDataKeyRequest{EDKs: []envelope.EDK{repurpose(t, m.wrapped, envelope.PurposeExported)}, Context: tenant})
 		wantReason(t, err, kms.ReasonDecryptFailed)
-		_, err = r.Unwrap(ctx, c, kms.UnwrapRequest{EDK: repurpose(t, m.exported, envelope.PurposeWrap), Context: tenant})
+		_, err = r.Unwrap(ctx, c, kms.UnwrapRequest{EDKs: []envelope.EDK{repurpose(t, m.exported, envelope.PurposeWrap)}, Context: tenant})
 		wantReason(t, err, kms.ReasonDecryptFailed)
 	})
 }
@@ -244,11 +244,11 @@ func TestMovedDataKeysAreRefused(t *testing.T) {
 		"foreign URI": func(i *envelope.ProviderInfo) { i.URI = "local:secret" },
 	} {
 		t.Run(name, func(t *testing.T) {
-			_, err := r.DecryptDataKey(ctx, c, kms.DecryptDataKeyRequest{EDK: changed(t, m.exported, change), Context: tenant})
+			_, err := r.DecryptDataKey(ctx, c, kms.DecryptDataKeyRequest{EDKs: []envelope.EDK{changed(t, m.exported, change)}, Context: tenant})
 			if got := kms.ReasonOf(err); got != kms.ReasonDecryptFailed && got != kms.ReasonKeyUnusable {
 				t.Errorf("reason = %q (%v), want it refused", got, err)
 			}
-			if _, err := r.DecryptDataKey(ctx, c, kms.DecryptDataKeyRequest{EDK: m.exported, Context: tenant}); err != nil {
+			if _, err := r.DecryptDataKey(ctx, c, kms.DecryptDataKeyRequest{EDKs: []envelope.EDK{m.exported}, Context: tenant}); err != nil {
 				t.Errorf("the original no longer opens: %v", err)
 			}
 		})
@@ -256,10 +256,10 @@ func TestMovedDataKeysAreRefused(t *testing.T) {
 	for name, wrong := range map[string]map[string]string{
 		"other value": {"tenant": "other"}, "more": {"tenant": "acme", "x": "y"}, "none": nil,
 	} {
-		_, err := r.DecryptDataKey(ctx, c, kms.DecryptDataKeyRequest{EDK: m.exported, Context: wrong})
+		_, err := r.DecryptDataKey(ctx, c, kms.DecryptDataKeyRequest{EDKs: []envelope.EDK{m.exported}, Context: wrong})
 		t.Log(name)
 		wantReason(t, err, kms.ReasonDecryptFailed)
-		_, err = r.Unwrap(ctx, c, kms.UnwrapRequest{EDK: m.wrapped, Context: wrong})
+		_, err = r.Unwrap(ctx, c, kms.UnwrapRequest{EDKs: []envelope.EDK{m.wrapped}, Context: wrong})
 		wantReason(t, err, kms.ReasonDecryptFailed)
 	}
 }

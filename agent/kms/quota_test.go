@@ -76,14 +76,14 @@ func TestEveryOperationIsCounted(t *testing.T) {
 			return err
 		},
 		"open data key": func() error {
-			_, err := r.DecryptDataKey(ctx, c, kms.DecryptDataKeyRequest{EDK: made.EDK})
+			_, err := r.DecryptDataKey(ctx, c, kms.DecryptDataKeyRequest{EDKs: made.EDKs})
 			return err
 		},
 		"wrap": func() error {
 			_, err := r.Wrap(ctx, c, kms.WrapRequest{Key: "orders", Plaintext: []byte("k")})
 			return err
 		},
-		"unwrap":   func() error { _, err := r.Unwrap(ctx, c, kms.UnwrapRequest{EDK: wrapped.EDK}); return err },
+		"unwrap":   func() error { _, err := r.Unwrap(ctx, c, kms.UnwrapRequest{EDKs: wrapped.EDKs}); return err },
 		"describe": func() error { _, err := r.DescribeKey(ctx, c, "orders"); return err },
 		"random":   func() error { _, err := r.GenerateRandom(ctx, c, 8); return err },
 		"encrypt stream": func() error {

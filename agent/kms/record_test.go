@@ -126,7 +126,7 @@ func TestUseUntilEndsWithTheConfirmation(t *testing.T) {
 	}
 	open := func() kms.DataKeyResponse {
 		t.Helper()
-		got, err := r.DecryptDataKey(ctx, c, kms.DecryptDataKeyRequest{EDK: made.EDK})
+		got, err := r.DecryptDataKey(ctx, c, kms.DecryptDataKeyRequest{EDKs: made.EDKs})
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -195,7 +195,7 @@ func TestStreamsWithLargeFrames(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	large, err := envelope.Seal(nil, key.Plaintext, []envelope.EDK{key.EDK}, nil, make([]byte, 32<<20))
+	large, err := envelope.Seal(nil, key.Plaintext, []envelope.EDK{key.EDKs[0]}, nil, make([]byte, 32<<20))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -233,7 +233,7 @@ func TestStreamsWithLargeFrames(t *testing.T) {
 		_, err := r.DecryptStream(t.Context(), c, nil, bytes.NewReader(large[:20]))
 		wantReason(t, err, kms.ReasonTruncated)
 		broken := bytes.Clone(large[:1<<10])
-		broken[bytes.Index(broken, key.EDK.Ciphertext)+len(key.EDK.Ciphertext)-1] ^= 1
+		broken[bytes.Index(broken, key.EDKs[0].Ciphertext)+len(key.EDKs[0].Ciphertext)-1] ^= 1
 		_, err = r.DecryptStream(t.Context(), c, nil, bytes.NewReader(broken))
 		wantReason(t, err, kms.ReasonDecryptFailed)
 		begin(c, large, "")

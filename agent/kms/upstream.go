@@ -126,6 +126,9 @@ func (s *Service) newMessageKey(ctx context.Context, k *key, current versions, p
 		return cache.Material{}, err
 	}
 	all := len(wrapped) == len(k.group.parts)
+	if !all {
+		k.group.lacking.Store(true)
+	}
 	if all && s.inUse(k.group) {
 		s.cache.Observe(k.group.authority(current, cache.Decrypt), cache.Yes, began)
 	}

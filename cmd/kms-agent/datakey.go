@@ -152,9 +152,11 @@ func (o *output) writeSecret(secret []byte) error {
 func (a *app) printWrapped(response proto.Message, edk *kmsagentv1.EncryptedDataKey, use *kmsagentv1.KeyUse) error {
 	return a.print(response, func(t *table) {
 		t.row("key", keyUse(use))
-		t.row("provider id", edk.GetProviderId())
-		t.row("provider info", base64.StdEncoding.EncodeToString(edk.GetProviderInfo()))
-		t.row("ciphertext", base64.StdEncoding.EncodeToString(edk.GetCiphertext()))
+		for _, one := range append([]*kmsagentv1.EncryptedDataKey{edk}, edk.GetMore()...) {
+			t.row("provider id", one.GetProviderId())
+			t.row("provider info", base64.StdEncoding.EncodeToString(one.GetProviderInfo()))
+			t.row("ciphertext", base64.StdEncoding.EncodeToString(one.GetCiphertext()))
+		}
 	})
 }
 

@@ -10,6 +10,7 @@ import (
 
 	"google.golang.org/grpc/codes"
 
+	"github.com/kms-agent/kms-agent/agent/serve/native"
 	"github.com/kms-agent/kms-agent/client"
 	"github.com/kms-agent/kms-agent/envelope"
 )
@@ -161,9 +162,7 @@ func edksOf(message []byte) []envelope.EDK {
 	return m.EDKs
 }
 
-func edkOf(k *client.EncryptedDataKey) []envelope.EDK {
-	return []envelope.EDK{{ProviderID: k.GetProviderId(), ProviderInfo: k.GetProviderInfo(), Ciphertext: k.GetCiphertext()}}
-}
+func edkOf(k *client.EncryptedDataKey) []envelope.EDK { return native.EDKs(k) }
 
 func messageID(message []byte) string {
 	id := envelope.MessageIDOf(message)

@@ -26,12 +26,27 @@ func keyUse(u kms.KeyUse) *kmsagentv1.KeyUse {
 	return &kmsagentv1.KeyUse{Key: u.Key, KeyVersion: u.Version, Freshness: f}
 }
 
-func edkMessage(e envelope.EDK) *kmsagentv1.EncryptedDataKey {
-	return &kmsagentv1.EncryptedDataKey{ProviderId: e.ProviderID, ProviderInfo: e.ProviderInfo, Ciphertext: e.Ciphertext}
+// edkMessage is one message for all EDKs of a key.
+func edkMessage(edks []envelope.EDK) *kmsagentv1.EncryptedDataKey {
+	var m *kmsagentv1.EncryptedDataKey
+	for i, e := range edks {
+		one := &kmsagentv1.EncryptedDataKey{ProviderId: e.ProviderID, ProviderInfo: e.ProviderInfo, Ciphertext: e.Ciphertext}
+		if i == 0 {
+			m = one
+			continue
+		}
+		m.More = append(m.More, one)
+	}
+	return m
 }
 
-func edk(m *kmsagentv1.EncryptedDataKey) envelope.EDK {
-	return envelope.EDK{ProviderID: m.GetProviderId(), ProviderInfo: m.GetProviderInfo(), Ciphertext: m.GetCiphertext()}
+// EDKs returns all EDKs of a message.
+func EDKs(m *kmsagentv1.EncryptedDataKey) []envelope.EDK {
+	edks := make([]envelope.EDK, 0, 1+len(m.GetMore()))
+	for _, one := range append([]*kmsagentv1.EncryptedDataKey{m}, m.GetMore()...) {
+		edks = append(edks, envelope.EDK{ProviderID: one.GetProviderId(), ProviderInfo: one.GetProviderInfo(), Ciphertext: one.GetCiphertext()})
+	}
+	return edks
 }
 
 func keyMessage(d kms.KeyDescription) *kmsagentv1.Key {

@@ -123,7 +123,7 @@ func (s *server) GenerateDataKey(ctx context.Context, r *kmsagentv1.GenerateData
 		return nil, err
 	}
 	return &kmsagentv1.GenerateDataKeyResponse{
-		Plaintext: out.Plaintext, EncryptedDataKey: edkMessage(out.EDK), KeyUse: keyUse(out.KeyUse), UseUntil: timestamppb.New(out.UseUntil),
+		Plaintext: out.Plaintext, EncryptedDataKey: edkMessage(out.EDKs), KeyUse: keyUse(out.KeyUse), UseUntil: timestamppb.New(out.UseUntil),
 	}, nil
 }
 
@@ -136,7 +136,7 @@ func (s *server) GenerateDataKeyWithoutPlaintext(ctx context.Context, r *kmsagen
 	if err != nil {
 		return nil, err
 	}
-	return &kmsagentv1.GenerateDataKeyWithoutPlaintextResponse{EncryptedDataKey: edkMessage(out.EDK), KeyUse: keyUse(out.KeyUse)}, nil
+	return &kmsagentv1.GenerateDataKeyWithoutPlaintextResponse{EncryptedDataKey: edkMessage(out.EDKs), KeyUse: keyUse(out.KeyUse)}, nil
 }
 
 func (s *server) DecryptDataKey(ctx context.Context, r *kmsagentv1.DecryptDataKeyRequest) (*kmsagentv1.DecryptDataKeyResponse, error) {
@@ -144,7 +144,7 @@ func (s *server) DecryptDataKey(ctx context.Context, r *kmsagentv1.DecryptDataKe
 	if err != nil {
 		return nil, err
 	}
-	out, err := s.service.DecryptDataKey(ctx, c, kms.DecryptDataKeyRequest{EDK: edk(r.GetEncryptedDataKey()), Context: r.GetContext()})
+	out, err := s.service.DecryptDataKey(ctx, c, kms.DecryptDataKeyRequest{EDKs: EDKs(r.GetEncryptedDataKey()), Context: r.GetContext()})
 	if err != nil {
 		return nil, err
 	}
@@ -157,7 +157,7 @@ func (s *server) Wrap(ctx context.Context, r *kmsagentv1.WrapRequest) (*kmsagent
 	if err != nil {
 		return nil, err
 	}
-	return &kmsagentv1.WrapResponse{Wrapped: edkMessage(out.EDK), KeyUse: keyUse(out.KeyUse)}, nil
+	return &kmsagentv1.WrapResponse{Wrapped: edkMessage(out.EDKs), KeyUse: keyUse(out.KeyUse)}, nil
 }
 
 func (s *server) Unwrap(ctx context.Context, r *kmsagentv1.UnwrapRequest) (*kmsagentv1.UnwrapResponse, error) {
@@ -165,7 +165,7 @@ func (s *server) Unwrap(ctx context.Context, r *kmsagentv1.UnwrapRequest) (*kmsa
 	if err != nil {
 		return nil, err
 	}
-	out, err := s.service.Unwrap(ctx, c, kms.UnwrapRequest{EDK: edk(r.GetWrapped()), Context: r.GetContext()})
+	out, err := s.service.Unwrap(ctx, c, kms.UnwrapRequest{EDKs: EDKs(r.GetWrapped()), Context: r.GetContext()})
 	if err != nil {
 		return nil, err
 	}

@@ -1168,12 +1168,15 @@ func (*DecryptStreamResponse_Header) isDecryptStreamResponse_Part() {}
 func (*DecryptStreamResponse_Chunk) isDecryptStreamResponse_Part() {}
 
 // EncryptedDataKey is a data key wrapped by a wrapping key, as it stands in a
-// message: docs/format.md.
+// message: docs/format.md. It is to be kept whole.
 type EncryptedDataKey struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	ProviderId    string                 `protobuf:"bytes,1,opt,name=provider_id,json=providerId,proto3" json:"provider_id,omitempty"`
-	ProviderInfo  []byte                 `protobuf:"bytes,2,opt,name=provider_info,json=providerInfo,proto3" json:"provider_info,omitempty"`
-	Ciphertext    []byte                 `protobuf:"bytes,3,opt,name=ciphertext,proto3" json:"ciphertext,omitempty"`
+	state        protoimpl.MessageState `protogen:"open.v1"`
+	ProviderId   string                 `protobuf:"bytes,1,opt,name=provider_id,json=providerId,proto3" json:"provider_id,omitempty"`
+	ProviderInfo []byte                 `protobuf:"bytes,2,opt,name=provider_info,json=providerInfo,proto3" json:"provider_info,omitempty"`
+	Ciphertext   []byte                 `protobuf:"bytes,3,opt,name=ciphertext,proto3" json:"ciphertext,omitempty"`
+	// The same key as further backends have wrapped it, without any of their own. Each
+	// of them opens it alone; without them it depends on one backend.
+	More          []*EncryptedDataKey `protobuf:"bytes,4,rep,name=more,proto3" json:"more,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1225,6 +1228,13 @@ func (x *EncryptedDataKey) GetProviderInfo() []byte {
 func (x *EncryptedDataKey) GetCiphertext() []byte {
 	if x != nil {
 		return x.Ciphertext
+	}
+	return nil
+}
+
+func (x *EncryptedDataKey) GetMore() []*EncryptedDataKey {
+	if x != nil {
+		return x.More
 	}
 	return nil
 }
@@ -2495,14 +2505,15 @@ const file_kmsagent_v1_kms_proto_rawDesc = "" +
 	"\x15DecryptStreamResponse\x12:\n" +
 	"\x06header\x18\x01 \x01(\v2 .kmsagent.v1.DecryptStreamHeaderH\x00R\x06header\x12\x16\n" +
 	"\x05chunk\x18\x02 \x01(\fH\x00R\x05chunkB\x06\n" +
-	"\x04part\"x\n" +
+	"\x04part\"\xab\x01\n" +
 	"\x10EncryptedDataKey\x12\x1f\n" +
 	"\vprovider_id\x18\x01 \x01(\tR\n" +
 	"providerId\x12#\n" +
 	"\rprovider_info\x18\x02 \x01(\fR\fproviderInfo\x12\x1e\n" +
 	"\n" +
 	"ciphertext\x18\x03 \x01(\fR\n" +
-	"ciphertext\"\xfd\x01\n" +
+	"ciphertext\x121\n" +
+	"\x04more\x18\x04 \x03(\v2\x1d.kmsagent.v1.EncryptedDataKeyR\x04more\"\xfd\x01\n" +
 	"\x16GenerateDataKeyRequest\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12J\n" +
 	"\acontext\x18\x02 \x03(\v20.kmsagent.v1.GenerateDataKeyRequest.ContextEntryR\acontext\x12;\n" +
@@ -2724,68 +2735,69 @@ var file_kmsagent_v1_kms_proto_depIdxs = []int32{
 	3,  // 23: kmsagent.v1.DecryptStreamHeader.key_use:type_name -> kmsagent.v1.KeyUse
 	45, // 24: kmsagent.v1.DecryptStreamHeader.context:type_name -> kmsagent.v1.DecryptStreamHeader.ContextEntry
 	15, // 25: kmsagent.v1.DecryptStreamResponse.header:type_name -> kmsagent.v1.DecryptStreamHeader
-	46, // 26: kmsagent.v1.GenerateDataKeyRequest.context:type_name -> kmsagent.v1.GenerateDataKeyRequest.ContextEntry
-	52, // 27: kmsagent.v1.GenerateDataKeyRequest.max_stale:type_name -> google.protobuf.Duration
-	17, // 28: kmsagent.v1.GenerateDataKeyResponse.encrypted_data_key:type_name -> kmsagent.v1.EncryptedDataKey
-	3,  // 29: kmsagent.v1.GenerateDataKeyResponse.key_use:type_name -> kmsagent.v1.KeyUse
-	53, // 30: kmsagent.v1.GenerateDataKeyResponse.use_until:type_name -> google.protobuf.Timestamp
-	47, // 31: kmsagent.v1.GenerateDataKeyWithoutPlaintextRequest.context:type_name -> kmsagent.v1.GenerateDataKeyWithoutPlaintextRequest.ContextEntry
-	52, // 32: kmsagent.v1.GenerateDataKeyWithoutPlaintextRequest.max_stale:type_name -> google.protobuf.Duration
-	17, // 33: kmsagent.v1.GenerateDataKeyWithoutPlaintextResponse.encrypted_data_key:type_name -> kmsagent.v1.EncryptedDataKey
-	3,  // 34: kmsagent.v1.GenerateDataKeyWithoutPlaintextResponse.key_use:type_name -> kmsagent.v1.KeyUse
-	17, // 35: kmsagent.v1.DecryptDataKeyRequest.encrypted_data_key:type_name -> kmsagent.v1.EncryptedDataKey
-	48, // 36: kmsagent.v1.DecryptDataKeyRequest.context:type_name -> kmsagent.v1.DecryptDataKeyRequest.ContextEntry
-	52, // 37: kmsagent.v1.DecryptDataKeyRequest.max_stale:type_name -> google.protobuf.Duration
-	3,  // 38: kmsagent.v1.DecryptDataKeyResponse.key_use:type_name -> kmsagent.v1.KeyUse
-	53, // 39: kmsagent.v1.DecryptDataKeyResponse.use_until:type_name -> google.protobuf.Timestamp
-	49, // 40: kmsagent.v1.WrapRequest.context:type_name -> kmsagent.v1.WrapRequest.ContextEntry
-	17, // 41: kmsagent.v1.WrapResponse.wrapped:type_name -> kmsagent.v1.EncryptedDataKey
-	3,  // 42: kmsagent.v1.WrapResponse.key_use:type_name -> kmsagent.v1.KeyUse
-	17, // 43: kmsagent.v1.UnwrapRequest.wrapped:type_name -> kmsagent.v1.EncryptedDataKey
-	50, // 44: kmsagent.v1.UnwrapRequest.context:type_name -> kmsagent.v1.UnwrapRequest.ContextEntry
-	52, // 45: kmsagent.v1.UnwrapRequest.max_stale:type_name -> google.protobuf.Duration
-	3,  // 46: kmsagent.v1.UnwrapResponse.key_use:type_name -> kmsagent.v1.KeyUse
-	34, // 47: kmsagent.v1.DescribeKeyResponse.key:type_name -> kmsagent.v1.Key
-	34, // 48: kmsagent.v1.ListKeysResponse.keys:type_name -> kmsagent.v1.Key
-	51, // 49: kmsagent.v1.Key.labels:type_name -> kmsagent.v1.Key.LabelsEntry
-	35, // 50: kmsagent.v1.Key.versions:type_name -> kmsagent.v1.KeyVersion
-	52, // 51: kmsagent.v1.Key.max_age:type_name -> google.protobuf.Duration
-	1,  // 52: kmsagent.v1.KeyVersion.state:type_name -> kmsagent.v1.KeyVersion.State
-	53, // 53: kmsagent.v1.KeyVersion.created:type_name -> google.protobuf.Timestamp
-	53, // 54: kmsagent.v1.WhoAmIResponse.expires:type_name -> google.protobuf.Timestamp
-	4,  // 55: kmsagent.v1.KMS.Encrypt:input_type -> kmsagent.v1.EncryptRequest
-	6,  // 56: kmsagent.v1.KMS.Decrypt:input_type -> kmsagent.v1.DecryptRequest
-	8,  // 57: kmsagent.v1.KMS.ReEncrypt:input_type -> kmsagent.v1.ReEncryptRequest
-	11, // 58: kmsagent.v1.KMS.EncryptStream:input_type -> kmsagent.v1.EncryptStreamRequest
-	14, // 59: kmsagent.v1.KMS.DecryptStream:input_type -> kmsagent.v1.DecryptStreamRequest
-	18, // 60: kmsagent.v1.KMS.GenerateDataKey:input_type -> kmsagent.v1.GenerateDataKeyRequest
-	20, // 61: kmsagent.v1.KMS.GenerateDataKeyWithoutPlaintext:input_type -> kmsagent.v1.GenerateDataKeyWithoutPlaintextRequest
-	22, // 62: kmsagent.v1.KMS.DecryptDataKey:input_type -> kmsagent.v1.DecryptDataKeyRequest
-	24, // 63: kmsagent.v1.KMS.Wrap:input_type -> kmsagent.v1.WrapRequest
-	26, // 64: kmsagent.v1.KMS.Unwrap:input_type -> kmsagent.v1.UnwrapRequest
-	28, // 65: kmsagent.v1.KMS.GenerateRandom:input_type -> kmsagent.v1.GenerateRandomRequest
-	30, // 66: kmsagent.v1.KMS.DescribeKey:input_type -> kmsagent.v1.DescribeKeyRequest
-	32, // 67: kmsagent.v1.KMS.ListKeys:input_type -> kmsagent.v1.ListKeysRequest
-	36, // 68: kmsagent.v1.KMS.WhoAmI:input_type -> kmsagent.v1.WhoAmIRequest
-	5,  // 69: kmsagent.v1.KMS.Encrypt:output_type -> kmsagent.v1.EncryptResponse
-	7,  // 70: kmsagent.v1.KMS.Decrypt:output_type -> kmsagent.v1.DecryptResponse
-	9,  // 71: kmsagent.v1.KMS.ReEncrypt:output_type -> kmsagent.v1.ReEncryptResponse
-	12, // 72: kmsagent.v1.KMS.EncryptStream:output_type -> kmsagent.v1.EncryptStreamResponse
-	16, // 73: kmsagent.v1.KMS.DecryptStream:output_type -> kmsagent.v1.DecryptStreamResponse
-	19, // 74: kmsagent.v1.KMS.GenerateDataKey:output_type -> kmsagent.v1.GenerateDataKeyResponse
-	21, // 75: kmsagent.v1.KMS.GenerateDataKeyWithoutPlaintext:output_type -> kmsagent.v1.GenerateDataKeyWithoutPlaintextResponse
-	23, // 76: kmsagent.v1.KMS.DecryptDataKey:output_type -> kmsagent.v1.DecryptDataKeyResponse
-	25, // 77: kmsagent.v1.KMS.Wrap:output_type -> kmsagent.v1.WrapResponse
-	27, // 78: kmsagent.v1.KMS.Unwrap:output_type -> kmsagent.v1.UnwrapResponse
-	29, // 79: kmsagent.v1.KMS.GenerateRandom:output_type -> kmsagent.v1.GenerateRandomResponse
-	31, // 80: kmsagent.v1.KMS.DescribeKey:output_type -> kmsagent.v1.DescribeKeyResponse
-	33, // 81: kmsagent.v1.KMS.ListKeys:output_type -> kmsagent.v1.ListKeysResponse
-	37, // 82: kmsagent.v1.KMS.WhoAmI:output_type -> kmsagent.v1.WhoAmIResponse
-	69, // [69:83] is the sub-list for method output_type
-	55, // [55:69] is the sub-list for method input_type
-	55, // [55:55] is the sub-list for extension type_name
-	55, // [55:55] is the sub-list for extension extendee
-	0,  // [0:55] is the sub-list for field type_name
+	17, // 26: kmsagent.v1.EncryptedDataKey.more:type_name -> kmsagent.v1.EncryptedDataKey
+	46, // 27: kmsagent.v1.GenerateDataKeyRequest.context:type_name -> kmsagent.v1.GenerateDataKeyRequest.ContextEntry
+	52, // 28: kmsagent.v1.GenerateDataKeyRequest.max_stale:type_name -> google.protobuf.Duration
+	17, // 29: kmsagent.v1.GenerateDataKeyResponse.encrypted_data_key:type_name -> kmsagent.v1.EncryptedDataKey
+	3,  // 30: kmsagent.v1.GenerateDataKeyResponse.key_use:type_name -> kmsagent.v1.KeyUse
+	53, // 31: kmsagent.v1.GenerateDataKeyResponse.use_until:type_name -> google.protobuf.Timestamp
+	47, // 32: kmsagent.v1.GenerateDataKeyWithoutPlaintextRequest.context:type_name -> kmsagent.v1.GenerateDataKeyWithoutPlaintextRequest.ContextEntry
+	52, // 33: kmsagent.v1.GenerateDataKeyWithoutPlaintextRequest.max_stale:type_name -> google.protobuf.Duration
+	17, // 34: kmsagent.v1.GenerateDataKeyWithoutPlaintextResponse.encrypted_data_key:type_name -> kmsagent.v1.EncryptedDataKey
+	3,  // 35: kmsagent.v1.GenerateDataKeyWithoutPlaintextResponse.key_use:type_name -> kmsagent.v1.KeyUse
+	17, // 36: kmsagent.v1.DecryptDataKeyRequest.encrypted_data_key:type_name -> kmsagent.v1.EncryptedDataKey
+	48, // 37: kmsagent.v1.DecryptDataKeyRequest.context:type_name -> kmsagent.v1.DecryptDataKeyRequest.ContextEntry
+	52, // 38: kmsagent.v1.DecryptDataKeyRequest.max_stale:type_name -> google.protobuf.Duration
+	3,  // 39: kmsagent.v1.DecryptDataKeyResponse.key_use:type_name -> kmsagent.v1.KeyUse
+	53, // 40: kmsagent.v1.DecryptDataKeyResponse.use_until:type_name -> google.protobuf.Timestamp
+	49, // 41: kmsagent.v1.WrapRequest.context:type_name -> kmsagent.v1.WrapRequest.ContextEntry
+	17, // 42: kmsagent.v1.WrapResponse.wrapped:type_name -> kmsagent.v1.EncryptedDataKey
+	3,  // 43: kmsagent.v1.WrapResponse.key_use:type_name -> kmsagent.v1.KeyUse
+	17, // 44: kmsagent.v1.UnwrapRequest.wrapped:type_name -> kmsagent.v1.EncryptedDataKey
+	50, // 45: kmsagent.v1.UnwrapRequest.context:type_name -> kmsagent.v1.UnwrapRequest.ContextEntry
+	52, // 46: kmsagent.v1.UnwrapRequest.max_stale:type_name -> google.protobuf.Duration
+	3,  // 47: kmsagent.v1.UnwrapResponse.key_use:type_name -> kmsagent.v1.KeyUse
+	34, // 48: kmsagent.v1.DescribeKeyResponse.key:type_name -> kmsagent.v1.Key
+	34, // 49: kmsagent.v1.ListKeysResponse.keys:type_name -> kmsagent.v1.Key
+	51, // 50: kmsagent.v1.Key.labels:type_name -> kmsagent.v1.Key.LabelsEntry
+	35, // 51: kmsagent.v1.Key.versions:type_name -> kmsagent.v1.KeyVersion
+	52, // 52: kmsagent.v1.Key.max_age:type_name -> google.protobuf.Duration
+	1,  // 53: kmsagent.v1.KeyVersion.state:type_name -> kmsagent.v1.KeyVersion.State
+	53, // 54: kmsagent.v1.KeyVersion.created:type_name -> google.protobuf.Timestamp
+	53, // 55: kmsagent.v1.WhoAmIResponse.expires:type_name -> google.protobuf.Timestamp
+	4,  // 56: kmsagent.v1.KMS.Encrypt:input_type -> kmsagent.v1.EncryptRequest
+	6,  // 57: kmsagent.v1.KMS.Decrypt:input_type -> kmsagent.v1.DecryptRequest
+	8,  // 58: kmsagent.v1.KMS.ReEncrypt:input_type -> kmsagent.v1.ReEncryptRequest
+	11, // 59: kmsagent.v1.KMS.EncryptStream:input_type -> kmsagent.v1.EncryptStreamRequest
+	14, // 60: kmsagent.v1.KMS.DecryptStream:input_type -> kmsagent.v1.DecryptStreamRequest
+	18, // 61: kmsagent.v1.KMS.GenerateDataKey:input_type -> kmsagent.v1.GenerateDataKeyRequest
+	20, // 62: kmsagent.v1.KMS.GenerateDataKeyWithoutPlaintext:input_type -> kmsagent.v1.GenerateDataKeyWithoutPlaintextRequest
+	22, // 63: kmsagent.v1.KMS.DecryptDataKey:input_type -> kmsagent.v1.DecryptDataKeyRequest
+	24, // 64: kmsagent.v1.KMS.Wrap:input_type -> kmsagent.v1.WrapRequest
+	26, // 65: kmsagent.v1.KMS.Unwrap:input_type -> kmsagent.v1.UnwrapRequest
+	28, // 66: kmsagent.v1.KMS.GenerateRandom:input_type -> kmsagent.v1.GenerateRandomRequest
+	30, // 67: kmsagent.v1.KMS.DescribeKey:input_type -> kmsagent.v1.DescribeKeyRequest
+	32, // 68: kmsagent.v1.KMS.ListKeys:input_type -> kmsagent.v1.ListKeysRequest
+	36, // 69: kmsagent.v1.KMS.WhoAmI:input_type -> kmsagent.v1.WhoAmIRequest
+	5,  // 70: kmsagent.v1.KMS.Encrypt:output_type -> kmsagent.v1.EncryptResponse
+	7,  // 71: kmsagent.v1.KMS.Decrypt:output_type -> kmsagent.v1.DecryptResponse
+	9,  // 72: kmsagent.v1.KMS.ReEncrypt:output_type -> kmsagent.v1.ReEncryptResponse
+	12, // 73: kmsagent.v1.KMS.EncryptStream:output_type -> kmsagent.v1.EncryptStreamResponse
+	16, // 74: kmsagent.v1.KMS.DecryptStream:output_type -> kmsagent.v1.DecryptStreamResponse
+	19, // 75: kmsagent.v1.KMS.GenerateDataKey:output_type -> kmsagent.v1.GenerateDataKeyResponse
+	21, // 76: kmsagent.v1.KMS.GenerateDataKeyWithoutPlaintext:output_type -> kmsagent.v1.GenerateDataKeyWithoutPlaintextResponse
+	23, // 77: kmsagent.v1.KMS.DecryptDataKey:output_type -> kmsagent.v1.DecryptDataKeyResponse
+	25, // 78: kmsagent.v1.KMS.Wrap:output_type -> kmsagent.v1.WrapResponse
+	27, // 79: kmsagent.v1.KMS.Unwrap:output_type -> kmsagent.v1.UnwrapResponse
+	29, // 80: kmsagent.v1.KMS.GenerateRandom:output_type -> kmsagent.v1.GenerateRandomResponse
+	31, // 81: kmsagent.v1.KMS.DescribeKey:output_type -> kmsagent.v1.DescribeKeyResponse
+	33, // 82: kmsagent.v1.KMS.ListKeys:output_type -> kmsagent.v1.ListKeysResponse
+	37, // 83: kmsagent.v1.KMS.WhoAmI:output_type -> kmsagent.v1.WhoAmIResponse
+	70, // [70:84] is the sub-list for method output_type
+	56, // [56:70] is the sub-list for method input_type
+	56, // [56:56] is the sub-list for extension type_name
+	56, // [56:56] is the sub-list for extension extendee
+	0,  // [0:56] is the sub-list for field type_name
 }
 
 func init() { file_kmsagent_v1_kms_proto_init() }
