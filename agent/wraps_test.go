@@ -27,7 +27,7 @@ func TestExportedOutlivesABackend(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer inProcess.Close()
+	defer func() { _ = inProcess.Close() }()
 	ctx, pairs := t.Context(), map[string]string{"a": "b"}
 	made, err := inProcess.Encrypt(ctx, &client.EncryptRequest{Key: "orders", Plaintext: []byte("hello"), Context: pairs})
 	if err != nil {
@@ -50,7 +50,7 @@ func TestExportedOutlivesABackend(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer fresh.Close()
+	defer func() { _ = fresh.Close() }()
 	for name, decrypt := range map[string]func(context.Context, *client.DecryptRequest) (*client.DecryptResponse, error){
 		"agent": c.Decrypt, "in process": fresh.Decrypt,
 	} {

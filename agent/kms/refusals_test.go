@@ -77,7 +77,7 @@ func TestOneRevokesWhileTheOtherIsBusy(t *testing.T) {
 			var messages [][]byte
 			for range 7 {
 				messages = append(messages, p.must().Message)
-				p.Evict("orders")
+				p.forget()
 			}
 			if err := use(p, messages[0]); err != nil {
 				t.Fatal(err)
