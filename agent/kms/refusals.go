@@ -34,13 +34,20 @@ func (r *refusals) heard(about refusal, err error, began, now time.Duration) {
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	last, known := r.at[about]
 	switch {
 	case refused && r.at == nil:
 		r.at = map[refusal]time.Duration{about: now}
 	case refused:
 		r.at[about] = now
-	case known && began >= last: // a yes from before the no proves nothing
+	default: // who uses the wrapping key may
+		r.lift(about, began)
+		r.lift(refusal{}, began)
+	}
+}
+
+// lift ends a no that was heard before a call began: a yes from before it proves nothing.
+func (r *refusals) lift(about refusal, began time.Duration) {
+	if last, ok := r.at[about]; ok && began >= last {
 		delete(r.at, about)
 	}
 }

@@ -290,7 +290,7 @@ func failure(ctx context.Context, key string, err error) *Error {
 		e.Reason, e.Message = ReasonDeadlineExceeded, "the caller's deadline passed before the backend answered; allow more time"
 	case errors.Is(ctx.Err(), context.Canceled):
 		e.Reason, e.Message = ReasonCancelled, "the caller cancelled the request"
-	case errors.Is(err, cache.ErrSuspended):
+	case errors.Is(err, cache.ErrSuspended), errors.Is(err, errWithheld):
 		e.Reason, e.RetryAfter = ReasonKeySuspended, time.Second
 		e.Message = "the backend refused this key and the agent is making sure; retry, and if it stays so the key was disabled upstream"
 	case errors.Is(err, cache.ErrOverShare):
