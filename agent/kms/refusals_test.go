@@ -26,7 +26,8 @@ func TestARevocationOutlastsItsBackend(t *testing.T) {
 				t.Helper()
 				_, err := p.encrypt()
 				_, err2 := p.decrypt(made.Message)
-				for _, err := range []error{err, err2} {
+				_, err3 := p.Wrap(t.Context(), caller(t, orders), kms.WrapRequest{Key: "orders", Plaintext: []byte("x")})
+				for _, err := range []error{err, err2, err3} {
 					if reason := kms.ReasonOf(err); reason != kms.ReasonKeyUnusable && reason != kms.ReasonKeySuspended {
 						t.Errorf("%s: %v, want that the key is refused", when, err)
 					}

@@ -360,8 +360,8 @@ func (m *model) shared() []violation {
 func (m *model) slowRecoveries() []violation {
 	var found []violation
 	for _, r := range m.recovers {
-		if r.took > recovery && !m.troubledAfter(r) {
-			found = append(found, violation{"recovery", fmt.Sprintf("upstream answered %s after the end of a fault, %s at most are good: %s", r.took.Round(time.Millisecond), recovery, r.action), nil})
+		if r.took > m.bound(r.action) && !m.troubledAfter(r) {
+			found = append(found, violation{"recovery", fmt.Sprintf("upstream answered %s after the end of a fault, %s at most are good: %s", r.took.Round(time.Millisecond), m.bound(r.action), r.action), nil})
 		}
 	}
 	return found

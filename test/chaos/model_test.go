@@ -78,7 +78,7 @@ func (m *model) findTroubles() {
 			if a.Effect != agentDown && (a.Effect != down || a.Target != backend) {
 				continue
 			}
-			until := a.Ended + recovery
+			until := a.Ended + m.bound(a)
 			for _, c := range answers[backend] {
 				if c.Start >= a.Ended {
 					m.recovers = append(m.recovers, recovered{a, c.End - a.Ended})
@@ -89,6 +89,18 @@ func (m *model) findTroubles() {
 			m.troubles[backend] = append(m.troubles[backend], span{a.Begin, until})
 		}
 	}
+}
+
+// bound is how long after a fault all must be well. A plugin that cannot start waits
+// twice as long before each try, and so up to as long again as it could not.
+func (m *model) bound(a *action) time.Duration {
+	most := recovery
+	for _, other := range m.Actions {
+		if other.Fault == "keystore away" && (a.Effect == agentDown || a.Target == other.Target) && other.Begin <= a.Begin && a.Begin < other.Ended+time.Minute {
+			most = max(most, recovery+other.Ended-other.Begin)
+		}
+	}
+	return most
 }
 
 // settles is how long after the first answer a fault may still be felt.
