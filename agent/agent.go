@@ -16,6 +16,7 @@ import (
 	"go.uber.org/zap/zapcore"
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
+	"google.golang.org/grpc/health/grpc_health_v1"
 
 	"github.com/kms-agent/kms-agent/agent/audit"
 	"github.com/kms-agent/kms-agent/agent/census"
@@ -64,6 +65,7 @@ type Agent struct {
 	generation uint64
 	rejected   string
 	doors      map[string]*door // that serve, by name
+	health     grpc_health_v1.HealthCheckResponse_ServingStatus
 
 	// upper and serving are of the doors; only who holds reloading uses them.
 	upper   *errgroup.Group

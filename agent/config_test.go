@@ -270,7 +270,7 @@ func TestLargeConfigs(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			began := time.Now()
 			_, err := agent.ParseConfig("/etc/kms-agent/config.yaml", []byte(c.text))
-			if took := time.Since(began); took > 20*time.Second {
+			if took := time.Since(began); took > time.Minute {
 				t.Errorf("took %v", took)
 			}
 			text := fmt.Sprint(err)

@@ -32,7 +32,6 @@ const drainMoved = time.Minute
 type door struct {
 	*serve.Door
 	end      context.CancelFunc // ends its run
-	drain    time.Duration
 	listener net.Listener
 	server   *grpc.Server
 	health   *health.Server
@@ -111,7 +110,7 @@ func (a *Agent) newDoor(name string, l net.Listener, creds *identity.Credentials
 	d := &door{
 		Door:     serve.NewDoor(name, a.service, bounds, identify, a.logger),
 		listener: serve.Bound(l, bounds.MaxConnections, bounds.MaxConnectionsPerUser, a.overConnections(name)),
-		health:   health.NewServer(), drain: drainDoor,
+		health:   health.NewServer(),
 	}
 	d.server = d.Server(creds, a.tracing.serverOptions()...)
 	grpc_health_v1.RegisterHealthServer(d.server, d.health)
@@ -149,10 +148,12 @@ func (a *Agent) tellHealth(ctx context.Context) error {
 		if now.GetState() == stateNotServing {
 			state = grpc_health_v1.HealthCheckResponse_NOT_SERVING
 		}
-		for _, d := range a.openedDoors() {
-			d.health.SetServingStatus("", state)
-			d.health.SetServingStatus(kmsagentv1.KMS_ServiceDesc.ServiceName, state)
+		a.mu.Lock()
+		a.health = state
+		for _, d := range a.doors {
+			d.tell(state)
 		}
+		a.mu.Unlock()
 		select {
 		case <-ctx.Done():
 			return nil
@@ -172,16 +173,29 @@ func (a *Agent) logChange(last, now *adminv1.StatusResponse) {
 	}
 }
 
-// run serves until ctx ends, then lets calls under way finish for drainDoor.
-func (d *door) run(ctx context.Context) error {
+// tell sets what the health service says.
+func (d *door) tell(state grpc_health_v1.HealthCheckResponse_ServingStatus) {
+	d.health.SetServingStatus("", state)
+	d.health.SetServingStatus(kmsagentv1.KMS_ServiceDesc.ServiceName, state)
+}
+
+// run serves until ctx ends, then lets calls under way finish: for drainDoor where the
+// agent stops, which is the end of agent, and for drainMoved where another door has taken
+// its place.
+func (d *door) run(ctx, agent context.Context) error {
 	stopped := make(chan struct{})
 	serving, cancel := context.WithCancel(ctx)
 	go func() {
 		defer close(stopped)
 		<-serving.Done()
 		d.health.Shutdown()
-		force := time.AfterFunc(d.drain, d.server.Stop)
+		drain := drainDoor
+		if ctx.Err() != nil && agent.Err() == nil {
+			drain = drainMoved
+		}
+		force := time.AfterFunc(drain, d.server.Stop)
 		defer force.Stop()
+		defer context.AfterFunc(agent, func() { time.AfterFunc(drainDoor, d.server.Stop) })()
 		d.server.GracefulStop()
 	}()
 	err := d.server.Serve(d.listener)

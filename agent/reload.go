@@ -70,6 +70,7 @@ func (a *Agent) reloadLocked(ctx context.Context) error {
 // needsRestart names the first section that differs and that cannot change in
 // a running agent; empty when there is none.
 func needsRestart(old, next *Config) string {
+	stays := old.Listen.Native.Socket == next.Listen.Native.Socket
 	for _, section := range []struct {
 		name      string
 		old, next any
@@ -78,6 +79,8 @@ func needsRestart(old, next *Config) string {
 		{"state_dir", old.StateDir, next.StateDir},
 		{"runtime_dir", old.RuntimeDir, next.RuntimeDir},
 		{"listen.native.proofs", old.Listen.Native.Proofs, next.Listen.Native.Proofs},
+		{"listen.native.mode (of a socket that stays where it is)", stays && old.Listen.Native.Mode != next.Listen.Native.Mode, false},
+		{"listen.native.group (of a socket that stays where it is)", stays && old.Listen.Native.gid() != next.Listen.Native.gid(), false},
 		{"admin.socket", old.Admin.Socket == "", next.Admin.Socket == ""},
 		{"identity.workload_api", old.Identity.WorkloadAPI, next.Identity.WorkloadAPI},
 		{"identity.bundle_max_age", old.Identity.BundleMaxAge, next.Identity.BundleMaxAge},

@@ -74,15 +74,14 @@ func perform[R any](ctx context.Context, s *Service, call Call, op policy.Operat
 const maxAnew = 3
 
 // anew begins an operation again, with the configuration in use, where it failed
-// because that has taken the place of its own, whose backends are gone. What rules
-// have counted stays counted.
+// because that has taken the place of its own, whose backends are gone. Rules that have
+// counted it do not count it again.
 func (t *transaction) anew(ctx context.Context, err error) bool {
 	if !t.overtaken(err) || ctx.Err() != nil || t.again >= maxAnew {
 		return false
 	}
-	t.held.Release() // a rule that lets one call run would refuse this one to itself
 	fresh := t.service.begin(t.call, policy.Operation(t.record.Operation))
-	fresh.record.BytesIn = t.record.BytesIn // a stream's
+	fresh.record.BytesIn, fresh.record.UpstreamMicros = t.record.BytesIn, t.record.UpstreamMicros // BytesIn is a stream's
 	t.state, t.record, t.maxStale, t.policyStale, t.note = fresh.state, fresh.record, fresh.maxStale, nil, ""
 	t.again++
 	return true

@@ -389,6 +389,40 @@ func TestExportedByAll(t *testing.T) {
 	}
 }
 
+// A revocation by one of the backends is heard where all that the agent does is to make
+// and open data keys of callers, also by a caller who brings the wrap of the other alone.
+func TestOneRevokesWhatIsExported(t *testing.T) {
+	p := newPair(t, 1)
+	ctx, c := t.Context(), caller(t, orders)
+	made, err := p.GenerateDataKey(ctx, c, kms.GenerateDataKeyRequest{Key: "orders"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for deadline := time.Now().Add(10 * time.Second); !wrappedBy(p.b, 2); time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("there is no canary of the second backend")
+		}
+	}
+	p.b.intercept(butDescribe)
+	for range 6 {
+		p.clock.Advance(time.Minute)
+		for _, edks := range [][]envelope.EDK{made.EDKs[:1], made.EDKs} {
+			_, err = p.DecryptDataKey(ctx, c, kms.DecryptDataKeyRequest{EDKs: edks})
+		}
+	}
+	for name, edks := range map[string][]envelope.EDK{"the other's wrap": made.EDKs[:1], "both": made.EDKs} {
+		_, err = p.DecryptDataKey(ctx, c, kms.DecryptDataKeyRequest{EDKs: edks})
+		if reason := kms.ReasonOf(err); reason != kms.ReasonKeyUnusable && reason != kms.ReasonKeySuspended {
+			t.Errorf("%s: %v, want that the key is refused", name, err)
+		}
+	}
+}
+
+func wrappedBy(b *troubled, least int) bool {
+	wraps, _ := b.counts()
+	return wraps >= least
+}
+
 func TestExportedWithFewer(t *testing.T) {
 	p := newPair(t, 2)
 	p.must()

@@ -172,7 +172,7 @@ func TestNothingOfAnOldConfigurationIsKept(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			r := newRig(t)
-			r.limit(policy.Limits{Concurrency: number(1)})
+			r.limit(policy.Limits{Concurrency: number(1), PerDay: number(1)})
 			var once atomic.Bool
 			r.backend.intercept(func(call string) error {
 				// The operation holds the old state; its data key is not asked for yet.

@@ -137,9 +137,10 @@ func (s *Service) newMessageKey(ctx context.Context, k *key, current versions, p
 
 // stillWanted keeps a data key out of the cache when the key that it belongs to
 // has been taken out of the configuration, or given to another backend, since
-// the operation began: Apply has evicted such data keys already.
+// the operation began: Apply has evicted such data keys already. Nor does it say
+// anything that the backend of before is gone, also to those who joined the operation.
 func (s *Service) stillWanted(k *key, m cache.Material, err error) (cache.Material, error) {
-	if err == nil && !s.inUse(k.group) {
+	if (err == nil || verdictOf(err) == cache.Unreachable) && !s.inUse(k.group) {
 		clear(m.DataKey)
 		return cache.Material{}, reconfigured(k)
 	}

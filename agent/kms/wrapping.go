@@ -391,6 +391,34 @@ func (w *wrapping) keep(k sealed) {
 	}
 }
 
+// provable sees to it that each of several parts can be asked about what it has wrapped,
+// whatever callers bring: exported data keys prove nothing of the key, as only a caller
+// knows their context. Nobody waits for it.
+func (s *Service) provable(ctx context.Context, g *group, wrapped sealedKey) {
+	if len(g.parts) == 1 {
+		return // each unwrap is its own proof
+	}
+	for _, one := range wrapped {
+		w := g.parts[one.part]
+		w.mu.Lock()
+		_, ok := w.canaries[one.version]
+		w.mu.Unlock()
+		if ok {
+			continue
+		}
+		detached, done, err := s.strays.begin(forAll(ctx))
+		if err != nil {
+			return
+		}
+		go func() {
+			defer done()
+			_, _, _ = w.flight.Do("canary "+one.version, func() (any, error) { // the next wrap tries again
+				return nil, s.confirmWrap(detached, w, one.version)
+			})
+		}()
+	}
+}
+
 // took notes whether a call was answered, and in good time: also one that was given up
 // because another backend was faster.
 func (w *wrapping) took(began time.Time, good time.Duration, err error) {
@@ -472,10 +500,14 @@ func (s *Service) confirmUnwrap(ctx context.Context, w *wrapping, version string
 // nothingAtHand says that a version cannot be asked about. Upstream has said nothing,
 // which is no outage.
 func nothingAtHand(w *wrapping, version string, err error) error {
+	message := "the agent has nothing at hand to ask the backend with whether it still allows this key; retry"
+	if plugins.ClassOf(err).Definite() {
+		message = "a backend refuses what it was asked to open, and the agent has nothing else at hand to learn whether it refuses the key; " +
+			"retry, and if it stays so have the key looked at upstream"
+	}
 	return &Error{
-		Reason: ReasonKeySuspended, Key: w.key, RetryAfter: time.Second,
-		Message: "the agent has nothing at hand to ask the backend with whether it still allows this key; retry",
-		Cause:   fmt.Errorf("nothing at hand to prove version %s of %s with: %w", version, w.id.uri, cmp.Or(err, errNoSample)),
+		Reason: ReasonKeySuspended, Key: w.key, RetryAfter: time.Second, Message: message,
+		Cause: fmt.Errorf("nothing at hand to prove version %s of %s with: %w", version, w.id.uri, cmp.Or(err, errNoSample)),
 	}
 }
 

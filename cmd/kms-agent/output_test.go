@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -129,7 +130,7 @@ func TestProgress(t *testing.T) {
 	}
 	p.stop()
 	p.stop()
-	if shown.Len() != 0 || p.done.Load() != 5 {
+	if shown.String() != "" || p.done.Load() != 5 {
 		t.Errorf("a short transfer showed %q and counted %d", shown.String(), p.done.Load())
 	}
 }
@@ -177,7 +178,7 @@ func TestProgressOfTrees(t *testing.T) {
 // and is gone at the end.
 func TestProgressLineOfTrees(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		var shown bytes.Buffer
+		var shown locked
 		interrupted, end, ended := make(chan struct{}), make(chan struct{}), make(chan struct{})
 		go func() {
 			defer close(ended)
@@ -185,7 +186,7 @@ func TestProgressLineOfTrees(t *testing.T) {
 		}()
 		time.Sleep(progressDelay - time.Millisecond)
 		synctest.Wait()
-		if shown.Len() != 0 {
+		if shown.String() != "" {
 			t.Errorf("%q is shown before a second is over", shown.String())
 		}
 		time.Sleep(progressInterval)
@@ -221,4 +222,22 @@ func TestVersionIsJSON(t *testing.T) {
 	if err := json.Unmarshal([]byte(r.out), &v); err != nil || v.Go == "" || v.FIPS140 == "" {
 		t.Errorf("version = %s, %v", r.out, err)
 	}
+}
+
+// locked is a buffer that one goroutine reads while another writes.
+type locked struct {
+	mu sync.Mutex // guards b
+	b  bytes.Buffer
+}
+
+func (l *locked) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+
+func (l *locked) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.String()
 }
