@@ -104,7 +104,7 @@ func (t *transaction) wrapBound(ctx context.Context, k *key, material []byte, pu
 	for i, one := range wrapped {
 		edks[i] = one.edk
 	}
-	s.provable(ctx, g, wrapped)
+	s.leaveCanaries(ctx, g, wrapped)
 	s.census.Add(census.Kind{Key: k.Name, Purpose: census.Purpose(purpose.String()), Wraps: g.wraps(wrapped)})
 	return edks, t.used(k, g.versions(wrapped).String(), cache.Freshness{Source: cache.Upstream}), nil
 }
