@@ -224,6 +224,26 @@ func (w *wrapping) refuses(version string, d cache.Direction) bool {
 	return refused
 }
 
+// refusals are what is refused, for the store.
+func (w *wrapping) refusals() []storedRefusal {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	var all []storedRefusal
+	for q := range w.noes {
+		all = append(all, storedRefusal{q.version, q.direction})
+	}
+	return all
+}
+
+// refusedBefore takes in what was refused before a restart.
+func (w *wrapping) refusedBefore(all []storedRefusal) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for _, one := range all {
+		w.noes[question{one.Version, one.Direction}] = time.Now()
+	}
+}
+
 var errRefusedBefore = errors.New("until it does, or is taken out of the key's configuration, the key's other backends do not count")
 
 // unrevoked returns an error where one of several parts has refused the key and has not

@@ -89,6 +89,13 @@ type storedWrapping struct {
 	Upstream string               `json:"upstream"`
 	Current  string               `json:"current"`
 	Versions []plugins.KeyVersion `json:"versions"`
+	// Refused are the versions that it has refused and not allowed since.
+	Refused []storedRefusal `json:"refused,omitempty"`
+}
+
+type storedRefusal struct {
+	Version   string          `json:"version"`
+	Direction cache.Direction `json:"direction"`
 }
 
 // storeConfig adds to where the store is what only this package can say of data keys.
@@ -112,7 +119,7 @@ func (s *Service) notes() []cache.Note {
 		if k := st.keys[w.key]; known == nil || k == nil || !k.Limits.Store {
 			continue
 		}
-		text, err := json.Marshal(storedWrapping{id.backend, id.uri, st.Upstreams[id.backend], known.Current, known.Versions})
+		text, err := json.Marshal(storedWrapping{id.backend, id.uri, st.Upstreams[id.backend], known.Current, known.Versions, w.refusals()})
 		if err == nil && len(text) <= maxNote {
 			notes = append(notes, cache.Note{Value: text, At: known.at})
 		}
@@ -185,6 +192,7 @@ func (s *Service) recall(notes []cache.Note) map[wrappingID]*wrapping {
 		}
 		d := &described{Description: plugins.Description{Current: stored.Current, Versions: stored.Versions}, at: n.At}
 		w.described.CompareAndSwap(nil, d)
+		w.refusedBefore(stored.Refused)
 		of[id] = w
 	}
 	return of

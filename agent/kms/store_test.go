@@ -317,3 +317,44 @@ func TestRestartWithTwoBackends(t *testing.T) {
 		t.Errorf("restored %+v, want nothing: one backend is another", got)
 	}
 }
+
+// TestOneOfTwoRevokedBeforeTheRestart: the yes of the other lifts nothing, as before it.
+func TestOneOfTwoRevokedBeforeTheRestart(t *testing.T) {
+	r := newStoreRig(t)
+	dir := t.TempDir()
+	newKeystore(t, dir, "orders-b")
+	b := &troubled{Backend: openLocal(t, dir)}
+	r.config.Backends["b"] = b
+	r.config.Keys[0].Wraps = append(r.config.Keys[0].Wraps, kms.Wrap{Backend: "b", WrappingKey: "local:orders-b"})
+	r.config.Upstreams["b"] = "two"
+	r.restart()
+	message := r.used("orders")
+	b.intercept(butDescribe)
+	r.clock.Advance(6 * time.Minute)
+	refused := func(when string) {
+		t.Helper()
+		for range 5 {
+			r.clock.Advance(10 * time.Second)
+			_, _, err := r.encrypt("orders")
+			_, err2 := r.decrypt(message)
+			for _, err := range []error{err, err2} {
+				if reason := kms.ReasonOf(err); reason != kms.ReasonKeyUnusable && reason != kms.ReasonKeySuspended {
+					t.Errorf("%s: %v, want that the key is refused", when, err)
+				}
+			}
+		}
+	}
+	refused("it says no")
+	b.intercept(nil)
+	b.fail(unreachable())
+	r.restart()
+	refused("it is away after a restart")
+	b.fail(nil)
+	r.clock.Advance(time.Minute)
+	if _, _, err := r.encrypt("orders"); err != nil {
+		t.Errorf("it says yes: %v", err)
+	}
+	if _, err := r.decrypt(message); err != nil {
+		t.Errorf("it says yes: %v", err)
+	}
+}
