@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"os"
+	"path/filepath"
 	"strings"
 )
 
@@ -27,15 +28,28 @@ type trail struct {
 
 // unrecorded verifies the audit log and finds answers without a record.
 func (c *cluster) unrecorded(h *history) []violation {
-	if err := c.run("audit", "verify", "--initial-key", c.path("initial.key"), c.path("audit.log")); err != nil {
+	files, err := filepath.Glob(c.path("audit.log*")) // those that were rotated too
+	if err == nil {
+		err = c.run(append([]string{"audit", "verify", "--initial-key", c.path("initial.key")}, files...)...)
+	}
+	if err != nil {
 		return []violation{{"audit", "the audit log does not verify: " + err.Error(), nil}}
 	}
-	f, err := os.Open(c.path("audit.log"))
+	have := trail{map[string]bool{}, map[string]bool{}, map[string]int{}}
+	for _, file := range files {
+		if err := have.read(file); err != nil {
+			return []violation{{"audit", err.Error(), nil}}
+		}
+	}
+	return have.lacks(h)
+}
+
+func (t trail) read(file string) error {
+	f, err := os.Open(file)
 	if err != nil {
-		return []violation{{"audit", err.Error(), nil}}
+		return err
 	}
 	defer func() { _ = f.Close() }()
-	have := trail{map[string]bool{}, map[string]bool{}, map[string]int{}}
 	lines := bufio.NewScanner(f)
 	lines.Buffer(nil, 1<<20)
 	for lines.Scan() {
@@ -43,12 +57,12 @@ func (c *cluster) unrecorded(h *history) []violation {
 		if json.Unmarshal(lines.Bytes(), &r) != nil { // what a crash has torn, which the log says
 			continue
 		}
-		have.requests[r.RequestID], have.messages[r.MessageID] = true, true
+		t.requests[r.RequestID], t.messages[r.MessageID] = true, true
 		if r.Outcome == "success" {
-			have.served[r.Caller.SPIFFEID+" "+r.Operation]++
+			t.served[r.Caller.SPIFFEID+" "+r.Operation]++
 		}
 	}
-	return have.lacks(h)
+	return lines.Err()
 }
 
 // lacks finds answers that the trail does not have.

@@ -270,13 +270,22 @@ func (m *model) excused(c *call) bool {
 		return took(agentDown, "", reconnect)
 	case "KEY_UNUSABLE", "KEY_SUSPENDED":
 		// A key whose canary does not open is taken for another one.
-		return m.excusedByRevocation(c) || m.lied(c, recovery)
+		return m.excusedByRevocation(c) || m.lied(c, recovery) || m.garbled(c)
 	case "DECRYPT_FAILED":
 		return m.lied(c, 0)
 	case "BACKEND_UNAVAILABLE", "BACKEND_BROKEN", "DEADLINE_EXCEEDED", "CANCELLED":
 		return m.excusedByOutage(c)
 	}
 	return false
+}
+
+// garbled tells whether a call may have had its answer from a line that changes what it
+// carries, which p11-kit does not notice: it can say anything, a no too.
+func (m *model) garbled(c *call) bool {
+	return slices.ContainsFunc(m.Actions, func(a *action) bool {
+		return a.Fault == "corrupt" && (span{a.Begin, a.Ended + recovery}).overlaps(c.Start, c.End) &&
+			slices.ContainsFunc(c.Uses, func(u use) bool { return slices.Contains(m.backendsOf(u), a.Target) })
+	})
 }
 
 // excusedByOutage: one of the keys may have had no backend that answered.
