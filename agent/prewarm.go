@@ -30,6 +30,9 @@ const (
 	maxPrewarmLine = 256 << 10
 	// prewarmEvery is how often, at most, it is seen to that they are there.
 	prewarmEvery = time.Minute
+	// prewarmSoon is when it is tried again after one is missing, and twice as long each
+	// time after that.
+	prewarmSoon = time.Second
 )
 
 // prewarmer has data keys ready that the configuration names.
@@ -54,13 +57,19 @@ type prewarmFile struct {
 
 // prewarm sees to it that the data keys are in the cache, until ctx ends.
 func (a *Agent) prewarm(ctx context.Context) error {
+	soon := prewarmSoon
 	for {
-		wait := prewarmEvery
+		wait, complete := prewarmEvery, true
 		for _, k := range a.configuration().Keys {
 			if len(k.Prewarm) > 0 {
-				a.prewarmKey(ctx, k)
+				complete = a.prewarmKey(ctx, k) && complete
 				wait = min(wait, max(time.Second, k.Cache.MaxAge/2))
 			}
+		}
+		if complete {
+			soon = prewarmSoon
+		} else { // the backend may be starting
+			wait, soon = min(wait, soon), min(2*soon, prewarmEvery)
 		}
 		t := time.NewTimer(wait)
 		select {
@@ -72,12 +81,13 @@ func (a *Agent) prewarm(ctx context.Context) error {
 	}
 }
 
-func (a *Agent) prewarmKey(ctx context.Context, k KeyConfig) {
+// prewarmKey reports whether all are there.
+func (a *Agent) prewarmKey(ctx context.Context, k KeyConfig) bool {
 	p := &a.prewarmed
 	keys, faults := p.read(k.Prewarm)
 	held := a.service.Prewarm(ctx, k.Name, keys)
 	if ctx.Err() != nil {
-		return
+		return false
 	}
 	if held.Err == nil {
 		held.Err = errors.Join(faults...)
@@ -92,6 +102,7 @@ func (a *Agent) prewarmKey(ctx context.Context, k KeyConfig) {
 	case held.Err == nil && (before.Err != nil || held.Ready != before.Ready):
 		a.logger.Info("data keys are held ready", zap.String("key", k.Name), zap.Int("ready", held.Ready))
 	}
+	return held.Err == nil
 }
 
 // of tells how many data keys of a key are held, of how many.
