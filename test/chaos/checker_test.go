@@ -79,7 +79,7 @@ func ofUses(check func(*model, *call, use) string) func(*model, *call) string {
 // wrongContent: what was encrypted is what is decrypted. A token that lies is found out
 // where a message proves it; key material that it alone wraps proves nothing.
 func wrongContent(m *model, c *call) string {
-	if c.Operation == "decrypt-data-key" && m.wrongBefore(c) || (c.Operation == "decrypt-data-key" || c.Operation == "unwrap") && m.lied(c, 0) {
+	if c.Operation == "decrypt-data-key" && m.wrongBefore(c) || (c.Operation == "decrypt-data-key" || c.Operation == "unwrap") && (m.lied(c, 0) || m.garbled(c)) {
 		return ""
 	}
 	return c.Wrong
@@ -89,7 +89,7 @@ func wrongContent(m *model, c *call) string {
 // the cache as it said.
 func (m *model) wrongBefore(c *call) bool {
 	return c.Wrong != "" && slices.ContainsFunc(m.Calls, func(other *call) bool {
-		return other.Wrong != "" && other.Operation == c.Operation && other.End < c.Start && other.Uses[0].EDKs == c.Uses[0].EDKs && m.lied(other, 0)
+		return other.Wrong != "" && other.Operation == c.Operation && other.End < c.Start && other.Uses[0].EDKs == c.Uses[0].EDKs && (m.lied(other, 0) || m.garbled(other))
 	})
 }
 
@@ -280,7 +280,7 @@ func (m *model) excused(c *call) bool {
 }
 
 // garbled tells whether a call may have had its answer from a line that changes what it
-// carries, which p11-kit does not notice: it can say anything, a no too.
+// carries, which p11-kit does not notice: it can say anything, a no too, or another key.
 func (m *model) garbled(c *call) bool {
 	return slices.ContainsFunc(m.Actions, func(a *action) bool {
 		return a.Fault == "corrupt" && (span{a.Begin, a.Ended + recovery}).overlaps(c.Start, c.End) &&
