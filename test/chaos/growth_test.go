@@ -68,7 +68,8 @@ func (c *cluster) sample() (sample, error) {
 	const mb = 1 << 20
 	return sample{
 		v["go_goroutines"], v["process_open_fds"], v["go_threads"],
-		v["go_memstats_heap_alloc_bytes"] / mb, v["process_resident_memory_bytes"] / mb, largest(s),
+		v["go_memstats_next_gc_bytes"] / 2 / mb, // twice what the last collection left
+		v["process_resident_memory_bytes"] / mb, largest(s),
 	}, lines.Err()
 }
 
