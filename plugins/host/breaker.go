@@ -1,6 +1,7 @@
 package host
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -31,6 +32,8 @@ const (
 	trials, maxUndecided = 3, 8
 	// minProbeWait is the first wait before the backend is asked how it is.
 	minProbeWait = 250 * time.Millisecond
+	// trialPatience is how long calls wait for another's trial, which takes a moment as a rule.
+	trialPatience = 250 * time.Millisecond
 	// probeTime is added to when a call may come again: the probe takes time, too.
 	probeTime = 50 * time.Millisecond
 	// excuse is how long before a process dies its calls may fail because of that.
@@ -132,9 +135,9 @@ type breaker struct {
 	due        time.Time // Open: when the backend is asked
 	held       time.Time // the backend wants no call before
 	why        string
-	testing    bool // HalfOpen: a call is under way
-	passed     int  // HalfOpen: calls that were answered, and
-	unclear    int  // those that were undecided
+	trial      chan struct{} // HalfOpen: closed when the call that is under way has ended; else nil
+	passed     int           // HalfOpen: calls that were answered, and
+	unclear    int           // those that were undecided
 
 	refused, opened uint64
 	refusedBefore   uint64 // it opened
@@ -147,27 +150,54 @@ func newBreaker(cfg Breaker, name string) *breaker {
 	}
 }
 
-// admit lets a call through, or says at once when it may come again. settle
-// follows where the error is nil.
-func (b *breaker) admit() (ticket, error) {
+// admit lets a call through, or says when it may come again: at once, but for a moment's
+// wait where another call tries how the backend is. settle follows where the error is nil.
+func (b *breaker) admit(ctx context.Context) (ticket, error) {
+	var over <-chan time.Time
+	for {
+		t, trial, err := b.admitNow()
+		if trial == nil {
+			return t, err
+		}
+		if over == nil {
+			timer := time.NewTimer(trialPatience)
+			defer timer.Stop()
+			over = timer.C
+		}
+		select {
+		case <-trial:
+			continue
+		case <-over:
+		case <-ctx.Done():
+		}
+		b.refusedMore(1)
+		return ticket{}, err
+	}
+}
+
+// admitNow returns the end of another's trial with the refusal that is because of it.
+func (b *breaker) admitNow() (t ticket, trial <-chan struct{}, err error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	switch {
 	case b.circuit == Open:
-		return ticket{}, b.refuseLocked(time.Until(b.due), plugins.ErrBreakerOpen)
+		b.refused++
+		return ticket{}, nil, b.refusalLocked(time.Until(b.due), plugins.ErrBreakerOpen)
 	case !b.held.IsZero() && time.Now().Before(b.held):
-		return ticket{}, b.refuseLocked(time.Until(b.held), plugins.ErrThrottled)
-	case b.testing:
-		return ticket{}, b.refuseLocked(0, plugins.ErrBreakerOpen)
+		b.refused++
+		return ticket{}, nil, b.refusalLocked(time.Until(b.held), plugins.ErrThrottled)
+	case b.circuit != HalfOpen:
+		return ticket{generation: b.generation}, nil, nil
+	case b.trial != nil:
+		return ticket{}, b.trial, b.refusalLocked(0, plugins.ErrBreakerOpen)
 	}
-	b.testing = b.circuit == HalfOpen
-	return ticket{generation: b.generation, trial: b.testing}, nil
+	b.trial = make(chan struct{})
+	return ticket{generation: b.generation, trial: true}, nil, nil
 }
 
-// refuseLocked has a little chance in it: who comes back should not do so at the
+// refusalLocked has a little chance in it: who comes back should not do so at the
 // same time as all the others.
-func (b *breaker) refuseLocked(wait time.Duration, sentinel error) error {
-	b.refused++
+func (b *breaker) refusalLocked(wait time.Duration, sentinel error) error {
 	wait = max(wait, 0) + probeTime
 	return &plugins.Error{
 		Class: plugins.Unavailable, RetryAfter: wait + rand.N(wait/10+probeTime), //nolint:gosec // jitter
@@ -262,7 +292,8 @@ func (b *breaker) holdLocked(err error) {
 // triedLocked takes how a call in the half-open state went. Those that say nothing
 // must not keep it in that state for ever.
 func (b *breaker) triedLocked(v verdict, err error) *turn {
-	b.testing = false
+	close(b.trial)
+	b.trial = nil
 	switch v {
 	case failed, slow:
 		return b.openLocked(time.Now(), "it answers Check, but not calls"+lastFailure(v, err))
@@ -330,7 +361,7 @@ func (b *breaker) checked(fault error) {
 		}
 		b.why = "Check: " + plugins.Printable(fault.Error(), maxCause)
 	default:
-		b.circuit, b.testing, b.passed, b.unclear = HalfOpen, false, 0, 0
+		b.circuit, b.passed, b.unclear = HalfOpen, 0, 0
 		b.generation++
 	}
 }

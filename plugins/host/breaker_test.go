@@ -16,7 +16,7 @@ func away() error { return plugins.Errorf(plugins.Unavailable, "upstream is away
 // breaker does not.
 func made(t *testing.T, b *breaker, v verdict, took time.Duration) *turn {
 	t.Helper()
-	ticket, err := b.admit()
+	ticket, err := b.admit(t.Context())
 	if err != nil {
 		t.Fatalf("a call is refused: %v", err)
 	}
@@ -63,7 +63,7 @@ func TestBreakerOpensOnFailuresInARow(t *testing.T) {
 				t.Errorf("failure %d: turn %+v", i+1, opened)
 			}
 		}
-		_, err := b.admit()
+		_, err := b.admit(t.Context())
 		var e *plugins.Error
 		if !errors.Is(err, plugins.ErrBreakerOpen) || !errors.As(err, &e) || e.Class != plugins.Unavailable {
 			t.Fatalf("a call while it is open: %v", err)
@@ -149,7 +149,7 @@ func TestBreakerOpensOnARate(t *testing.T) {
 func TestBreakerTellsSlowBackendsFromStalls(t *testing.T) {
 	testBreaker(t, func(t *testing.T, b *breaker) {
 		began := time.Now()
-		ticket, _ := b.admit()
+		ticket, _ := b.admit(t.Context())
 		time.Sleep(time.Second)
 		for range 30 {
 			b.settle(ticket, slow, began, nil)
@@ -166,7 +166,7 @@ func TestBreakerTellsSlowBackendsFromStalls(t *testing.T) {
 // Calls come back one at a time, and none of those before the outage has a say.
 func TestBreakerHalfOpen(t *testing.T) {
 	testBreaker(t, func(t *testing.T, b *breaker) {
-		old, _ := b.admit()
+		old, _ := b.admit(t.Context())
 		open(t, b)
 		b.checked(away())
 		wantCircuit(t, b, Open)
@@ -174,11 +174,11 @@ func TestBreakerHalfOpen(t *testing.T) {
 		wantCircuit(t, b, HalfOpen)
 		for range trials {
 			wantCircuit(t, b, HalfOpen)
-			trial, err := b.admit()
+			trial, err := b.admit(t.Context())
 			if err != nil {
 				t.Fatalf("a trial: %v", err)
 			}
-			if _, err := b.admit(); !errors.Is(err, plugins.ErrBreakerOpen) {
+			if _, err := b.admit(t.Context()); !errors.Is(err, plugins.ErrBreakerOpen) {
 				t.Fatalf("a call beside a trial: %v", err)
 			}
 			b.settle(old, failed, time.Now(), away())
@@ -232,17 +232,17 @@ func TestBreakerWaitsLongerAndLonger(t *testing.T) {
 func TestBreakerThrottled(t *testing.T) {
 	testBreaker(t, func(t *testing.T, b *breaker) {
 		began := time.Now()
-		ticket, _ := b.admit()
+		ticket, _ := b.admit(t.Context())
 		b.settle(ticket, failed, began, &plugins.Error{Class: plugins.Unavailable, RetryAfter: 7 * time.Second})
 		for time.Since(began) < 7*time.Second {
-			_, err := b.admit()
+			_, err := b.admit(t.Context())
 			var e *plugins.Error
 			if !errors.Is(err, plugins.ErrThrottled) || !errors.As(err, &e) || e.RetryAfter < time.Until(began.Add(7*time.Second)) {
 				t.Fatalf("%s after it asked for 7s: %v", time.Since(began), err)
 			}
 			time.Sleep(500 * time.Millisecond)
 		}
-		if _, err := b.admit(); err != nil {
+		if _, err := b.admit(t.Context()); err != nil {
 			t.Errorf("when the time is over: %v", err)
 		}
 	})
@@ -270,7 +270,7 @@ func TestBreakerAndBudgetCostNoMemory(t *testing.T) {
 	b, retries := newBreaker(Breaker{}.withDefaults(2*time.Second), "test"), newBudget()
 	if got := testing.AllocsPerRun(1000, func() {
 		retries.earn()
-		ticket, err := b.admit()
+		ticket, err := b.admit(t.Context())
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -286,7 +286,7 @@ func TestRefusedRepeats(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newBreaker(Breaker{}.withDefaults(2*time.Second), "test")
 		open(t, b)
-		_, refused := b.admit()
+		_, refused := b.admit(t.Context())
 		err := later(away(), refused)
 		var e *plugins.Error
 		if errors.Is(err, plugins.ErrBreakerOpen) || !strings.Contains(err.Error(), "upstream is away") ||

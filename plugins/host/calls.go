@@ -138,7 +138,7 @@ func attempt[T any](ctx context.Context, s *Supervisor, m method[T]) (T, error) 
 	if err := s.available(); err != nil {
 		return none, err
 	}
-	t, err := s.breaker.admit()
+	t, err := s.breaker.admit(ctx)
 	if err != nil {
 		return none, err
 	}

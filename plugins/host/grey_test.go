@@ -406,6 +406,38 @@ func TestLyingCheck(t *testing.T) {
 	})
 }
 
+// A call that comes while another one tries whether the backend is back is not refused
+// for that: it waits for a moment.
+func TestCallsBesideATrial(t *testing.T) {
+	up := &upstream{answers: func(ctx context.Context, at time.Duration) error {
+		if at < minute {
+			return unavailable(0)
+		}
+		return takes(ctx, 20*time.Millisecond)
+	}}
+	simulate(t, Config{CallTimeout: 2 * time.Second}, up, func(t *testing.T, r *rig) {
+		r.load(t, 5, 200*time.Millisecond, time.Second, minute)
+		for deadline := time.Now().Add(minute); r.Status().Breaker.Circuit != HalfOpen; time.Sleep(time.Millisecond) {
+			if time.Now().After(deadline) {
+				t.Fatal("the backend is back, and is not asked")
+			}
+		}
+		var wg sync.WaitGroup
+		for i := range trials {
+			wg.Go(func() {
+				began := time.Now()
+				if _, err := r.Describe(t.Context(), "test:key"); err != nil {
+					t.Errorf("call %d: %v", i, err)
+				}
+				if took := time.Since(began); took > retryMax {
+					t.Errorf("call %d took %s", i, took)
+				}
+			})
+		}
+		wg.Wait()
+	})
+}
+
 // What waits for its turn learns at once that there will be none.
 func TestWaitingCallsFailWhenTheBreakerOpens(t *testing.T) {
 	up := &upstream{answers: func(ctx context.Context, _ time.Duration) error {

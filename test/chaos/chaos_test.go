@@ -12,6 +12,10 @@ import (
 	"time"
 
 	"go.uber.org/goleak"
+	"google.golang.org/grpc/codes"
+
+	"github.com/kms-agent/kms-agent/agent/kms"
+	"github.com/kms-agent/kms-agent/agent/serve"
 )
 
 // short is how long a run lasts unless CHAOS_TIME says otherwise, and seeds are those
@@ -92,40 +96,49 @@ func run(t *testing.T, seed uint64, length time.Duration) {
 	keep(t, h, steps, length)
 }
 
-// finish lets every message be opened, that was ever returned, once all is well again.
+// finish lets every message be opened, that was ever returned, once all is well again. What
+// the agent asks to be tried again is: whether it may ask is the rule "available".
 func finish(t *testing.T, cl *cluster, nem *nemesis, callers []*caller, k *kept) {
 	t.Helper()
-	began, n := nem.now(), nem.calls()
+	began := nem.now()
 	alice := &worker{callers[0], newRand()}
 	everythingServes(t, alice)
 	t.Logf("everything serves %s after the end of the load", (nem.now() - began).Round(time.Millisecond))
-	for _, m := range k.messages {
-		c, ctx, cancel := alice.begin("decrypt", m.key)
-		alice.decryptIn(ctx, c, m)
-		cancel()
-	}
-	for _, e := range k.keys {
-		c, ctx, cancel := alice.begin("decrypt-data-key", e.key)
-		if c.Operation = "unwrap"; e.wrap {
-			alice.unwrapIn(ctx, c, e)
-		} else {
-			c.Operation = "decrypt-data-key"
-			alice.decryptKeyIn(ctx, c, e)
-		}
-		cancel()
-	}
-	lost := 0
-	for _, c := range nem.last(n) {
-		if c.Operation != "encrypt" && (c.Reason != "" || c.Wrong != "") {
+	deadline := time.Now().Add(2 * recovery)
+	repeated, lost := 0, 0
+	opens := func(operation, key string, open func(context.Context, *call)) {
+		for {
+			c, ctx, cancel := alice.begin(operation, key)
+			open(ctx, c)
+			cancel()
+			switch {
+			case c.Reason == "" && c.Wrong == "":
+				return
+			case serve.Code(kms.Reason(c.Reason)) == codes.Unavailable && time.Now().Before(deadline):
+				repeated++
+				time.Sleep(100 * time.Millisecond)
+				continue
+			}
 			if lost++; lost <= 5 {
 				t.Errorf("seed %d, rule durable: what was returned once does not open at the end\n  %s", nem.h.Seed, c)
 			}
+			return
+		}
+	}
+	for _, m := range k.messages {
+		opens("decrypt", m.key, func(ctx context.Context, c *call) { alice.decryptIn(ctx, c, m) })
+	}
+	for _, e := range k.keys {
+		if e.wrap {
+			opens("unwrap", e.key, func(ctx context.Context, c *call) { alice.unwrapIn(ctx, c, e) })
+		} else {
+			opens("decrypt-data-key", e.key, func(ctx context.Context, c *call) { alice.decryptKeyIn(ctx, c, e) })
 		}
 	}
 	if lost > 5 {
 		t.Errorf("... and %d others", lost-5)
 	}
-	t.Logf("%d messages and %d data keys open at the end, %d do not", len(k.messages), len(k.keys), lost)
+	t.Logf("%d messages and %d data keys open at the end, %d do not; %d calls were repeated", len(k.messages), len(k.keys), lost, repeated)
 }
 
 // everythingServes waits until every key encrypts with a confirmation from upstream.

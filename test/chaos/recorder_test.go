@@ -98,13 +98,6 @@ func (r *recorder) calls() int {
 	return len(r.h.Calls)
 }
 
-// last returns the newest calls.
-func (r *recorder) last(from int) []*call {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return append([]*call(nil), r.h.Calls[min(from, len(r.h.Calls)):]...)
-}
-
 func reasonOf(err error) (reason, text, requestID string) {
 	var e *client.Error
 	switch {

@@ -1,12 +1,15 @@
 package native
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"github.com/kms-agent/kms-agent/agent/kms"
 	"github.com/kms-agent/kms-agent/agent/serve"
@@ -131,11 +134,11 @@ func (s *server) DecryptStream(ss grpc.BidiStreamingServer[kmsagentv1.DecryptStr
 // notBegun puts a stream on record whose start did not come.
 func (s *server) notBegun(ctx context.Context, operation string, err error) error {
 	var refusal *kms.Error
-	switch {
-	case errors.As(context.Cause(ctx), &refusal):
-	case errors.Is(ctx.Err(), context.DeadlineExceeded):
+	switch end := ended(ctx, err); {
+	case errors.As(end, &refusal):
+	case errors.Is(end, context.DeadlineExceeded):
 		refusal = &kms.Error{Reason: kms.ReasonDeadlineExceeded, Cause: err, Message: "the caller's deadline passed before the stream's start came; allow more time"}
-	case ctx.Err() != nil:
+	case end != nil:
 		refusal = &kms.Error{Reason: kms.ReasonCancelled, Cause: err, Message: "the caller cancelled the stream before its start came"}
 	default:
 		refusal = &kms.Error{Reason: kms.ReasonInvalidRequest, Cause: err, Message: "the first request of the stream cannot be read: it is too large or no message"}
@@ -145,10 +148,31 @@ func (s *server) notBegun(ctx context.Context, operation string, err error) erro
 
 // streamEnd keeps the caller's own end apart from other errors.
 func streamEnd(ctx context.Context, err error) error {
-	if err != nil && ctx.Err() != nil && !errors.Is(err, io.EOF) {
-		return context.Cause(ctx)
+	if errors.Is(err, io.EOF) {
+		return err
 	}
-	return err
+	return cmp.Or(ended(ctx, err), err)
+}
+
+// ended says why a stream whose transport failed with err was ended from outside; nil where
+// it was not. Of a cancelled stream, gRPC may tell Recv before it ends the context.
+func ended(ctx context.Context, err error) error {
+	var own *kms.Error
+	switch {
+	case err == nil:
+		return nil
+	case ctx.Err() != nil:
+		return context.Cause(ctx)
+	case errors.As(err, &own):
+		return nil
+	}
+	switch status.Code(err) {
+	case codes.Canceled:
+		return context.Canceled
+	case codes.DeadlineExceeded:
+		return context.DeadlineExceeded
+	}
+	return nil
 }
 
 // chunkWriter collects ciphertext into answers of chunkSize.
