@@ -16,9 +16,9 @@ import (
 // counterBlock is how many wraps are reserved at a time: what a crash loses.
 const counterBlock = 1 << 16
 
-// Counter counts the wraps of each version on this host, for suites whose keys wear
-// out: GCM with random initialization vectors (SP 800-38D, section 8.3). It counts
-// across restarts and over the processes that use a directory. It is safe for
+// Counter counts the wraps of each version on this host, those for callers, canaries and
+// tests of the key alike, for suites whose keys wear out: GCM with random initialization
+// vectors (SP 800-38D, section 8.3). It counts across restarts and over the processes that use a directory. It is safe for
 // concurrent use.
 type Counter struct {
 	path  string
@@ -27,7 +27,7 @@ type Counter struct {
 	worn func(v *Version, used, limit uint64)
 
 	mu   sync.Mutex
-	left map[string]*reserved // mu guards left: by ID, in hexadecimal
+	left map[ID]*reserved // mu guards left
 }
 
 // reserved is what this process may still use of what it has reserved.
@@ -47,7 +47,7 @@ type counters struct {
 // hosts use the keys, 1 at least. worn, which may be nil, is told when half of what a
 // version may do on this host is done.
 func OpenCounter(dir string, share uint64, worn func(v *Version, used, limit uint64)) (*Counter, error) {
-	c := &Counter{path: filepath.Join(dir, "wraps.json"), share: max(share, 1), worn: worn, left: map[string]*reserved{}}
+	c := &Counter{path: filepath.Join(dir, "wraps.json"), share: max(share, 1), worn: worn, left: map[ID]*reserved{}}
 	if c.worn == nil {
 		c.worn = func(*Version, uint64, uint64) {}
 	}
@@ -91,14 +91,13 @@ func (c *Counter) Take(v *Version) error {
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	id := hex.EncodeToString(v.ID[:])
-	r := c.left[id]
+	r := c.left[v.ID]
 	if r == nil {
 		r = &reserved{}
-		c.left[id] = r
+		c.left[v.ID] = r
 	}
 	if r.left == 0 {
-		if err := c.reserve(id, r, limit); err != nil {
+		if err := c.reserve(hex.EncodeToString(v.ID[:]), r, limit); err != nil {
 			return errorf(Unavailable, err, "the counts of wraps cannot be kept")
 		}
 	}
@@ -158,9 +157,8 @@ func (c *Counter) Used(v *Version) (used, limit uint64, err error) {
 	if err != nil {
 		return 0, 0, err
 	}
-	id := hex.EncodeToString(v.ID[:])
-	used = file.Wraps[id]
-	if r := c.left[id]; r != nil {
+	used = file.Wraps[hex.EncodeToString(v.ID[:])]
+	if r := c.left[v.ID]; r != nil {
 		used -= min(r.left, used)
 	}
 	return used, v.Suite.maxWraps() / c.share, nil
@@ -178,7 +176,8 @@ func (c *Counter) Close() error {
 		return nil
 	}
 	err := c.change(func(wraps map[string]uint64) {
-		for id, r := range c.left {
+		for v, r := range c.left {
+			id := hex.EncodeToString(v[:])
 			wraps[id] -= min(r.left, wraps[id])
 		}
 	})

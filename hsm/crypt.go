@@ -55,6 +55,14 @@ func (t *Token) crypt(ctx context.Context, v *Version, h header, dst, in, iv, aa
 			return nil, err
 		}
 		keys, err := t.bind(ctx, a, v)
+		if err == nil && !unwrap {
+			if err := v.unfit(a); err != nil {
+				return nil, err
+			}
+			if err := t.count(v); err != nil {
+				return nil, err
+			}
+		}
 		if err == nil {
 			var out []byte
 			if out, err = t.once(ctx, a, v, h, keys, dst, in, iv, aad, unwrap); err == nil {
@@ -71,6 +79,23 @@ func (t *Token) crypt(ctx context.Context, v *Version, h header, dst, in, iv, aa
 	_ = t.examineWith(ctx, a, v, !unwrap)
 	return nil, errorf(Unavailable, last, "tried %d times", attempts)
 }
+
+// count counts a wrap that is about to be made.
+func (t *Token) count(v *Version) error {
+	if t.cfg.Wraps == nil {
+		return nil
+	}
+	if err := t.cfg.Wraps.Take(v); err != nil {
+		return uncounted{err}
+	}
+	return nil
+}
+
+// uncounted is why a wrap must not be made: the version has made all it may, or nobody
+// could count it. It says nothing of the token.
+type uncounted struct{ error }
+
+func (u uncounted) Unwrap() error { return u.error }
 
 // once does one operation in one session.
 func (t *Token) once(ctx context.Context, a *attachment, v *Version, h header, keys handles, dst, in, iv, aad []byte, unwrap bool) ([]byte, error) {
@@ -254,7 +279,9 @@ func (t *Token) examineWith(ctx context.Context, a *attachment, v *Version, wrap
 		if err != nil {
 			_, err = t.judge(ctx, a, v, err, false, new(int))
 		} else if err = t.canary(ctx, a, v); err == nil && wrap {
-			err = t.selfTest(ctx, a, v, keys)
+			if err = t.selfTest(ctx, a, v, keys); errors.As(err, new(uncounted)) {
+				err = nil
+			}
 		}
 		known := (*Error)(nil)
 		switch {

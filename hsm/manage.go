@@ -201,6 +201,9 @@ func (t *Token) setCanary(ctx context.Context, v *Version) error {
 	if err != nil {
 		return err
 	}
+	if err := t.count(v); err != nil {
+		return err
+	}
 	if v.canary, err = t.once(ctx, a, v, v.header(), keys, nil, secret, nil, v.canaryAAD(), false); err != nil {
 		return err
 	}

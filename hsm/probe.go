@@ -39,9 +39,11 @@ type Probe struct {
 	Trials                                  []Trial
 	// Use is the suite that a new key gets; 0 where none works.
 	Use Suite
+	// Random says why the token gives no random; nil where it does.
+	Random error
 }
 
-// Probe tries every suite. It leaves nothing on the token.
+// Probe tries every suite, and the random. It leaves nothing on the token.
 func (t *Token) Probe(ctx context.Context) (Probe, error) {
 	a, err := t.attached(ctx)
 	if err != nil {
@@ -75,6 +77,7 @@ func (t *Token) Probe(ctx context.Context) (Probe, error) {
 		}
 		p.Trials = append(p.Trials, trial)
 	}
+	p.Random = t.Random(ctx, make([]byte, 32))
 	return p, nil
 }
 

@@ -45,6 +45,8 @@ type Config struct {
 	// they want to, as a plugin's host does. Callers that wait for a session or for the
 	// token leave when their time is over all the same.
 	Stay bool
+	// Wraps counts what keys encrypt, and refuses what would be too much; nil: nobody does.
+	Wraps *Counter
 	// Events is told what happens to the connection. It may be nil.
 	Events func(Event)
 }

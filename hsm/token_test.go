@@ -24,6 +24,9 @@ func TestProbe(t *testing.T) {
 	if p.Use != hsm.GCM || p.Token.Label != "kms" || !strings.Contains(p.Manufacturer, "SoftHSM") || p.Sessions != 8 {
 		t.Errorf("probe: %+v", p)
 	}
+	if p.Random != nil {
+		t.Errorf("random: %v", p.Random)
+	}
 	works := map[hsm.Suite]bool{}
 	for _, trial := range p.Trials {
 		works[trial.Suite] = trial.Err == nil

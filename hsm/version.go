@@ -78,6 +78,7 @@ type binding struct {
 	epoch  int64
 	opened int64 // when they opened the canary, by the token's now
 	keys   handles
+	unfit  error // why the token does not let the keys wrap, though they open the canary
 }
 
 // provenFor is how long a canary speaks for the keys that opened it: a token may put
@@ -176,10 +177,27 @@ func (t *Token) prove(ctx context.Context, a *attachment, v *Version, b *binding
 			return err
 		}
 	}
-	if before != nil {
+	if before != nil && v.unfit(a) == nil {
 		return nil
 	}
-	return t.selfTest(ctx, a, v, b.keys)
+	err := t.selfTest(ctx, a, v, b.keys)
+	var code cryptoki.Error
+	switch {
+	case errors.As(err, new(uncounted)):
+		return nil // the canary has to do
+	case errors.As(err, &code) && code.Policy():
+		b.unfit = refusal(err) // a key whose CKA_ENCRYPT was taken away opens all the same
+		return nil
+	}
+	return err
+}
+
+// unfit says why the keys that the version is bound to may not wrap; nil where they may.
+func (v *Version) unfit(a *attachment) error {
+	if b := v.handles.Load(); b != nil && b.a == a {
+		return b.unfit
+	}
+	return nil
 }
 
 // Verify tells why a version is not what its record says: its keys are gone from the
@@ -352,7 +370,9 @@ func (t *Token) strange(ctx context.Context, a *attachment, v *Version, keys han
 	switch s := stepFor(err); {
 	case errors.Is(err, errOpen), s == refuse:
 	case s == askCanary:
-		if other := t.selfTest(ctx, a, v, keys); other != nil {
+		if other := t.selfTest(ctx, a, v, keys); errors.As(other, new(uncounted)) {
+			return errorf(Unavailable, err, "the token does not open its canary, and whether it is the token or the key cannot be tried: %v", other)
+		} else if other != nil {
 			a.breaks(errorf(Unavailable, err, "the token neither opens its canary nor anything else"))
 			return errorf(Unavailable, other, "the token is not well")
 		}
@@ -375,7 +395,10 @@ func (t *Token) selfTest(ctx context.Context, a *attachment, v *Version, keys ha
 	aad := []byte("kms-agent self-test 1")
 	var wrapped [2][]byte
 	for i := range wrapped {
-		var err error
+		err := t.count(v)
+		if err != nil {
+			return err
+		}
 		if wrapped[i], err = t.once(ctx, a, v, v.header(), keys, nil, material, nil, aad, false); err != nil {
 			return err
 		}

@@ -71,6 +71,13 @@ type hsmProbe struct {
 	// Use is the suite that new keys get, and Why says why.
 	Use string `json:"use"`
 	Why string `json:"why"`
+	// Random is what random.backend could use.
+	Random hsmRandom `json:"random"`
+}
+
+type hsmRandom struct {
+	Works  bool   `json:"works"`
+	Reason string `json:"reason,omitempty"`
 }
 
 type hsmTrial struct {
@@ -175,6 +182,11 @@ func probeTable(t *table, p *hsmProbe) {
 		}
 		t.row(s.Suite, strings.Join(s.Mechanisms, ", ")+": "+line)
 	}
+	random := "works: random.backend may name this backend"
+	if !p.Random.Works {
+		random = "no: " + p.Random.Reason
+	}
+	t.row("random", random)
 	if p.Use == "" {
 		t.row("new keys", "cannot be made without --suite: none of the suites works that are taken by themselves")
 		return

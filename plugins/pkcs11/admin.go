@@ -137,8 +137,12 @@ func (r request) serve(ctx context.Context, diagnostics io.Writer) (answer, erro
 	if err != nil {
 		return answer{}, &hsm.Error{Kind: hsm.Unauthenticated, Err: err}
 	}
+	wraps, err := s.counter(diagnostics)
+	if err != nil {
+		return answer{}, &hsm.Error{Kind: hsm.Invalid, Err: err}
+	}
 	said := ""
-	t, err := s.load(ctx, uri, pin, func(e hsm.Event) {
+	t, err := s.load(ctx, uri, pin, wraps, func(e hsm.Event) {
 		switch {
 		case e.Attached || e.Err == nil:
 		case hopeless(e.Err):
@@ -151,7 +155,12 @@ func (r request) serve(ctx context.Context, diagnostics io.Writer) (answer, erro
 	if err != nil {
 		return answer{}, err
 	}
-	defer func() { _ = t.Close() }()
+	defer func() {
+		_ = t.Close()
+		if wraps != nil {
+			_ = wraps.Close()
+		}
+	}()
 	if _, err := t.Info(waiting); err != nil {
 		return answer{}, err
 	}
@@ -178,16 +187,31 @@ func (r request) serve(ctx context.Context, diagnostics io.Writer) (answer, erro
 	return a, err
 }
 
+// counter opens the counts of wraps. Damaged ones are no reason not to administer keys, as
+// their cure is to rotate them.
+func (s settings) counter(diagnostics io.Writer) (*hsm.Counter, error) {
+	dir, err := s.stateDirectory()
+	if err != nil {
+		return nil, err
+	}
+	c, err := hsm.OpenCounter(dir, s.FleetSize, nil)
+	if err != nil {
+		_, _ = fmt.Fprintln(diagnostics, "warning:", err)
+		return nil, nil //nolint:nilnil // nothing is counted
+	}
+	return c, nil
+}
+
 // load opens the token. A library that does not come back from being loaded is left
 // to the end of the process, as it is where nobody waits for it any more.
-func (s settings) load(ctx context.Context, uri hsm.URI, pin hsm.PINSource, events func(hsm.Event)) (*hsm.Token, error) {
+func (s settings) load(ctx context.Context, uri hsm.URI, pin hsm.PINSource, wraps *hsm.Counter, events func(hsm.Event)) (*hsm.Token, error) {
 	type opened struct {
 		token *hsm.Token
 		err   error
 	}
 	done := make(chan opened, 1)
 	go func() {
-		t, err := s.openToken(uri, pin, events, adminPatience)
+		t, err := s.openToken(uri, pin, wraps, events, adminPatience)
 		done <- opened{t, err}
 	}()
 	limit := time.Duration(s.HangAfter)

@@ -217,3 +217,40 @@ func TestToldHasNoKinds(t *testing.T) {
 		t.Errorf("in the agent's log: %q, want %q", got, want)
 	}
 }
+
+// What keys are made and tested with counts as their wraps, beside those of an agent.
+func TestWrapsOfAdministration(t *testing.T) {
+	r := newRig(t)
+	r.must(request{Command: "init-key", Key: "orders"})
+	path := filepath.Join(r.state(), "wraps.json")
+	content, err := os.ReadFile(path)
+	var counts struct{ Wraps map[string]int }
+	if err = errors.Join(err, json.Unmarshal(content, &counts)); err != nil {
+		t.Fatal(err)
+	}
+	id := r.must(request{Command: "list"}).Keys[0].Versions[0].ID
+	if n := counts.Wraps[id]; n < 3 || n > 10 {
+		t.Errorf("%d wraps are counted of %s, want its canary and its test: %s", n, id, content)
+	}
+	r.Write("state/wraps.json", "{")
+	a, said := r.ask(request{Command: "rotate", Key: "orders"})
+	if a.Error != "" || !bytes.Contains(said, []byte("remove the file")) {
+		t.Errorf("with damaged counts, whose cure it is: %+v\n%s", a, said)
+	}
+	if a := r.administer(request{Command: "list"}); a.Error != "" || a.Keys[0].Current != 2 {
+		t.Errorf("with damaged counts: %+v", a)
+	}
+}
+
+func TestProbeOfRandom(t *testing.T) {
+	r := newRig(t)
+	if p := r.must(request{Command: "probe"}).Probe; !p.Random.Works || p.Random.Reason != "" {
+		t.Errorf("random: %+v", p.Random)
+	}
+	fault := hsmtest.NewFault(t, "../../hsm", hsmtest.SoftHSMModule)
+	fault.Set("C_GenerateRandom rv=0x121") // CKR_RANDOM_NO_RNG
+	r.settings["module"] = fault.Module
+	if p := r.must(request{Command: "probe"}).Probe; p.Random.Works || !strings.Contains(p.Random.Reason, "no random number generator") {
+		t.Errorf("random: %+v", p.Random)
+	}
+}

@@ -24,9 +24,9 @@ const (
 
 // backend implements plugins.Backend and plugins.RandomSource over one token.
 type backend struct {
-	token   *hsm.Token
-	counter *hsm.Counter
-	exit    func(int)
+	token *hsm.Token
+	wraps *hsm.Counter
+	exit  func(int)
 
 	mu    sync.Mutex
 	names map[string]string // the key's name by its URI; mu guards it and what follows
@@ -41,7 +41,7 @@ func (b *backend) Open(ctx context.Context, raw json.RawMessage) (plugins.Info, 
 	if err != nil {
 		return plugins.Info{}, plugins.Errorf(plugins.Invalid, "%w", err)
 	}
-	if b.token, b.counter, err = s.open(ctx, token, logEvents(os.Stderr)); err != nil {
+	if b.token, b.wraps, err = s.open(ctx, token, logEvents(os.Stderr)); err != nil {
 		return plugins.Info{}, plugins.Errorf(plugins.Invalid, "%w", explained(err))
 	}
 	go func() {
@@ -56,9 +56,6 @@ func (b *backend) Open(ctx context.Context, raw json.RawMessage) (plugins.Info, 
 func (b *backend) Wrap(ctx context.Context, key plugins.KeyRef, plaintext []byte, binding plugins.Binding) ([]byte, error) {
 	v, err := b.version(ctx, key)
 	if err != nil {
-		return nil, classified(err)
-	}
-	if err := b.counter.Take(v); err != nil {
 		return nil, classified(err)
 	}
 	out, err := b.token.Wrap(ctx, v, nil, plaintext, binding.AAD())
@@ -112,7 +109,7 @@ func (b *backend) Close() error {
 	if b.token == nil {
 		return nil
 	}
-	return errors.Join(b.token.Close(), b.counter.Close())
+	return errors.Join(b.token.Close(), b.wraps.Close())
 }
 
 func (b *backend) version(ctx context.Context, key plugins.KeyRef) (*hsm.Version, error) {

@@ -64,12 +64,12 @@ func (s settings) open(ctx context.Context, token hsm.URI, events func(hsm.Event
 	if err != nil {
 		return nil, nil, err
 	}
-	t, err := s.openToken(token, pin, events, 0)
+	t, err := s.openToken(token, pin, counter, events, 0)
 	return t, counter, err
 }
 
 // openToken opens the token alone. patience is how long an operation waits for it.
-func (s settings) openToken(token hsm.URI, pin hsm.PINSource, events func(hsm.Event), patience time.Duration) (*hsm.Token, error) {
+func (s settings) openToken(token hsm.URI, pin hsm.PINSource, wraps *hsm.Counter, events func(hsm.Event), patience time.Duration) (*hsm.Token, error) {
 	dir, err := s.stateDirectory()
 	if err != nil {
 		return nil, err
@@ -81,7 +81,7 @@ func (s settings) openToken(token hsm.URI, pin hsm.PINSource, events func(hsm.Ev
 	return hsm.Open(hsm.Config{
 		Module: s.Module, Reserved: s.ModuleConfig, Token: token, Catalogue: catalogue, Sessions: s.Sessions,
 		Login:     &hsm.Ledger{Path: filepath.Join(dir, "logins.json"), PIN: pin, Retry: s.retryPIN},
-		HangAfter: time.Duration(s.HangAfter), Patience: patience, Events: events,
+		HangAfter: time.Duration(s.HangAfter), Patience: patience, Events: events, Wraps: wraps,
 		Stay: true, // the agent gives calls up by itself, and hang_after ends a process whose calls stay for good
 	})
 }

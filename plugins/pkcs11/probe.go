@@ -20,6 +20,13 @@ type probe struct {
 	// Use is the suite that new keys get, and Why says why.
 	Use string `json:"use,omitempty"`
 	Why string `json:"why,omitempty"`
+	// Random is what random.backend could use.
+	Random source `json:"random"`
+}
+
+type source struct {
+	Works  bool   `json:"works"`
+	Reason string `json:"reason,omitempty"`
 }
 
 type trial struct {
@@ -45,6 +52,9 @@ func probed(p hsm.Probe) *probe {
 	}
 	if p.Use != 0 {
 		out.Use, out.Why = p.Use.String(), suites()[p.Use].why
+	}
+	if out.Random.Works = p.Random == nil; p.Random != nil {
+		out.Random.Reason = told(p.Random)
 	}
 	for _, s := range p.Trials {
 		t := trial{
