@@ -343,11 +343,12 @@ func (t *Token) do(ctx context.Context, a *attachment, f func(*worker) error) er
 }
 
 // Check asks the token whether it could serve, with a canary where a key is in use.
-// A connection that turns out to be lost is made anew.
+// A connection that turns out to be lost is made anew, and one that is lost already is
+// tried again soon.
 func (t *Token) Check(ctx context.Context) error {
 	var last error
 	for range attempts {
-		a, err := t.attached(ctx)
+		a, err := t.attachedAgain(ctx)
 		if err != nil {
 			return err
 		}

@@ -88,6 +88,7 @@ func TestRemote(t *testing.T) {
 	_ = idle.Connections()
 	idle.Cut()
 	t.Run("outages", func(t *testing.T) { outages(t, idle) })
+	t.Run("asked for", func(t *testing.T) { askedFor(t, idle) })
 	t.Run("interrupted", func(t *testing.T) { interrupted(t, idle) })
 	t.Run("black hole", func(t *testing.T) { blackHole(t, idle.soft) })
 	t.Run("idle", func(t *testing.T) { // it has been, all the time
@@ -309,4 +310,30 @@ func blackHole(t *testing.T, soft *hsmtest.SoftHSM) {
 			}
 		})
 	}
+}
+
+// Who checks whether a token is back is not told of an attempt that was made before it
+// was: the pauses between attempts grow, and this does not wait for the end of one.
+func askedFor(t *testing.T, first *remote) {
+	r := first.beside(t, func(_ *rig, c *hsm.Config) { c.Patience = 10 * time.Second })
+	r.works()
+	r.Refuse(true)
+	r.Cut()
+	eventually(t, "the pauses grow", func() error {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		if last := r.events[len(r.events)-1]; last.Attached || last.Retry < 3*time.Second {
+			return fmt.Errorf("the last one is %v", last.Retry)
+		}
+		return nil
+	})
+	r.Refuse(false)
+	began := time.Now()
+	if err := r.Check(bounded(t)); err != nil {
+		t.Errorf("Check: %v", err)
+	}
+	if took := time.Since(began); took > 2500*time.Millisecond {
+		t.Errorf("it took %v to find the token again", took)
+	}
+	r.works()
 }

@@ -84,6 +84,8 @@ const (
 	defaultPatience  = 1500 * time.Millisecond
 	reconnectMin     = 100 * time.Millisecond
 	reconnectMax     = 10 * time.Second
+	// reconnectAsked is the least wait before an attempt that somebody has asked for.
+	reconnectAsked = time.Second
 	// idleCanary is how long the token may be idle: some close sessions after 15 s.
 	idleCanary = 8 * time.Second
 )
@@ -106,6 +108,8 @@ type Token struct {
 	random generator
 	used   atomic.Pointer[Version] // the last, for the canary
 	last   atomic.Int64            // when the module last did something good
+
+	hurry chan struct{} // somebody wants to know whether the token is back
 
 	mu      sync.Mutex
 	current *attachment   // mu guards current and what follows; nil while there is none
@@ -133,7 +137,7 @@ func Open(cfg Config) (*Token, error) {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	t := &Token{
-		cfg: cfg, module: module, start: time.Now(), end: cancel, dead: make(chan struct{}), changed: make(chan struct{}),
+		cfg: cfg, module: module, start: time.Now(), end: cancel, dead: make(chan struct{}), changed: make(chan struct{}), hurry: make(chan struct{}, 1),
 		lastErr: errors.New("the token has not been attached yet"),
 	}
 	t.ended.Go(func() { t.keep(ctx) })
@@ -229,14 +233,41 @@ func (t *Token) tell() {
 
 // attached returns the attachment, and waits a little for one that is being made.
 func (t *Token) attached(ctx context.Context) (*attachment, error) {
-	var patience <-chan time.Time
+	t.mu.Lock()
+	a, left := t.current, t.cfg.Patience
+	if a == nil {
+		left -= time.Duration(t.now() - t.lostAt)
+	}
+	t.mu.Unlock()
+	if a != nil && !a.over() {
+		return a, nil
+	}
+	return t.await(ctx, left)
+}
+
+// attachedAgain is attached for who wants to know whether the token is back: the next
+// attempt is made soon, and waited for.
+func (t *Token) attachedAgain(ctx context.Context) (*attachment, error) {
+	t.mu.Lock()
+	a := t.current
+	t.mu.Unlock()
+	if a != nil && !a.over() {
+		return a, nil
+	}
+	select {
+	case t.hurry <- struct{}{}:
+	default:
+	}
+	return t.await(ctx, t.cfg.Patience)
+}
+
+// await waits for an attachment.
+func (t *Token) await(ctx context.Context, patience time.Duration) (*attachment, error) {
+	timer := time.NewTimer(patience)
+	defer timer.Stop()
 	for {
 		t.mu.Lock()
 		a, changed, why, dead := t.current, t.changed, t.lastErr, t.deadErr
-		left := t.cfg.Patience
-		if a == nil {
-			left -= time.Duration(t.now() - t.lostAt)
-		}
 		t.mu.Unlock()
 		if a != nil && !a.over() {
 			return a, nil
@@ -247,14 +278,9 @@ func (t *Token) attached(ctx context.Context) (*attachment, error) {
 		if KindOf(why) == Unauthenticated {
 			return nil, why // waiting does not help
 		}
-		if patience == nil {
-			timer := time.NewTimer(left)
-			defer timer.Stop()
-			patience = timer.C
-		}
 		select {
 		case <-changed:
-		case <-patience:
+		case <-timer.C:
 			return nil, errorf(Unavailable, why, "the token is not attached")
 		case <-ctx.Done():
 			return nil, context.Cause(ctx)
@@ -298,7 +324,8 @@ func (t *Token) keep(ctx context.Context) {
 	}
 }
 
-// rest waits before the next attempt. A refused PIN waits for another one.
+// rest waits before the next attempt, less long where Check asks for one. A refused PIN
+// waits for another one.
 func (t *Token) rest(ctx context.Context, err error, wait time.Duration) {
 	if KindOf(err) == Unauthenticated {
 		_ = t.cfg.Login.Changed(ctx)
@@ -306,9 +333,16 @@ func (t *Token) rest(ctx context.Context, err error, wait time.Duration) {
 	}
 	timer := time.NewTimer(wait)
 	defer timer.Stop()
+	began := time.Now()
 	select {
 	case <-ctx.Done():
 	case <-timer.C:
+	case <-t.hurry:
+		timer.Reset(max(0, min(wait, reconnectAsked)-time.Since(began)))
+		select {
+		case <-ctx.Done():
+		case <-timer.C:
+		}
 	}
 }
 

@@ -177,41 +177,28 @@ func (t *transaction) admitEDKs(ctx context.Context, edks []envelope.EDK, op pol
 	if err != nil {
 		return nil, nil, err
 	}
-	var ready sealedKey
-	var last error
-	for i, info := range infos {
-		if !info.ContextBound {
-			return nil, nil, undecryptable(k.Name, errors.New("its context is not bound"))
-		}
-		one, err := t.recognise(k, edks[i], info, encryptionContext, purpose)
-		if err != nil {
-			last = err
-			continue
-		}
-		ready = append(ready, one)
-	}
-	if ready = distinct(ready); len(ready) == 0 {
-		return nil, nil, last
-	}
-	return k, ready, nil
+	ready, err := t.recogniseAll(k, edks, infos, encryptionContext, purpose)
+	return k, distinct(ready), err
 }
 
 // ownEDKs reads what EDKs say of themselves: all are of this kind of agent and name one key.
-func ownEDKs(edks []envelope.EDK) (name string, infos []envelope.ProviderInfo, err error) {
+func ownEDKs(edks []envelope.EDK) (name string, infos []*envelope.ProviderInfo, err error) {
 	switch n := len(edks); {
 	case n == 0:
 		return "", nil, foreign(errors.New("there is no encrypted data key"))
 	case n > envelope.MaxEDKs:
 		return "", nil, foreign(fmt.Errorf("it has %d encrypted data keys, at most %d", n, envelope.MaxEDKs))
 	}
-	infos = make([]envelope.ProviderInfo, len(edks))
+	infos = make([]*envelope.ProviderInfo, len(edks))
 	for i, edk := range edks {
 		if edk.ProviderID != envelope.ProviderID {
 			return "", nil, foreign(errors.New("its provider is not kms-agent"))
 		}
-		if infos[i], err = envelope.ParseProviderInfo(edk.ProviderInfo); err != nil {
+		info, err := envelope.ParseProviderInfo(edk.ProviderInfo)
+		if err != nil {
 			return "", nil, foreign(err)
 		}
+		infos[i] = &info
 		if infos[i].Key != infos[0].Key {
 			return "", nil, foreign(errors.New("its encrypted data keys name several keys"))
 		}

@@ -132,23 +132,8 @@ func (t *transaction) admit(ctx context.Context, h *envelope.Header, expected ma
 			return nil, nil, undecryptable(k.Name, fmt.Errorf("expected context: %q is not as expected", pair))
 		}
 	}
-	var edks sealedKey
-	var last error
-	for i, info := range infos {
-		if info == nil || t.state.keys[info.Key] != k {
-			continue
-		}
-		edk, err := t.recognise(k, h.EDKs[i], *info, h.Context, envelope.PurposeMessage, envelope.PurposeExported)
-		if err != nil {
-			last = err
-			continue
-		}
-		edks = append(edks, edk)
-	}
-	if len(edks) == 0 {
-		return nil, nil, last
-	}
-	return k, edks, nil
+	edks, err := t.recogniseAll(k, h.EDKs, infos, h.Context, envelope.PurposeMessage, envelope.PurposeExported)
+	return k, edks, err
 }
 
 // keyOf reads the logical key of a message from its EDKs. All that the caller

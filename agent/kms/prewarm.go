@@ -2,7 +2,6 @@ package kms
 
 import (
 	"context"
-	"errors"
 	"fmt"
 
 	"golang.org/x/sync/errgroup"
@@ -80,25 +79,17 @@ func (s *Service) Prewarm(ctx context.Context, name string, keys []Sealed) Held 
 
 // hold takes one data key from the cache, to stay there.
 func (t *transaction) hold(ctx context.Context, k *key, one Sealed) (*cache.Use, error) {
-	var edks sealedKey
-	last := error(undecryptable(k.Name, errors.New("it has no encrypted data key of this key")))
-	for _, edk := range one.EDKs {
-		info, err := envelope.ParseProviderInfo(edk.ProviderInfo)
-		if err != nil || edk.ProviderID != envelope.ProviderID || t.state.keys[info.Key] != k {
-			continue
+	infos := make([]*envelope.ProviderInfo, len(one.EDKs))
+	for i, edk := range one.EDKs {
+		if info, err := envelope.ParseProviderInfo(edk.ProviderInfo); err == nil && edk.ProviderID == envelope.ProviderID {
+			infos[i] = &info
 		}
-		ready, err := t.recognise(k, edk, info, one.Context, envelope.PurposeMessage, envelope.PurposeExported)
-		if err != nil {
-			last = err
-			continue
-		}
-		edks = append(edks, ready)
 	}
-	edks = distinct(edks)
-	if len(edks) == 0 {
-		return nil, last
+	edks, err := t.recogniseAll(k, one.EDKs, infos, one.Context, envelope.PurposeMessage, envelope.PurposeExported)
+	if err != nil {
+		return nil, err
 	}
 	scratch := &transaction{service: t.service, state: t.state, call: t.call, arrived: t.arrived, began: t.began, holds: true}
-	use, _, err := scratch.decryptionKey(forAll(ctx), k, edks)
+	use, _, err := scratch.decryptionKey(forAll(ctx), k, distinct(edks))
 	return use, err
 }

@@ -288,6 +288,28 @@ func decryptID(k *key, edks sealedKey) cache.DecryptID {
 	return cache.DecryptID(h.Sum(nil))
 }
 
+// recogniseAll returns those of EDKs that can be opened, or why none can. infos is what
+// they say of themselves; nil for what is none of ours.
+func (t *transaction) recogniseAll(k *key, edks []envelope.EDK, infos []*envelope.ProviderInfo, encryptionContext map[string]string, allowed ...envelope.Purpose) (sealedKey, error) {
+	var ready sealedKey
+	var last error = undecryptable(k.Name, errors.New("it has no encrypted data key of this key"))
+	for i, info := range infos {
+		if info == nil || t.state.keys[info.Key] != k {
+			continue
+		}
+		one, err := t.recognise(k, edks[i], *info, encryptionContext, allowed...)
+		if err != nil {
+			last = err
+			continue
+		}
+		ready = append(ready, one)
+	}
+	if len(ready) == 0 {
+		return nil, last
+	}
+	return ready, nil
+}
+
 // recognise turns an EDK into something that can be opened: it must be of this
 // agent, of a purpose in allowed, and under a wrapping key that the configuration
 // gives its logical key.

@@ -15,7 +15,7 @@ import (
 const (
 	DefaultBreakerFailures = 5
 	DefaultBreakerRate     = 0.6
-	DefaultBreakerMaxWait  = 30 * time.Second
+	DefaultBreakerMaxWait  = 10 * time.Second
 	// slowShare is the part of CallTimeout after which a call is slow.
 	slowShare = 4
 )

@@ -222,7 +222,7 @@ func TestBreakerWaitsLongerAndLonger(t *testing.T) {
 			}
 			spent++
 		}
-		if spent < 15 || spent > 45 {
+		if spent < 50 || spent > 110 {
 			t.Errorf("%d calls were spent in ten minutes", spent)
 		}
 	})

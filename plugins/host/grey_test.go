@@ -242,7 +242,7 @@ func TestDeadUpstream(t *testing.T) {
 		if got := all.longest(minute+2*time.Second, 6*minute); got != 0 {
 			t.Errorf("a call during the outage took %s, want none to wait", got)
 		}
-		if n := between(up.checks, minute, 6*minute); n < 8 || n > 25 {
+		if n := between(up.checks, minute, 6*minute); n < 25 || n > 60 {
 			t.Errorf("it was asked %d times in five minutes how it is", n)
 		}
 		back := 6*minute + DefaultBreakerMaxWait + 2*time.Second
