@@ -134,7 +134,7 @@ limits: { max_message: 1MiB }
 	if got := cfg.Backends[0]; got.CallTimeout != 9*time.Second || got.StartTimeout != 10*time.Second {
 		t.Errorf("timeouts = %v, %v, want 9s as written and 10s by default", got.CallTimeout, got.StartTimeout)
 	}
-	if got, want := cfg.Backends[0].Breaker, (agent.BreakerConfig{Failures: 5, FailureRate: 0.8, MaxWait: 30 * time.Second}); got != want {
+	if got, want := cfg.Backends[0].Breaker, (agent.BreakerConfig{Failures: 5, FailureRate: 0.8, MaxWait: 10 * time.Second}); got != want {
 		t.Errorf("breaker = %+v, want %+v", got, want)
 	}
 	a, b := cfg.Keys[0].Cache, cfg.Keys[1].Cache
