@@ -36,6 +36,8 @@ type authority struct {
 	// confirmed is when the last call that upstream said yes to began.
 	confirmed time.Duration
 	known     bool
+	// unconfirmed is before when calls must not have begun whose yes is to count.
+	unconfirmed time.Duration
 
 	standing standing
 	// suspendedAt is when the first no was heard, refusedAt when the last was.
@@ -90,6 +92,9 @@ func (c *Cache) confirmLocked(a *authority, began time.Duration) {
 	a.reach.answeredLocked(began)
 	a.standing, a.refusal, a.nextProbe = good, nil, 0
 	c.keptLocked(a, ordinary)
+	if began < a.unconfirmed {
+		return
+	}
 	if !a.known || began > a.confirmed {
 		a.known, a.confirmed = true, began
 		a.used, a.jitter, a.nextRefresh, a.tries = false, c.cfg.Rand(), 0, 0
@@ -201,6 +206,19 @@ func (c *Cache) Confirmed(name Authority) (age time.Duration, ok bool) {
 		return 0, false
 	}
 	return max(0, c.cfg.Now()-a.confirmed), true
+}
+
+// Unconfirm forgets when upstream confirmed the authorities that match accepts: each is
+// asked about before it is used again, also in grace.
+func (c *Cache) Unconfirm(match func(Authority) bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	now := c.cfg.Now()
+	for name, a := range c.authorities {
+		if match(name) {
+			a.known, a.unconfirmed = false, now
+		}
+	}
 }
 
 // Renew returns how fresh an Authority is when upstream confirmed it no longer

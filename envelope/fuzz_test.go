@@ -62,6 +62,7 @@ func FuzzOpen(f *testing.F) {
 // FuzzProviderInfo: what parses marshals back.
 func FuzzProviderInfo(f *testing.F) {
 	f.Add(unhex(f, frozenInfo))
+	f.Add(unhex(f, frozenCheckedInfo))
 	f.Add([]byte{})
 	f.Fuzz(func(t *testing.T, b []byte) {
 		p, err := envelope.ParseProviderInfo(b)

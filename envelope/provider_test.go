@@ -26,6 +26,60 @@ func TestProviderInfoVector(t *testing.T) {
 	}
 }
 
+// frozenCheck is the key check of the data key 00 01 ... 1f, and frozenCheckedInfo the
+// encoding of checkedInfo, both spelled out in docs/format.md.
+const (
+	frozenCheck       = "b84ccbbf26e2d629eaf4ec120932e007"
+	frozenCheckedInfo = "020201404142434445464748494a4b4c4d4e4fb84ccbbf26e2d629eaf4ec120932e00700066f726465727300147661756c743a7472616e7369742f6f7264657273000133"
+)
+
+func checkedInfo(t testing.TB) envelope.ProviderInfo {
+	t.Helper()
+	p := testInfo()
+	p.Purpose, p.ContextBound, p.Check = envelope.PurposeExported, true, envelope.KeyCheck(unhex(t, frozenCheck))
+	return p
+}
+
+func TestKeyCheckVector(t *testing.T) {
+	c, err := envelope.NewKeyCheck(count(0, envelope.DataKeySize))
+	if err != nil || hex.EncodeToString(c[:]) != frozenCheck {
+		t.Errorf("the check is %x, %v; want the frozen %s", c, err, frozenCheck)
+	}
+	b, err := checkedInfo(t).Marshal()
+	if err != nil || hex.EncodeToString(b) != frozenCheckedInfo {
+		t.Errorf("Marshal gave %x, %v; want the frozen %s", b, err, frozenCheckedInfo)
+	}
+	got, err := envelope.ParseProviderInfo(unhex(t, frozenCheckedInfo))
+	if diff := cmp.Diff(checkedInfo(t), got); err != nil || diff != "" {
+		t.Errorf("ParseProviderInfo: %v (-want +got):\n%s", err, diff)
+	}
+}
+
+func TestKeyCheck(t *testing.T) {
+	key := count(7, envelope.DataKeySize)
+	c, err := envelope.NewKeyCheck(key)
+	if err != nil || !c.Holds(key) {
+		t.Errorf("the check of the key itself: %v", err)
+	}
+	for i := range key {
+		other := bytes.Clone(key)
+		if other[i] ^= 1; c.Holds(other) {
+			t.Errorf("it holds for another key, changed in byte %d", i)
+		}
+	}
+	for _, size := range []int{0, 16, 31, 33} {
+		if c.Holds(make([]byte, size)) {
+			t.Errorf("it holds for %d bytes", size)
+		}
+		if _, err := envelope.NewKeyCheck(make([]byte, size)); err == nil {
+			t.Errorf("%d bytes have a check", size)
+		}
+	}
+	if (envelope.KeyCheck{}) == c || !(envelope.KeyCheck{}).Holds([]byte("anything")) {
+		t.Error("without a check nothing is checked")
+	}
+}
+
 func TestProviderInfoRoundTrip(t *testing.T) {
 	for _, purpose := range []envelope.Purpose{envelope.PurposeMessage, envelope.PurposeExported, envelope.PurposeWrap, envelope.PurposeProbe} {
 		want := testInfo()
@@ -54,10 +108,13 @@ func TestPurposeString(t *testing.T) {
 
 func TestProviderInfoRefusals(t *testing.T) {
 	for name, change := range map[string]func(*envelope.ProviderInfo){
-		"no purpose":          func(p *envelope.ProviderInfo) { p.Purpose = 0 },
-		"unknown purpose":     func(p *envelope.ProviderInfo) { p.Purpose = 5 },
-		"exported, unbound":   func(p *envelope.ProviderInfo) { p.Purpose = envelope.PurposeExported },
-		"wrap, unbound":       func(p *envelope.ProviderInfo) { p.Purpose = envelope.PurposeWrap },
+		"no purpose":        func(p *envelope.ProviderInfo) { p.Purpose = 0 },
+		"unknown purpose":   func(p *envelope.ProviderInfo) { p.Purpose = 5 },
+		"exported, unbound": func(p *envelope.ProviderInfo) { p.Purpose = envelope.PurposeExported },
+		"wrap, unbound":     func(p *envelope.ProviderInfo) { p.Purpose = envelope.PurposeWrap },
+		"wrap, checked": func(p *envelope.ProviderInfo) {
+			p.Purpose, p.ContextBound, p.Check = envelope.PurposeWrap, true, envelope.KeyCheck{1}
+		},
 		"no key":              func(p *envelope.ProviderInfo) { p.Key = "" },
 		"no URI":              func(p *envelope.ProviderInfo) { p.URI = "" },
 		"no version":          func(p *envelope.ProviderInfo) { p.Version = "" },
@@ -78,12 +135,18 @@ func TestProviderInfoRefusals(t *testing.T) {
 }
 
 func TestParseProviderInfoRefusals(t *testing.T) {
-	good := unhex(t, frozenInfo)
-	for n := range good {
-		if _, err := envelope.ParseProviderInfo(good[:n]); !errors.Is(err, envelope.ErrMalformed) {
-			t.Errorf("first %d bytes: %v, want ErrMalformed", n, err)
+	good, checked := unhex(t, frozenInfo), unhex(t, frozenCheckedInfo)
+	for _, info := range [][]byte{good, checked} {
+		for n := range info {
+			if _, err := envelope.ParseProviderInfo(info[:n]); !errors.Is(err, envelope.ErrMalformed) {
+				t.Errorf("first %d bytes of %d: %v, want ErrMalformed", n, len(info), err)
+			}
 		}
 	}
+	unset := bytes.Clone(checked)
+	clear(unset[19 : 19+envelope.KeyCheckSize])
+	guessable := bytes.Clone(checked)
+	guessable[1] = byte(envelope.PurposeWrap)
 	change := func(at int, b byte) []byte {
 		c := bytes.Clone(good)
 		c[at] = b
@@ -94,7 +157,9 @@ func TestParseProviderInfoRefusals(t *testing.T) {
 		want error
 	}{
 		"version 0":        {change(0, 0), envelope.ErrMalformed},
-		"version 2":        {change(0, 2), envelope.ErrMalformed},
+		"version 3":        {change(0, 3), envelope.ErrMalformed},
+		"a check of zeros": {unset, envelope.ErrMalformed},
+		"wrap, checked":    {guessable, envelope.ErrMalformed},
 		"purpose 0":        {change(1, 0), envelope.ErrMalformed},
 		"purpose 5":        {change(1, 5), envelope.ErrMalformed},
 		"wrap, unbound":    {change(1, 3), envelope.ErrMalformed},

@@ -7,6 +7,7 @@ import (
 
 	"github.com/kms-agent/kms-agent/agent/audit"
 	"github.com/kms-agent/kms-agent/agent/policy"
+	"github.com/kms-agent/kms-agent/cache"
 	"github.com/kms-agent/kms-agent/identity"
 )
 
@@ -103,7 +104,8 @@ func (t *transaction) administrator(op AdminOperation) bool {
 }
 
 // Evict destroys the cached data keys of the key of that name, or of every key
-// when the name is empty, also those in the store, and returns how many there were.
+// when the name is empty, also those in the store, and returns how many there were. What
+// upstream has said of it before confirms nothing any more.
 // known is false when there is no such key. An error wraps ErrNotOnDisk.
 func (s *Service) Evict(name string) (n int, known bool, err error) {
 	state := s.state.Load()
@@ -111,12 +113,18 @@ func (s *Service) Evict(name string) (n int, known bool, err error) {
 		for _, k := range state.keys {
 			k.group.askAgain()
 		}
-		return s.cache.EvictAll(), true, s.evicted()
+		n := s.cache.EvictAll()
+		s.cache.Unconfirm(func(cache.Authority) bool { return true })
+		return n, true, s.evicted()
 	}
 	k := state.keys[name]
 	if k == nil {
 		return 0, false, nil
 	}
 	k.group.askAgain()
-	return s.cache.EvictKey(k.Name), true, s.evicted()
+	n = s.cache.EvictKey(k.Name)
+	s.cache.Unconfirm(func(a cache.Authority) bool {
+		return a.Backend == k.group.id.backend && a.WrappingKey == k.group.id.uri
+	})
+	return n, true, s.evicted()
 }

@@ -13,7 +13,8 @@ import (
 	"github.com/kms-agent/kms-agent/plugins"
 )
 
-// confirmGroup asks all parts that an authority names whether they still say yes.
+// confirmGroup asks all parts that an authority names whether they still say yes. One that
+// has not wrapped what is to be opened has a say in it too.
 func (s *Service) confirmGroup(ctx context.Context, g *group, a cache.Authority, sample any) error {
 	v, err := g.parseVersions(a.Version)
 	if err != nil {
@@ -22,11 +23,7 @@ func (s *Service) confirmGroup(ctx context.Context, g *group, a cache.Authority,
 	known := sealedOf(sample)
 	var parts []int
 	for part, version := range v {
-		// One that has not wrapped this has a say too, where there is something to ask it.
-		if version == "" && a.Direction == cache.Decrypt {
-			v[part] = g.parts[part].provable()
-		}
-		if v[part] != "" {
+		if version != "" || a.Direction == cache.Decrypt {
 			parts = append(parts, part)
 		}
 	}
@@ -34,12 +31,12 @@ func (s *Service) confirmGroup(ctx context.Context, g *group, a cache.Authority,
 	errs := s.poll(ctx, g, parts, polling{
 		allowance: confirmStragglers,
 		// Of one that refused the key nobody knows more until it answers.
-		must: func(part int) bool { return g.parts[part].refuses(v[part], a.Direction) },
+		must: func(part int) bool { return g.parts[part].withholds(v[part], a.Direction) },
 		ask: func(ctx context.Context, part int) error {
 			if a.Direction == cache.Encrypt {
 				return s.confirmWrap(ctx, g.parts[part], v[part])
 			}
-			return s.confirmUnwrap(ctx, g.parts[part], v[part], known.of(part))
+			return s.confirmOpening(ctx, g.parts[part], v[part], known.of(part))
 		},
 		late: func(_ int, err error) {
 			if g.refuses(err) && s.inUse(g) {
@@ -53,19 +50,36 @@ func (s *Service) confirmGroup(ctx context.Context, g *group, a cache.Authority,
 	return err
 }
 
-// provable returns the current version where there is a canary to prove it with.
-func (w *wrapping) provable() string {
-	d := w.described.Load()
-	if d == nil {
-		return ""
+// confirmOpening asks a part whether it opens what was wrapped under a version of its own;
+// "" is what it has not wrapped.
+func (s *Service) confirmOpening(ctx context.Context, w *wrapping, version string, sample *sealed) error {
+	if w.denied() {
+		if _, err := s.askDescription(ctx, w); err != nil {
+			return err
+		}
 	}
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if _, ok := w.canaries[d.Current]; !ok {
-		return ""
+	if version != "" {
+		return s.confirmUnwrap(ctx, w, version, sample)
 	}
-	return d.Current
+	known := w.described.Load()
+	if known == nil {
+		var err error
+		if known, err = s.describePart(ctx, w, absentAge, false); err != nil {
+			return err
+		}
+	}
+	if _, ok := w.canary(known.Current); ok {
+		return s.confirmUnwrap(ctx, w, known.Current, nil)
+	}
+	if err := s.makeCanary(ctx, w, known.Current); err != nil { // whether it opens is not known then
+		return plugins.Errorf(plugins.Unavailable, "the agent has nothing to ask backend %s with: %w", w.id.backend, err)
+	}
+	return nil
 }
+
+// absentAge is how old the description may be of a part that has not wrapped what is asked
+// about.
+const absentAge = time.Minute
 
 // sure asks all parts about an authority that one of them has refused: that another
 // answers proves nothing.
@@ -96,32 +110,112 @@ func (s *Service) confirmNow(ctx context.Context, g *group, a cache.Authority, s
 	return err
 }
 
-// leaveCanaries sees to it that each of several parts can be asked about what it has wrapped,
-// whatever callers bring: exported data keys prove nothing of the key, as only a caller
-// knows their context. Nobody waits for it.
+// making is the attempt to make a canary.
+type making struct {
+	under bool
+	next  time.Duration
+	err   error // of the last one
+}
+
+const (
+	// canaryPause is how long after an attempt that failed the next canary is made;
+	// refusedPause where the backend said no, as to an agent that may only decrypt.
+	canaryPause  = 10 * time.Second
+	refusedPause = 5 * time.Minute
+)
+
+// canary returns what a version can be asked with.
+func (w *wrapping) canary(version string) (sealed, bool) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	c, ok := w.canaries[version]
+	return c, ok
+}
+
+// making returns an attempt that may begin now, or the error of the last one, or nothing
+// where there is a canary.
+func (w *wrapping) making(version string, now time.Duration) (*making, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if _, ok := w.canaries[version]; ok {
+		return nil, nil //nolint:nilnil // nothing is to be made
+	}
+	m := w.makings[version]
+	switch {
+	case m == nil:
+		m = &making{err: errBeingMade}
+		w.makings[version] = m
+	case m.under || now < m.next:
+		return nil, m.err
+	}
+	m.under = true
+	return m, nil
+}
+
+var errBeingMade = errors.New("its canary is being made")
+
+// made ends an attempt.
+func (w *wrapping) made(m *making, version string, canary sealed, now time.Duration, err error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if err == nil {
+		w.canaries[version] = canary
+		delete(w.makings, version)
+		return
+	}
+	m.under, m.err, m.next = false, err, now+canaryPause
+	if plugins.ClassOf(err).Definite() {
+		m.next = now + refusedPause
+	}
+}
+
+// makeCanary sees to it that a part can be asked about a version, whatever callers bring.
+// A no is none to the key: that an agent may not wrap says nothing of what it may open.
+func (s *Service) makeCanary(ctx context.Context, w *wrapping, version string) error {
+	m, err := w.making(version, s.now())
+	if m == nil {
+		return err
+	}
+	canary, err := s.wrapProbe(ctx, w, version)
+	w.made(m, version, canary, s.now(), err)
+	return err
+}
+
+// leaveCanaries sees to it that each of several parts can be asked about what it has wrapped:
+// exported data keys prove nothing of the key, as only a caller knows their context. Nobody
+// waits for it.
 func (s *Service) leaveCanaries(ctx context.Context, g *group, wrapped sealedKey) {
 	if len(g.parts) == 1 {
 		return // each unwrap is its own proof
 	}
 	for _, one := range wrapped {
 		w := g.parts[one.part]
-		w.mu.Lock()
-		_, ok := w.canaries[one.version]
-		w.mu.Unlock()
-		if ok {
+		m, _ := w.making(one.version, s.now())
+		if m == nil {
 			continue
 		}
 		detached, done, err := s.strays.begin(forAll(ctx))
 		if err != nil {
-			return
+			w.made(m, one.version, sealed{}, s.now(), err)
+			continue
 		}
 		go func() {
 			defer done()
-			_, _, _ = w.flight.Do("canary "+one.version, func() (any, error) { // the next wrap tries again
-				return nil, s.confirmWrap(detached, w, one.version)
-			})
+			canary, err := s.wrapProbe(detached, w, one.version)
+			w.made(m, one.version, canary, s.now(), err)
 		}()
 	}
+}
+
+// wrapProbe has random bytes of the agent's own wrapped, and opened.
+func (s *Service) wrapProbe(ctx context.Context, w *wrapping, version string) (canary sealed, err error) {
+	material := make([]byte, envelope.DataKeySize)
+	_, _ = rand.Read(material) // never fails: crypto/rand
+	info := envelope.ProviderInfo{Purpose: envelope.PurposeProbe, Key: w.key, URI: w.id.uri, Version: version}
+	if info.Check, err = envelope.NewKeyCheck(material); err != nil {
+		return sealed{}, err
+	}
+	return s.wrap(ctx, w, material, info, nil)
 }
 
 // confirm asks upstream whether it still says yes: with a canary of the
@@ -149,26 +243,22 @@ func (s *Service) confirmWrap(ctx context.Context, w *wrapping, version string) 
 	}
 	if v.State != plugins.Enabled {
 		err := plugins.Errorf(plugins.KeyUnusable, "version %s of %s is %s", version, w.id.uri, v.State)
-		w.said(question{version, cache.Encrypt}, plugins.Binding{}, err, time.Now())
+		s.said(w, question{version, cache.Encrypt}, err, time.Now())
 		return err
 	}
-	var material [envelope.DataKeySize]byte
-	_, _ = rand.Read(material[:]) // never fails: crypto/rand
-	info := envelope.ProviderInfo{Purpose: envelope.PurposeProbe, Key: w.key, URI: w.id.uri, Version: version}
-	canary, err := s.wrap(ctx, w, material[:], info, nil)
+	canary, err := s.wrapProbe(ctx, w, version)
 	if err != nil {
+		s.said(w, question{version, cache.Encrypt}, err, time.Now())
 		return err
 	}
 	w.mu.Lock()
+	defer w.mu.Unlock()
 	w.canaries[version] = canary
-	w.mu.Unlock()
 	return nil
 }
 
 func (s *Service) confirmUnwrap(ctx context.Context, w *wrapping, version string, sample *sealed) error {
-	w.mu.Lock()
-	probe, ok := w.canaries[version]
-	w.mu.Unlock()
+	probe, ok := w.canary(version)
 	switch {
 	case ok:
 	case sample == nil:
@@ -176,19 +266,35 @@ func (s *Service) confirmUnwrap(ctx context.Context, w *wrapping, version string
 	default:
 		probe = *sample
 	}
-	material, err := w.unwrap(ctx, probe)
+	material, err := s.unwrap(ctx, w, probe)
 	clear(material)
 	class := plugins.ClassOf(err)
 	switch {
 	case err == nil:
 		return nil
-	case !probe.proven && (class == plugins.BadCiphertext || class.Definite() && probe.binding.ContextBound):
-		return nothingAtHand(w, version, err) // a caller may have made it up, or its context
+	case !probe.proven && class == plugins.BadCiphertext:
+		return nothingAtHand(w, version, err) // a caller may have made it up
+	case !probe.proven && class.Definite() && probe.binding.ContextBound:
+		return s.conclude(ctx, w, version, err)
 	case class == plugins.BadCiphertext:
 		s.alarm("what opened before no longer opens: the wrapping key may have been replaced", err, w.id.backend, w.id.uri)
 		return plugins.Errorf(plugins.Internal, "version %s of %s no longer opens what it opened before", version, w.id.uri)
 	}
 	return err
+}
+
+// conclude finds out what a no means that upstream may have said for the sake of a context,
+// which a caller may have made up. A backend that lets nothing be wrapped either means the key.
+func (s *Service) conclude(ctx context.Context, w *wrapping, version string, no error) error {
+	err := s.makeCanary(ctx, w, version)
+	switch {
+	case err == nil:
+		return nil // it opens, without a context
+	case plugins.ClassOf(err).Definite():
+		s.said(w, question{version, cache.Decrypt}, no, time.Now())
+		return no
+	}
+	return nothingAtHand(w, version, no)
 }
 
 // nothingAtHand says that a version cannot be asked about. Upstream has said nothing,

@@ -86,6 +86,11 @@ func (t *transaction) wrapBound(ctx context.Context, k *key, material []byte, pu
 	info := envelope.ProviderInfo{
 		Purpose: purpose, Key: k.Name, ContextBound: true, Partition: s.partitionID(t.partition(k, encryptionContext)),
 	}
+	if purpose == envelope.PurposeExported {
+		if info.Check, err = envelope.NewKeyCheck(material); err != nil {
+			return nil, KeyUse{}, err
+		}
+	}
 	authority := g.authority(current, cache.Encrypt)
 	clock, began := time.Now(), s.now()
 	wrapped, err := s.wrapGroup(t.upstream(ctx), g, current, material, info, encryptionContext)
@@ -199,8 +204,11 @@ func ownEDKs(edks []envelope.EDK) (name string, infos []*envelope.ProviderInfo, 
 			return "", nil, foreign(err)
 		}
 		infos[i] = &info
-		if infos[i].Key != infos[0].Key {
+		switch {
+		case info.Key != infos[0].Key:
 			return "", nil, foreign(errors.New("its encrypted data keys name several keys"))
+		case info.Check != infos[0].Check:
+			return "", nil, foreign(errors.New("its encrypted data keys are not of one data key"))
 		}
 	}
 	return infos[0].Key, infos, nil

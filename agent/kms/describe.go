@@ -162,7 +162,7 @@ func (s *Service) health(k *key) KeyHealth {
 	for part, w := range g.parts {
 		known := w.described.Load()
 		if why := w.refused.Load(); known == nil && why != nil && h.Problem == "" {
-			h.Problem = "its backend refused it when it was used last: " + *why
+			h.Problem = "its backend refused it when it was used last: " + why.why
 		}
 		if known == nil {
 			continue

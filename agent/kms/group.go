@@ -151,16 +151,16 @@ func (s *Service) combine(g *group, errs map[int]error) error {
 	yes := false
 	for part := range g.parts {
 		err, asked := errs[part]
-		switch class := plugins.ClassOf(err); {
+		switch {
 		case !asked:
 		case err == nil:
 			yes = true
-		case class == plugins.KeyNotFound:
+		case plugins.ClassOf(err) == plugins.KeyNotFound:
 			missing = err
 			if len(g.parts) > 1 && g.parts[part].missing.CompareAndSwap(false, true) {
 				s.alarm("one of the backends of a key does not have it", err, g.parts[part].id.backend, g.parts[part].id.uri)
 			}
-		case class.Definite():
+		case verdictOf(err) == cache.No:
 			return err
 		case other == nil || plugins.ClassOf(other) == plugins.BadCiphertext:
 			other = err
@@ -216,6 +216,9 @@ func (s *Service) wrapParts(ctx context.Context, g *group, parts []int, v versio
 		one.URI, one.Version = g.parts[part].id.uri, v[part]
 		under.Go(func() {
 			made, err := s.wrap(ctx, g.parts[part], material, one, encryptionContext)
+			if err != nil && !one.ContextBound {
+				s.said(g.parts[part], question{one.Version, cache.Encrypt}, err, time.Now())
+			}
 			made.part = part
 			answers <- answer{part, made, err}
 		})
@@ -254,7 +257,7 @@ func (s *Service) unwrapGroup(ctx context.Context, g *group, k sealedKey) (mater
 		parts[i] = one.part
 	}
 	material, by, errs := race(ctx, s, g, g.byHealth(parts), func(ctx context.Context, part int) ([]byte, error) {
-		return g.parts[part].unwrap(ctx, *k.of(part))
+		return s.unwrap(ctx, g.parts[part], *k.of(part))
 	}, func(late []byte) { clear(late) })
 	if by >= 0 {
 		return material, by, nil

@@ -195,8 +195,7 @@ func TestOneRevokes(t *testing.T) {
 		t.Error("decrypted with a key that one backend denies")
 	}
 	p.b.fail(nil)
-	p.clock.Advance(time.Minute)
-	p.must()
+	comesBack(t, p, "encrypt", p.encrypts)
 }
 
 // That one does not have the key is a fault to report, not a no; that none has it is.

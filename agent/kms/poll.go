@@ -1,9 +1,11 @@
 package kms
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"time"
 
 	"github.com/kms-agent/kms-agent/cache"
@@ -191,28 +193,59 @@ type question struct {
 }
 
 // said notes what a part answered to a call that began then: a no stands until a yes to a
-// later call. One that upstream may have said for the sake of the context is none yet: the
-// canary's counts.
-func (w *wrapping) said(q question, b plugins.Binding, err error, began time.Time) {
+// later call, whatever else the cache covers with the same version. A no that upstream may
+// have said for the sake of a context is none yet, and is not to be noted.
+func (s *Service) said(w *wrapping, q question, err error, began time.Time) {
 	class := plugins.ClassOf(err)
-	if err != nil && (!class.Definite() || class == plugins.KeyNotFound || b.ContextBound) {
+	if err != nil && (!class.Definite() || class == plugins.KeyNotFound) {
 		return
 	}
+	if w.note(q, err, began) {
+		s.refused(w, q)
+	}
+}
+
+// note is said for the wrapping key alone. It tells whether this is news of a no.
+func (w *wrapping) note(q question, err error, began time.Time) (news bool) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	switch at, refused := w.noes[q]; {
+	at, refused := w.noes[q]
+	switch {
 	case err != nil:
 		w.noes[q] = time.Now()
+		return !refused
 	case refused && !began.Before(at):
 		delete(w.noes, q)
 	}
+	if r := w.refused.Load(); r != nil && !began.Before(r.at) {
+		w.refused.CompareAndSwap(r, nil)
+	}
+	return false
+}
+
+// refused suspends what a no covers beside that which was asked about: what others have
+// wrapped too, and what it has not wrapped itself.
+func (s *Service) refused(w *wrapping, q question) {
+	g := w.group.Load()
+	if g == nil || len(g.parts) == 1 {
+		return
+	}
+	part := g.partOf(w.id.uri)
+	current := ""
+	if known := w.described.Load(); known != nil {
+		current = known.Current
+	}
+	s.cache.Refuse(g.id.backend, g.id.uri, func(a cache.Authority) bool {
+		v, err := g.parseVersions(a.Version)
+		return err == nil && a.Direction == q.direction && (v[part] == q.version || v[part] == "" && current == q.version)
+	}, s.now())
 }
 
 // refusedAll notes a no to everything that is known of the wrapping key.
 func (w *wrapping) refusedAll(known *described, err error) {
 	for _, v := range known.Versions {
 		for _, d := range []cache.Direction{cache.Encrypt, cache.Decrypt} {
-			w.said(question{v.Version, d}, plugins.Binding{}, err, time.Now())
+			w.note(question{v.Version, d}, err, time.Now())
 		}
 	}
 }
@@ -222,6 +255,48 @@ func (w *wrapping) refuses(version string, d cache.Direction) bool {
 	defer w.mu.Unlock()
 	_, refused := w.noes[question{version, d}]
 	return refused
+}
+
+// denied tells whether the backend, when it was asked last what the wrapping key is, said
+// that this is nobody's business. That it does not have it is another matter.
+func (w *wrapping) denied() bool {
+	r := w.refused.Load()
+	return r != nil && r.class != plugins.KeyNotFound
+}
+
+// withholds tells whether a part has refused a version and has not said yes since. What it
+// has not wrapped, "", it would open under its current version; where nobody knows which
+// that is, each no counts.
+func (w *wrapping) withholds(version string, d cache.Direction) bool {
+	if w.denied() {
+		return true
+	}
+	if version != "" {
+		return w.refuses(version, d)
+	}
+	if known := w.described.Load(); known != nil {
+		return w.refuses(known.Current, d)
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for q := range w.noes {
+		if q.direction == d {
+			return true
+		}
+	}
+	return false
+}
+
+// inherit takes over what another wrapping of the same backend and URI has refused: that
+// the configuration of the backend has changed is no yes.
+func (w *wrapping) inherit(before *wrapping) {
+	before.mu.Lock()
+	noes := maps.Clone(before.noes)
+	before.mu.Unlock()
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	maps.Copy(w.noes, noes)
+	w.refused.Store(before.refused.Load())
 }
 
 // refusals are what is refused, for the store.
@@ -236,11 +311,14 @@ func (w *wrapping) refusals() []storedRefusal {
 }
 
 // refusedBefore takes in what was refused before a restart.
-func (w *wrapping) refusedBefore(all []storedRefusal) {
+func (w *wrapping) refusedBefore(stored storedWrapping) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	for _, one := range all {
+	for _, one := range stored.Refused {
 		w.noes[question{one.Version, one.Direction}] = time.Now()
+	}
+	if stored.Denied {
+		w.refused.CompareAndSwap(nil, &refusal{why: "before the restart", class: plugins.Denied, at: time.Now()})
 	}
 }
 
@@ -253,11 +331,11 @@ func (g *group) unrevoked(v versions, d cache.Direction) error {
 		return nil
 	}
 	for part, version := range v {
-		if w := g.parts[part]; version != "" && w.refuses(version, d) {
+		if w := g.parts[part]; w.withholds(version, d) {
 			return &Error{
 				Reason: ReasonKeySuspended, Key: g.key, RetryAfter: time.Second,
 				Message: "one of the key's backends has refused it and has not allowed it since; the others do not count until it does",
-				Cause:   fmt.Errorf("backend %s refused version %s of %s and has not said yes since: %w", w.id.backend, version, w.id.uri, errRefusedBefore),
+				Cause:   fmt.Errorf("backend %s refused %s (version %s) and has not said yes since: %w", w.id.backend, w.id.uri, cmp.Or(version, "-"), errRefusedBefore),
 			}
 		}
 	}

@@ -165,8 +165,10 @@ func (s *Service) groupOf(next *state, used map[wrappingID]*wrapping, k Key) (*g
 			return nil, fmt.Errorf("kms: key %q: wrapping key %s of backend %s belongs to key %q already", k.Name, id.uri, id.backend, used[id].key)
 		}
 		w := s.wrappings[id]
-		if w == nil || w.backend != backend || w.key != k.Name {
-			w = newWrapping(id, k.Name, backend)
+		if before := w; w == nil || w.backend != backend || w.key != k.Name {
+			if w = newWrapping(id, k.Name, backend); before != nil {
+				w.inherit(before)
+			}
 		}
 		used[id], parts[i] = w, w
 	}

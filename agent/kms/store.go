@@ -91,6 +91,8 @@ type storedWrapping struct {
 	Versions []plugins.KeyVersion `json:"versions"`
 	// Refused are the versions that it has refused and not allowed since.
 	Refused []storedRefusal `json:"refused,omitempty"`
+	// Denied: it has said that it tells nothing of the key.
+	Denied bool `json:"denied,omitempty"`
 }
 
 type storedRefusal struct {
@@ -115,12 +117,20 @@ func (s *Service) notes() []cache.Note {
 	st := s.state.Load()
 	var notes []cache.Note
 	for id, w := range s.wrappings {
-		known := w.described.Load()
-		if k := st.keys[w.key]; known == nil || k == nil || !k.Limits.Store {
+		if k := st.keys[w.key]; k == nil || !k.Limits.Store {
 			continue
 		}
-		text, err := json.Marshal(storedWrapping{id.backend, id.uri, st.Upstreams[id.backend], known.Current, known.Versions, w.refusals()})
-		if err == nil && len(text) <= maxNote {
+		known := w.described.Load()
+		note := storedWrapping{Backend: id.backend, URI: id.uri, Upstream: st.Upstreams[id.backend], Refused: w.refusals(), Denied: w.denied()}
+		switch {
+		case known != nil:
+			note.Current, note.Versions = known.Current, known.Versions
+		case len(note.Refused) > 0 || note.Denied:
+			known = &described{at: s.now()}
+		default:
+			continue
+		}
+		if text, err := json.Marshal(note); err == nil && len(text) <= maxNote {
 			notes = append(notes, cache.Note{Value: text, At: known.at})
 		}
 	}
@@ -187,12 +197,15 @@ func (s *Service) recall(notes []cache.Note) map[wrappingID]*wrapping {
 		}
 		id := wrappingID{backend: stored.Backend, uri: stored.URI}
 		w := s.wrappings[id]
-		if w == nil || !st.keys[w.key].Limits.Store || stored.Upstream != st.Upstreams[id.backend] {
+		if w == nil {
+			continue
+		}
+		w.refusedBefore(stored) // also where it was another backend: a no may be believed
+		if !st.keys[w.key].Limits.Store || stored.Upstream != st.Upstreams[id.backend] || stored.Current == "" {
 			continue
 		}
 		d := &described{Description: plugins.Description{Current: stored.Current, Versions: stored.Versions}, at: n.At}
 		w.described.CompareAndSwap(nil, d)
-		w.refusedBefore(stored.Refused)
 		of[id] = w
 	}
 	return of

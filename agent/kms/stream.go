@@ -374,8 +374,13 @@ func streamFailure(ctx context.Context, key string, err error) error {
 		return undecryptable(key, err)
 	}
 	var known *Error
-	if errors.As(err, &known) || ctx.Err() != nil {
+	switch {
+	case errors.As(err, &known), ctx.Err() != nil:
 		return failure(ctx, key, err)
+	case errors.Is(err, context.DeadlineExceeded):
+		return &Error{Reason: ReasonDeadlineExceeded, Key: key, Cause: err, Message: outOfTime}
+	case errors.Is(err, context.Canceled): // the transport knows it before ctx does
+		return &Error{Reason: ReasonCancelled, Key: key, Cause: err, Message: cancelledByCaller}
 	}
 	return &Error{Reason: ReasonInternal, Key: key, Cause: err, Message: "the stream broke; what came before this error is incomplete"}
 }

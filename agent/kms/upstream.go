@@ -240,7 +240,8 @@ func (t *transaction) decryptionKey(ctx context.Context, k *key, edks sealedKey)
 func (t *transaction) known(ctx context.Context, k *key, edks sealedKey) (sealedKey, error) {
 	var known sealedKey
 	for _, edk := range edks {
-		if k.group.parts[edk.part].hasToldOf(edk.version) {
+		// One that was refused, and is not told of any more, is refused still.
+		if w := k.group.parts[edk.part]; w.hasToldOf(edk.version) || w.refuses(edk.version, cache.Decrypt) {
 			known = append(known, edk)
 		}
 	}
@@ -266,6 +267,9 @@ func (t *transaction) known(ctx context.Context, k *key, edks sealedKey) (sealed
 		},
 	})
 	for part, err := range errs {
+		if k.group.refuses(err) {
+			return nil, err
+		}
 		if err == nil {
 			known = append(known, *edks.of(part))
 		}
@@ -328,6 +332,12 @@ func (t *transaction) recognise(k *key, edk envelope.EDK, info envelope.Provider
 	return sealed{edk: edk, version: info.Version, binding: b, part: part}, nil
 }
 
+// What callers are told of their own ends.
+const (
+	outOfTime         = "the caller's deadline passed before the backend answered; allow more time"
+	cancelledByCaller = "the caller cancelled the request"
+)
+
 // failure turns what a leaf returned into what the caller is told. ctx is the
 // caller's: its end explains an error better than anything behind it.
 func failure(ctx context.Context, key string, err error) *Error {
@@ -338,9 +348,9 @@ func failure(ctx context.Context, key string, err error) *Error {
 	e := &Error{Key: key, Cause: err}
 	switch {
 	case errors.Is(ctx.Err(), context.DeadlineExceeded):
-		e.Reason, e.Message = ReasonDeadlineExceeded, "the caller's deadline passed before the backend answered; allow more time"
+		e.Reason, e.Message = ReasonDeadlineExceeded, outOfTime
 	case errors.Is(ctx.Err(), context.Canceled):
-		e.Reason, e.Message = ReasonCancelled, "the caller cancelled the request"
+		e.Reason, e.Message = ReasonCancelled, cancelledByCaller
 	case errors.Is(err, cache.ErrSuspended):
 		e.Reason, e.RetryAfter = ReasonKeySuspended, time.Second
 		e.Message = "the backend refused this key and the agent is making sure; retry, and if it stays so the key was disabled upstream"

@@ -239,29 +239,26 @@ func (s *Service) rotated(w *wrapping) {
 }
 
 // descriptionFailed lets the cache suspend, and ask for itself, when upstream
-// says that the wrapping key is gone.
+// says that the wrapping key is gone, or denied.
 func (s *Service) descriptionFailed(w *wrapping, err error, began time.Duration) {
 	if !plugins.ClassOf(err).Definite() {
 		return
 	}
-	why := err.Error()
-	w.refused.Store(&why)
-	known, g := w.described.Load(), w.group.Load()
-	if known == nil || g == nil || !g.refuses(err) {
+	w.refused.Store(&refusal{why: err.Error(), class: plugins.ClassOf(err), at: time.Now()})
+	g := w.group.Load()
+	if g == nil || !g.refuses(err) {
 		return
 	}
-	w.refusedAll(known, err)
-	s.cache.Refuse(g.id.backend, g.id.uri, func(a cache.Authority) bool {
-		v, err := g.parseVersions(a.Version)
-		return err == nil && v[g.partOf(w.id.uri)] != ""
-	}, began)
+	if known := w.described.Load(); known != nil {
+		w.refusedAll(known, err)
+	}
+	s.cache.Refuse(g.id.backend, g.id.uri, func(cache.Authority) bool { return true }, began)
 }
 
 // refuses tells whether what one part says is a no for the whole group: that only one
 // of several does not have the key is none.
 func (g *group) refuses(err error) bool {
-	class := plugins.ClassOf(err)
-	return class.Definite() && (len(g.parts) == 1 || class != plugins.KeyNotFound)
+	return verdictOf(err) == cache.No && (len(g.parts) == 1 || plugins.ClassOf(err) != plugins.KeyNotFound)
 }
 
 // knows tells whether upstream has said that the version exists. A version

@@ -37,9 +37,9 @@ type wrapping struct {
 	backend plugins.Backend
 
 	described atomic.Pointer[described]
-	refused   atomic.Pointer[string] // why the last question was answered by a definite no; nil where it was not
-	asked     atomic.Int64           // time of the last question, as time.Duration
-	failures  atomic.Int64           // questions in a row that had no answer
+	refused   atomic.Pointer[refusal] // nil where the last question was not answered by a definite no
+	asked     atomic.Int64            // time of the last question, as time.Duration
+	failures  atomic.Int64            // questions in a row that had no answer
 	// jitter is drawn with each failure: drawn with each request, the least would count.
 	jitter atomic.Uint32
 	// failing is 1 while the last call was not answered, or slowly.
@@ -50,9 +50,17 @@ type wrapping struct {
 	group  atomic.Pointer[group]
 	flight singleflight.Group
 
-	mu       sync.Mutex             // guards canaries and noes
+	mu       sync.Mutex             // guards canaries and what follows
 	canaries map[string]sealed      // by version
+	makings  map[string]*making     // of canaries, by version
 	noes     map[question]time.Time // what was refused last, and when that was heard
+}
+
+// refusal is a definite no to the question what the wrapping key is.
+type refusal struct {
+	why   string
+	class plugins.Class
+	at    time.Time
 }
 
 // sealed is an encrypted data key with all that is needed to open it.
@@ -70,6 +78,13 @@ func (k sealed) clone() sealed {
 	k.edk.ProviderInfo, k.edk.Ciphertext = bytes.Clone(k.edk.ProviderInfo), bytes.Clone(k.edk.Ciphertext)
 	k.binding.ProviderInfo = k.edk.ProviderInfo
 	return k
+}
+
+// holds tells whether what was opened may be what was wrapped: where messages prove it,
+// and of callers' own key material, the EDK says nothing.
+func (k sealed) holds(material []byte) bool {
+	info, err := envelope.ParseProviderInfo(k.edk.ProviderInfo)
+	return err == nil && info.Check.Holds(material)
 }
 
 var errReconfigured = errors.New("the configuration has been replaced")
@@ -95,7 +110,7 @@ func (s *Service) inUse(g *group) bool {
 }
 
 func newWrapping(id wrappingID, key string, backend plugins.Backend) *wrapping {
-	return &wrapping{id: id, key: key, backend: backend, canaries: map[string]sealed{}, noes: map[question]time.Time{}}
+	return &wrapping{id: id, key: key, backend: backend, canaries: map[string]sealed{}, makings: map[string]*making{}, noes: map[question]time.Time{}}
 }
 
 func (w *wrapping) ref(version string) plugins.KeyRef {
@@ -120,7 +135,7 @@ func (w *wrapping) binding(info envelope.ProviderInfo, encryptionContext map[str
 }
 
 // wrap wraps key material and makes sure that upstream can open what it gave:
-// a wrap that does not unwrap must never lose data.
+// a wrap that does not unwrap must never lose data. What a no means is the caller's to say.
 func (s *Service) wrap(ctx context.Context, w *wrapping, material []byte, info envelope.ProviderInfo, encryptionContext map[string]string) (sealed, error) {
 	b, err := w.binding(info, encryptionContext)
 	if err != nil {
@@ -128,7 +143,10 @@ func (s *Service) wrap(ctx context.Context, w *wrapping, material []byte, info e
 	}
 	began := time.Now()
 	ciphertext, err := plugins.WrapProven(ctx, w.backend, w.ref(info.Version), material, b)
-	w.said(question{info.Version, cache.Encrypt}, b, err, began)
+	if err == nil { // it has opened it as well
+		s.said(w, question{info.Version, cache.Encrypt}, nil, began)
+		s.said(w, question{info.Version, cache.Decrypt}, nil, began)
+	}
 	w.took(began, stragglers, err)
 	if errors.Is(err, plugins.ErrUnproven) {
 		s.alarm("a wrap does not unwrap; it is not used", err, w.id.backend, w.id.uri)
@@ -143,10 +161,17 @@ func (s *Service) wrap(ctx context.Context, w *wrapping, material []byte, info e
 }
 
 // unwrap opens one encrypted data key. The result is the caller's to clear.
-func (w *wrapping) unwrap(ctx context.Context, k sealed) ([]byte, error) {
+func (s *Service) unwrap(ctx context.Context, w *wrapping, k sealed) ([]byte, error) {
 	began := time.Now()
 	material, err := w.backend.Unwrap(ctx, w.ref(k.version), k.edk.Ciphertext, k.binding)
-	w.said(question{k.version, cache.Decrypt}, k.binding, err, began)
+	if err == nil && !k.holds(material) {
+		clear(material)
+		// Who can wrap by himself, as with a public key, can make such EDKs too: it is no outage.
+		err = plugins.Errorf(plugins.BadCiphertext, "it opened to another data key than was wrapped: its key check does not hold")
+	}
+	if err == nil || k.proven || !k.binding.ContextBound {
+		s.said(w, question{k.version, cache.Decrypt}, err, began)
+	}
 	w.took(began, hedgeAfter, err)
 	if err == nil {
 		w.keep(k)

@@ -101,7 +101,7 @@ func (s *server) DecryptStream(ss grpc.BidiStreamingServer[kmsagentv1.DecryptStr
 	in := &chunkReader{next: func() ([]byte, error) {
 		r, err := ss.Recv()
 		if err != nil {
-			return nil, err
+			return nil, streamEnd(ctx, err)
 		}
 		if r.GetStart() != nil {
 			return nil, &kms.Error{Reason: kms.ReasonInvalidRequest, Message: "start may be sent once only"}
@@ -122,7 +122,7 @@ func (s *server) DecryptStream(ss grpc.BidiStreamingServer[kmsagentv1.DecryptStr
 		var n int
 		if n, err = st.Read(chunk); n > 0 {
 			sendErr := ss.Send(&kmsagentv1.DecryptStreamResponse{Part: &kmsagentv1.DecryptStreamResponse_Chunk{Chunk: chunk[:n]}})
-			err = errors.Join(err, sendErr)
+			err = cmp.Or(sendErr, err) // plaintext that was not sent is no success
 		}
 	}
 	if errors.Is(err, io.EOF) {
@@ -159,12 +159,10 @@ func streamEnd(ctx context.Context, err error) error {
 func ended(ctx context.Context, err error) error {
 	var own *kms.Error
 	switch {
-	case err == nil:
+	case err == nil, errors.As(err, &own):
 		return nil
 	case ctx.Err() != nil:
 		return context.Cause(ctx)
-	case errors.As(err, &own):
-		return nil
 	}
 	switch status.Code(err) {
 	case codes.Canceled:

@@ -35,6 +35,7 @@ func TestStreamEnd(t *testing.T) {
 		"out of time, context later": {t.Context(), status.Error(codes.DeadlineExceeded, "deadline"), context.DeadlineExceeded},
 		"too large":                  {t.Context(), status.Error(codes.ResourceExhausted, "too large"), status.Error(codes.ResourceExhausted, "too large")},
 		"refused by the service":     {t.Context(), refused, refused},
+		"refused, and gone":          {gone, refused, refused},
 	} {
 		if got := streamEnd(tc.ctx, tc.err); !errors.Is(got, tc.want) {
 			t.Errorf("%s: %v, want %v", name, got, tc.want)
