@@ -24,8 +24,8 @@ import (
 // drainDoor is how long calls under way may take once the agent stops.
 const drainDoor = 5 * time.Second
 
-// drainMoved is how long calls under way may take at a door that a reload has moved:
-// longer than any deadline; streams that last are cut off then.
+// drainMoved is how long calls under way may take at a door that a reload has moved, and
+// no less than the longest deadline; streams that last are cut off then.
 const drainMoved = time.Minute
 
 // door is one open listener and the server behind it.
@@ -35,6 +35,7 @@ type door struct {
 	listener net.Listener
 	server   *grpc.Server
 	health   *health.Server
+	moved    time.Duration // how long calls may take once it has been moved
 }
 
 // openDoors listens on every socket of the configuration, or on none.
@@ -111,6 +112,7 @@ func (a *Agent) newDoor(name string, l net.Listener, creds *identity.Credentials
 		Door:     serve.NewDoor(name, a.service, bounds, identify, a.logger),
 		listener: serve.Bound(l, bounds.MaxConnections, bounds.MaxConnectionsPerUser, a.overConnections(name)),
 		health:   health.NewServer(),
+		moved:    max(drainMoved, bounds.MaxDeadline+drainDoor),
 	}
 	d.server = d.Server(creds, a.tracing.serverOptions()...)
 	grpc_health_v1.RegisterHealthServer(d.server, d.health)
@@ -180,8 +182,8 @@ func (d *door) tell(state grpc_health_v1.HealthCheckResponse_ServingStatus) {
 }
 
 // run serves until ctx ends, then lets calls under way finish: for drainDoor where the
-// agent stops, which is the end of agent, and for drainMoved where another door has taken
-// its place.
+// agent stops, which is the end of agent, and for as long as any of them may take where
+// another door has taken its place.
 func (d *door) run(ctx, agent context.Context) error {
 	stopped := make(chan struct{})
 	serving, cancel := context.WithCancel(ctx)
@@ -191,7 +193,7 @@ func (d *door) run(ctx, agent context.Context) error {
 		d.health.Shutdown()
 		drain := drainDoor
 		if ctx.Err() != nil && agent.Err() == nil {
-			drain = drainMoved
+			drain = d.moved
 		}
 		force := time.AfterFunc(drain, d.server.Stop)
 		defer force.Stop()

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -37,7 +38,8 @@ const (
 
 // prewarmer has data keys ready that the configuration names.
 type prewarmer struct {
-	files map[string]prewarmFile // by path; the loop's own
+	files map[string]prewarmFile // by path; the loop's own, as round is
+	round uint64
 
 	mu   sync.Mutex
 	held map[string]kms.Held // by key; mu guards held and wanted
@@ -51,6 +53,7 @@ func newPrewarmer() prewarmer {
 // prewarmFile is what was read of a file, until it changes.
 type prewarmFile struct {
 	stamp string
+	round uint64 // in which it was named last
 	keys  []kms.Sealed
 	err   error
 }
@@ -66,6 +69,7 @@ func (a *Agent) prewarm(ctx context.Context) error {
 				wait = min(wait, max(time.Second, k.Cache.MaxAge/2))
 			}
 		}
+		a.prewarmed.forget()
 		if complete {
 			soon = prewarmSoon
 		} else { // the backend may be starting
@@ -148,13 +152,20 @@ func (p *prewarmer) file(path string) prewarmFile {
 		return prewarmFile{err: errors.New("it is not a regular file")}
 	}
 	stamp := fmt.Sprint(info.Size(), info.ModTime().UnixNano())
-	if f, ok := p.files[path]; ok && f.stamp == stamp {
-		return f
+	f, ok := p.files[path]
+	if !ok || f.stamp != stamp {
+		f = prewarmFile{stamp: stamp}
+		f.keys, f.err = readPrewarm(path)
 	}
-	f := prewarmFile{stamp: stamp}
-	f.keys, f.err = readPrewarm(path)
+	f.round = p.round
 	p.files[path] = f
 	return f
+}
+
+// forget drops what was read from files that are not named any more, or are gone.
+func (p *prewarmer) forget() {
+	maps.DeleteFunc(p.files, func(_ string, f prewarmFile) bool { return f.round != p.round })
+	p.round++
 }
 
 // readPrewarm reads the header of a message, or a list of encrypted data keys: one
