@@ -61,12 +61,18 @@ func (s *Service) confirmOpening(ctx context.Context, w *wrapping, version strin
 	if version != "" {
 		return s.confirmUnwrap(ctx, w, version, sample)
 	}
-	known := w.described.Load()
-	if known == nil {
-		var err error
-		if known, err = s.describePart(ctx, w, absentAge, false); err != nil {
-			return err
-		}
+	var known *described
+	var err error
+	if w.described.Load() == nil {
+		known, err = s.describePart(ctx, w, absentAge, false)
+	} else {
+		known, err = s.describe(ctx, w, absentAge)
+	}
+	if err != nil {
+		return err
+	}
+	if err := s.enabled(w, known, known.Current); err != nil {
+		return err
 	}
 	if _, ok := w.canary(known.Current); ok {
 		return s.confirmUnwrap(ctx, w, known.Current, nil)
@@ -237,13 +243,7 @@ func (s *Service) confirmWrap(ctx context.Context, w *wrapping, version string) 
 	if err != nil {
 		return err
 	}
-	v := findVersion(d.Description, version)
-	if v == nil {
-		return plugins.Errorf(plugins.KeyNotFound, "%s has no version %q", w.id.uri, version)
-	}
-	if v.State != plugins.Enabled {
-		err := plugins.Errorf(plugins.KeyUnusable, "version %s of %s is %s", version, w.id.uri, v.State)
-		s.said(w, question{version, cache.Encrypt}, err, time.Now())
+	if err := s.enabled(w, d, version); err != nil {
 		return err
 	}
 	canary, err := s.wrapProbe(ctx, w, version)
@@ -255,6 +255,21 @@ func (s *Service) confirmWrap(ctx context.Context, w *wrapping, version string) 
 	defer w.mu.Unlock()
 	w.canaries[version] = canary
 	return nil
+}
+
+// enabled returns the no that it is, to both directions, where a version is not enabled.
+func (s *Service) enabled(w *wrapping, d *described, version string) error {
+	v := findVersion(d.Description, version)
+	if v == nil {
+		return plugins.Errorf(plugins.KeyNotFound, "%s has no version %q", w.id.uri, version)
+	}
+	if v.State == plugins.Enabled {
+		return nil
+	}
+	err := plugins.Errorf(plugins.KeyUnusable, "version %s of %s is %s", version, w.id.uri, v.State)
+	s.said(w, question{version, cache.Encrypt}, err, time.Now())
+	s.said(w, question{version, cache.Decrypt}, err, time.Now())
+	return err
 }
 
 func (s *Service) confirmUnwrap(ctx context.Context, w *wrapping, version string, sample *sealed) error {

@@ -77,20 +77,12 @@ func ofUses(check func(*model, *call, use) string) func(*model, *call) string {
 }
 
 // wrongContent: what was encrypted is what is decrypted. A token that lies is found out
-// where a message proves it; key material that it alone wraps proves nothing.
+// where a message proves it, or a key check; key material of a caller's own proves nothing.
 func wrongContent(m *model, c *call) string {
-	if c.Operation == "decrypt-data-key" && m.wrongBefore(c) || (c.Operation == "decrypt-data-key" || c.Operation == "unwrap") && (m.lied(c, 0) || m.garbled(c)) {
+	if c.Operation == "unwrap" && (m.lied(c, 0) || m.garbled(c, tolerance)) {
 		return ""
 	}
 	return c.Wrong
-}
-
-// wrongBefore tells whether a token had lied about the same data key, which then is in
-// the cache as it said.
-func (m *model) wrongBefore(c *call) bool {
-	return c.Wrong != "" && slices.ContainsFunc(m.Calls, func(other *call) bool {
-		return other.Wrong != "" && other.Operation == c.Operation && other.End < c.Start && other.Uses[0].EDKs == c.Uses[0].EDKs && (m.lied(other, 0) || m.garbled(other))
-	})
 }
 
 // lied tells whether a backend of a call may have given other bytes than were wrapped,
@@ -128,11 +120,8 @@ func servedThoughForbidden(m *model, c *call) string {
 // confirmation allows, and in an outage no longer than grace.
 func servedThoughDisabled(m *model, c *call, u use) string {
 	k := m.keys[u.Key]
-	for _, w := range u.Wraps {
-		a := m.surely(disabled, w, c.Start, c.End)
-		if a == nil {
-			continue
-		}
+	for _, a := range m.disabledOf(c, u) {
+		w := a.Target
 		known := a.Begun + catalogueAge
 		heard := catalogueAge + k.MaxAge + swept + tolerance // in so long a time, without a fault
 		if c.Start > a.Begun+heard && m.calm(m.backendOf(w), c.Start-heard, c.End) {
@@ -144,6 +133,29 @@ func servedThoughDisabled(m *model, c *call, u use) string {
 		}
 	}
 	return ""
+}
+
+// disabledOf are the actions which surely have disabled something all the time that has a say
+// in a use: what it was wrapped under, and of several backends the current version of one that
+// has not wrapped it.
+func (m *model) disabledOf(c *call, u use) (actions []*action) {
+	for _, a := range m.Actions {
+		if a.Effect == disabled && a.Begun <= c.Start && a.Ending >= c.End && m.hasASay(u, a) {
+			actions = append(actions, a)
+		}
+	}
+	return actions
+}
+
+// hasASay tells whether what an action disables has one in a use that was served.
+func (m *model) hasASay(u use, a *action) bool {
+	if slices.Contains(u.Wraps, a.Target) {
+		return true
+	}
+	name := objectOf(a.Target)
+	ours := slices.ContainsFunc(m.keys[u.Key].Objects, func(o objectSetup) bool { return o.Name == name })
+	wrapped := slices.ContainsFunc(u.Wraps, func(w string) bool { return objectOf(w) == name })
+	return ours && !wrapped && a.Current && !u.Encrypt
 }
 
 // unreachableFor is since when all backends of a use's key were surely out of reach,
@@ -270,9 +282,9 @@ func (m *model) excused(c *call) bool {
 		return took(agentDown, "", reconnect)
 	case "KEY_UNUSABLE", "KEY_SUSPENDED":
 		// A key whose canary does not open is taken for another one.
-		return m.excusedByRevocation(c) || m.lied(c, recovery) || m.garbled(c)
+		return m.excusedByRevocation(c) || m.lied(c, recovery) || m.garbled(c, recovery)
 	case "DECRYPT_FAILED":
-		return m.lied(c, 0)
+		return m.lied(c, 0) || m.garbled(c, tolerance)
 	case "BACKEND_UNAVAILABLE", "BACKEND_BROKEN", "DEADLINE_EXCEEDED", "CANCELLED":
 		return m.excusedByOutage(c)
 	}
@@ -280,10 +292,11 @@ func (m *model) excused(c *call) bool {
 }
 
 // garbled tells whether a call may have had its answer from a line that changes what it
-// carries, which p11-kit does not notice: it can say anything, a no too, or another key.
-func (m *model) garbled(c *call) bool {
+// carries, which p11-kit does not notice: it can say anything, a no too, or another key. That
+// was up to late before.
+func (m *model) garbled(c *call, late time.Duration) bool {
 	return slices.ContainsFunc(m.Actions, func(a *action) bool {
-		return a.Fault == "corrupt" && (span{a.Begin, a.Ended + recovery}).overlaps(c.Start, c.End) &&
+		return a.Fault == "corrupt" && (span{a.Begin, a.Ended + late}).overlaps(c.Start, c.End) &&
 			slices.ContainsFunc(c.Uses, func(u use) bool { return slices.Contains(m.backendsOf(u), a.Target) })
 	})
 }

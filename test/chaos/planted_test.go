@@ -70,6 +70,26 @@ func lasting(e effect, target string, from, to time.Duration) *action {
 	return &action{Lane: "planted", Fault: string(e), Target: target, Effect: e, Begin: from, Begun: from, Ending: to, Ended: to, Sure: e == down}
 }
 
+// current is lasting, of the version that is the current one.
+func current(target string, from, to time.Duration) *action {
+	a := lasting(disabled, target, from, to)
+	a.Current = true
+	return a
+}
+
+// alone is a decryption of what one of two backends has wrapped.
+func alone(at time.Duration) *call {
+	return changed(good("alice", "decrypt", "pair", at), func(c *call) { c.Uses[0].Wraps = []string{"pair-a@1"} })
+}
+
+// unwrapped is an Unwrap that was served.
+func unwrapped(at time.Duration) *call {
+	return changed(good("alice", "decrypt", "orders", at), func(c *call) {
+		c.Operation = "unwrap"
+		c.Uses[0].Source, c.Uses[0].Age = upstream, 0
+	})
+}
+
 // shaky is a fault of "hsm" in which some calls are answered.
 func shaky(from, to time.Duration) *action {
 	a := lasting(down, "hsm", from, to)
@@ -107,6 +127,9 @@ func cases() []planted {
 		{"nothing", "", nil, nil},
 		{"another plaintext", "content", nil, []*call{changed(decrypt(second), func(c *call) { c.Wrong = "it is another" })}},
 		{"another plaintext of a token that lies", "content", []*action{{Lane: "hsm", Fault: lies, Target: "hsm", Effect: down, Begin: second, Begun: second, Ending: 3 * second, Ended: 3 * second}}, []*call{changed(decrypt(2*second), func(c *call) { c.Wrong = "it is another" })}},
+		{"another data key of a token that lies", "content", []*action{{Lane: "hsm", Fault: lies, Target: "hsm", Effect: down, Begin: second, Begun: second, Ending: 3 * second, Ended: 3 * second}}, []*call{changed(good("alice", "decrypt-data-key", "orders", 2*second), func(c *call) { c.Wrong = "it is another" })}},
+		{"other key material of a token that lies", "", []*action{{Lane: "hsm", Fault: lies, Target: "hsm", Effect: down, Begin: second, Begun: second, Ending: 3 * second, Ended: 3 * second}}, []*call{changed(unwrapped(2*second), func(c *call) { c.Wrong = "it is another" })}},
+		{"other key material when the line is whole again", "content", []*action{{Lane: "net", Fault: "corrupt", Target: "hsm", Effect: down, Begin: second, Begun: second, Ending: 3 * second, Ended: 3 * second}}, []*call{changed(unwrapped(8*second), func(c *call) { c.Wrong = "it is another" })}},
 		{"a forged message", "hostile", nil, []*call{changed(decrypt(second), func(c *call) { c.Hostile = "forged" })}},
 		{"no rule", "policy", nil, []*call{good("bob", "wrap", "orders", second)}},
 		{"a rule that is gone", "policy", []*action{lasting(forbidden, "carol", 10*second, 20*second)}, []*call{good("carol", "decrypt", "orders", 15*second)}},
@@ -117,6 +140,10 @@ func cases() []planted {
 		{"a no is forgotten in an outage", "forgotten", []*action{off, lasting(down, "hsm", 35*second, 90*second)}, []*call{refused(decrypt(33*second), "KEY_UNUSABLE"), graced(decrypt(37*second), 7*second, second)}},
 		{"a no is forgotten with another backend's yes", "forgotten", []*action{lasting(disabled, "pair-a@1", 30*second, 90*second), lasting(down, "hsm", 35*second, 90*second)},
 			[]*call{refused(good("alice", "decrypt", "pair", 33*second), "KEY_UNUSABLE"), good("alice", "decrypt", "pair", 38*second)}},
+		{"what one has not wrapped serves though it refuses", "revocation", []*action{current("pair-b@1", 30*second, 90*second)}, []*call{alone(50 * second)}},
+		{"what one has not wrapped serves for max_age", "", []*action{current("pair-b@1", 30*second, 90*second)}, []*call{alone(31 * second)}},
+		{"a no is forgotten for what it has not wrapped", "forgotten", []*action{current("pair-b@1", 30*second, 90*second), lasting(down, "net", 35*second, 90*second)},
+			[]*call{refused(good("alice", "decrypt", "pair", 33*second), "KEY_UNUSABLE"), alone(38 * second)}},
 		{"a revoked version serves after grace", "revocation", []*action{shaky(30*second, 80*second), off}, []*call{decrypt(45 * second)}},
 		{"served after grace", "grace-end", []*action{out("orders")}, []*call{graced(decrypt(45*second), 8*second, second)}},
 		{"cached after grace", "grace-end", []*action{out("orders")}, []*call{decrypt(45 * second)}},

@@ -70,10 +70,9 @@ func (m *model) forgotten() []violation {
 			for _, u := range c.Uses {
 				name := fmt.Sprint(u.Key, u.Encrypt)
 				switch first := told[name]; {
-				case !slices.Contains(u.Wraps, a.Target):
-				case c.Reason == "KEY_UNUSABLE" && len(c.Uses) == 1 && first == nil:
+				case c.Reason == "KEY_UNUSABLE" && len(c.Uses) == 1 && first == nil && slices.Contains(u.Wraps, a.Target):
 					told[name] = c
-				case c.Reason == "" && first != nil && first.End+m.keys[u.Key].MaxAge+swept+tolerance < c.Start && !m.possibly(agentDown, "", first.Start, c.End, 0):
+				case c.Reason == "" && m.hasASay(u, a) && first != nil && first.End+m.keys[u.Key].MaxAge+swept+tolerance < c.Start && !m.possibly(agentDown, "", first.Start, c.End, 0):
 					found = append(found, violation{"forgotten", fmt.Sprintf("call %d was told that %s must not be used, it is disabled still, and it served", first.ID, a.Target), c})
 				}
 			}
