@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -135,6 +136,46 @@ func TestListOfWhatIsGone(t *testing.T) {
 	}
 }
 
+// What an outage leaves unknown of a version is no fault of the version.
+func TestListInAnOutage(t *testing.T) {
+	r := newRig(t)
+	r.must(request{Command: "init-key", Key: "orders"})
+	fault := hsmtest.NewFault(t, "../../hsm", hsmtest.SoftHSMModule)
+	r.settings["module"] = fault.Module
+	fault.Set("C_Decrypt rv=0x30") // CKR_DEVICE_ERROR
+	if a := r.administer(request{Command: "list"}); a.Class != "unavailable" || len(a.Keys) != 0 || !strings.Contains(a.Error, "CKR_DEVICE_ERROR") {
+		t.Errorf("%+v", a)
+	}
+	fault.Set()
+	if a := r.must(request{Command: "list"}); a.Keys[0].Versions[0].Problem != "" {
+		t.Errorf("%+v", a)
+	}
+}
+
+func TestWhatIsOfAVersion(t *testing.T) {
+	over, cancel := context.WithCancel(t.Context())
+	cancel()
+	worn := &hsm.Error{Kind: hsm.KeyUnusable, Detail: "it is worn"}
+	for _, c := range []struct {
+		ctx  context.Context //nolint:containedctx // a case
+		err  error
+		want bool
+	}{
+		{t.Context(), worn, true},
+		{t.Context(), fmt.Errorf("look: %w", &hsm.Error{Kind: hsm.KeyNotFound}), true},
+		{t.Context(), &hsm.Error{Kind: hsm.Broken}, true},
+		{t.Context(), &hsm.Error{Kind: hsm.Unavailable}, false},
+		{t.Context(), &hsm.Error{Kind: hsm.Unauthenticated}, false},
+		{t.Context(), &hsm.Error{Kind: hsm.Broken, Err: context.DeadlineExceeded}, false},
+		{t.Context(), errors.New("CKR_SESSION_HANDLE_INVALID"), false},
+		{over, worn, false},
+	} {
+		if got := ofVersion(c.ctx, c.err); got != c.want {
+			t.Errorf("%v: %v, want %v", c.err, got, c.want)
+		}
+	}
+}
+
 // Who may remove the ledger of logins has a wrong PIN tried until the token is locked.
 func TestStateDirectoryOfOthers(t *testing.T) {
 	r := newRig(t)
@@ -228,9 +269,13 @@ func TestWrapsOfAdministration(t *testing.T) {
 	if err = errors.Join(err, json.Unmarshal(content, &counts)); err != nil {
 		t.Fatal(err)
 	}
-	id := r.must(request{Command: "list"}).Keys[0].Versions[0].ID
+	listed := r.must(request{Command: "list"}).Keys[0].Versions[0]
+	id := listed.ID
 	if n := counts.Wraps[id]; n < 3 || n > 10 {
 		t.Errorf("%d wraps are counted of %s, want its canary and its test: %s", n, id, content)
+	}
+	if w := listed.Wraps; w == nil || w.Used < uint64(counts.Wraps[id]) || w.Used > 20 || w.Limit != 1<<32 {
+		t.Errorf("listed are %+v, want a few more than %d of 2^32", w, counts.Wraps[id])
 	}
 	r.Write("state/wraps.json", "{")
 	a, said := r.ask(request{Command: "rotate", Key: "orders"})
