@@ -30,8 +30,10 @@ const (
 	// hsmGrace is how long a plugin that is told to end may take to bring a change to its
 	// end: longer than a call of the library takes, unless it hangs.
 	hsmGrace = 15 * time.Second
-	// hsmWaiting begins the lines of the plugin's standard error that the operator sees.
+	// hsmWaiting and hsmWarning begin the lines of the plugin's standard error that the
+	// operator sees.
 	hsmWaiting = "waiting for the token: "
+	hsmWarning = "warning: "
 )
 
 // askToken has the backend's plugin do what is asked.
@@ -52,7 +54,7 @@ func (a *app) askToken(c *cobra.Command, f *hsmFlags, r hsmRequest) (hsmAnswer, 
 	}
 	var out, diagnostics bytes.Buffer
 	cmd.Stdin, cmd.Stdout = bytes.NewReader(in), &limitedWriter{w: &out, left: maxHSMAnswer}
-	cmd.Stderr = &waitingLines{to: a.errOut, rest: &limitedWriter{w: &diagnostics, left: 1 << 20}}
+	cmd.Stderr = &linesForOperator{to: a.errOut, rest: &limitedWriter{w: &diagnostics, left: 1 << 20}}
 	failed := runUntilDone(cmd)
 	var answer hsmAnswer
 	if err := json.Unmarshal(out.Bytes(), &answer); err != nil {
@@ -136,20 +138,20 @@ func lastLines(b []byte) string {
 	return "\n" + strings.Join(lines[max(0, len(lines)-most):], "\n")
 }
 
-// waitingLines passes on what the operator should know meanwhile, and the rest to rest.
-type waitingLines struct {
+// linesForOperator passes on what the operator should know meanwhile, and the rest to rest.
+type linesForOperator struct {
 	to, rest io.Writer
 	line     []byte
 }
 
-func (w *waitingLines) Write(p []byte) (int, error) {
+func (w *linesForOperator) Write(p []byte) (int, error) {
 	const longest = 4096
 	for _, c := range p {
 		w.line = append(w.line, c)
 		if c != '\n' && len(w.line) < longest {
 			continue
 		}
-		if bytes.HasPrefix(w.line, []byte(hsmWaiting)) {
+		if bytes.HasPrefix(w.line, []byte(hsmWaiting)) || bytes.HasPrefix(w.line, []byte(hsmWarning)) {
 			_, _ = fmt.Fprintln(w.to, printable(string(bytes.TrimSpace(w.line))))
 		}
 		_, _ = w.rest.Write(w.line)

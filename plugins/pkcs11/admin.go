@@ -202,9 +202,12 @@ func (s settings) counter(diagnostics io.Writer) (*hsm.Counter, error) {
 	if err != nil {
 		return nil, err
 	}
-	c, err := hsm.OpenCounter(dir, s.FleetSize, nil)
+	c, damage, err := s.openCounter(dir, nil)
 	if err != nil {
-		_, _ = fmt.Fprintln(diagnostics, "warning:", err)
+		return nil, err
+	}
+	if damage != nil {
+		_, _ = fmt.Fprintln(diagnostics, "warning:", damage)
 		return nil, nil //nolint:nilnil // nothing is counted
 	}
 	return c, nil

@@ -68,6 +68,42 @@ func TestCheck(t *testing.T) {
 	}
 }
 
+// Damaged counts of wraps are a fault, with the cure; those that are not there are none.
+func TestCheckOfCounts(t *testing.T) {
+	r := newRig(t)
+	dir := r.settings["state_dir"]
+	q := request{Command: "check", WrappingKeys: []string{"pkcs11:token=kms;object=orders"}}
+	for content, damaged := range map[string]bool{"": false, `{"format":1,"wraps":{"00":4}}`: false, "{": true, `{"format":2}`: true} {
+		if content != "" {
+			r.Write("state/wraps.json", content)
+		}
+		for _, bySettings := range []bool{true, false} {
+			setting := "state_dir"
+			if r.settings["state_dir"] = dir; !bySettings {
+				setting = ""
+				delete(r.settings, "state_dir")
+				t.Setenv(plugins.StateVariable, r.state())
+			}
+			faults := r.must(q).Faults
+			if !damaged && len(faults) == 0 {
+				continue
+			}
+			if !damaged || len(faults) != 1 || faults[0].Setting != setting || faults[0].Warning || !strings.Contains(faults[0].Message, r.state()+"/wraps.json") ||
+				!strings.Contains(faults[0].Message, "rotate the keys") {
+				t.Errorf("%q, by the settings %v: %+v, damaged %v", content, bySettings, faults, damaged)
+			}
+		}
+		if got, err := os.ReadFile(filepath.Join(r.state(), "wraps.json")); content != "" && (err != nil || string(got) != content) {
+			t.Errorf("%q was changed to %q: %v", content, got, err)
+		}
+		_ = os.Remove(filepath.Join(r.state(), "wraps.json"))
+	}
+	entries, err := os.ReadDir(r.state())
+	if err != nil || len(entries) != 0 {
+		t.Errorf("check has left %v: %v", entries, err)
+	}
+}
+
 // The agent hands the PIN over as an open file: the confined plugin, which cannot open
 // it, logs in, and does so again when it was changed.
 func TestPINByDescriptor(t *testing.T) {

@@ -17,10 +17,7 @@ import (
 
 // stateDirectory is where counts and the ledger of logins are kept.
 func (s settings) stateDirectory() (string, error) {
-	dir := s.StateDir
-	if dir == "" {
-		dir = os.Getenv(plugins.StateVariable)
-	}
+	dir := s.knownDirectory()
 	if dir == "" {
 		return "", errors.New("settings.state_dir: no directory for the ledger of logins and the counts of wraps is known; name one")
 	}
@@ -31,6 +28,14 @@ func (s settings) stateDirectory() (string, error) {
 		return "", fmt.Errorf("the state directory: %w", err)
 	}
 	return dir, ownDirectory(dir)
+}
+
+// knownDirectory is what settings or agent name as the state directory; "" is none.
+func (s settings) knownDirectory() string {
+	if s.StateDir != "" {
+		return s.StateDir
+	}
+	return os.Getenv(plugins.StateVariable)
 }
 
 // ownDirectory refuses a directory in which others could remove the ledger, and so have
@@ -51,7 +56,8 @@ func ownDirectory(dir string) error {
 }
 
 // open opens the token and the counts of its wraps.
-func (s settings) open(ctx context.Context, token hsm.URI, events func(hsm.Event)) (*hsm.Token, *hsm.Counter, error) {
+// Damaged ones are told, and keep nobody from unwrapping.
+func (s settings) open(ctx context.Context, token hsm.URI, log io.Writer) (*hsm.Token, *hsm.Counter, error) {
 	dir, err := s.stateDirectory()
 	if err != nil {
 		return nil, nil, err
@@ -60,12 +66,28 @@ func (s settings) open(ctx context.Context, token hsm.URI, events func(hsm.Event
 	if err != nil {
 		return nil, nil, err
 	}
-	counter, err := hsm.OpenCounter(dir, s.FleetSize, logWorn(os.Stderr))
+	counter, damage, err := s.openCounter(dir, logWorn(log))
 	if err != nil {
 		return nil, nil, err
 	}
-	t, err := s.openToken(token, pin, counter, events, 0)
+	if damage != nil {
+		logLine(log, "error", "the counts of wraps are damaged", map[string]any{"error": damage.Error()})
+	}
+	t, err := s.openToken(token, pin, counter, logEvents(log), 0)
 	return t, counter, err
+}
+
+// openCounter opens the counts of wraps in a directory. damage says what is wrong with
+// the file, and the cure.
+func (s settings) openCounter(dir string, worn func(v *hsm.Version, used, limit uint64)) (c *hsm.Counter, damage, err error) {
+	c, err = hsm.OpenCounter(dir, s.FleetSize, worn)
+	if c == nil {
+		return nil, nil, err
+	}
+	if _, _, damage = c.Used(&hsm.Version{Suite: hsm.GCM}); damage == nil {
+		damage = err
+	}
+	return c, damage, nil
 }
 
 // openToken opens the token alone. patience is how long an operation waits for it.
