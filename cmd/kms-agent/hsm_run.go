@@ -64,7 +64,7 @@ func (a *app) askToken(c *cobra.Command, f *hsmFlags, r hsmRequest) (hsmAnswer, 
 		return answer, pluginUnanswered(cmd, errors.Join(failed, err), diagnostics.Bytes())
 	}
 	if answer.Error != "" {
-		return answer, &codedError{code: hsmCode(answer.Class), err: errors.New(answer.Error)}
+		return answer, &codedError{code: hsmCode(answer.Class), err: errors.New(f.named(answer.Error))}
 	}
 	if cmd.ProcessState != nil && cmd.ProcessState.Success() {
 		return answer, nil // interrupted or not: it is done
@@ -196,6 +196,10 @@ func (f *hsmFlags) command(ctx context.Context) (*exec.Cmd, json.RawMessage, err
 		return f.commandByFlags(ctx)
 	}
 	cfg, err := agent.LoadConfig(f.config)
+	if errors.Is(err, agent.ErrConfigFile) && errors.Is(err, fs.ErrNotExist) {
+		return nil, nil, &codedError{code: exitInvalid, err: err,
+			hint: "name the agent's configuration with --config, or the token without one: --module, --token, --pin-file and --state-dir"}
+	}
 	if err != nil {
 		return nil, nil, err
 	}
@@ -348,6 +352,15 @@ func (f *hsmFlags) settings() (json.RawMessage, error) {
 		return nil, err
 	}
 	return json.Marshal(settings)
+}
+
+// named has the flags in an error that names settings, where these stand for flags.
+func (f *hsmFlags) named(text string) string {
+	if f.module == "" {
+		return text
+	}
+	return strings.NewReplacer("settings.module_config:", "--module-config:", "settings.module:", "--module:", "settings.token:", "--token:",
+		"settings.pin_file:", "--pin-file:", "settings.pin_descriptor:", "--pin-fd:", "settings.state_dir:", "--state-dir:").Replace(text)
 }
 
 // verified runs what was compared with its digest, and nothing else.

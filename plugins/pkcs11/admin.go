@@ -122,7 +122,7 @@ func administer(args []string, in io.Reader, out, diagnostics io.Writer) int {
 		a, err = r.serve(ctx, diagnostics)
 	}
 	if err != nil {
-		a.Error, a.Class = told(err), hsm.KindOf(err).String()
+		a.Error, a.Class = told(hinted(err)), hsm.KindOf(err).String()
 		if errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
 			a.Class = hsm.Unavailable.String()
 		}
@@ -247,8 +247,11 @@ func (s settings) load(ctx context.Context, uri hsm.URI, pin hsm.PINSource, wrap
 // hopeless tells whether waiting for the token cannot help: it is another that is
 // there, or several.
 func hopeless(err error) bool {
-	return hsm.KindOf(err) == hsm.Invalid || strings.Contains(err.Error(), "no token matches")
+	return hsm.KindOf(err) == hsm.Invalid || strings.Contains(err.Error(), noToken)
 }
+
+// noToken is what package hsm says where tokens are there, and none that is meant.
+const noToken = "no token matches"
 
 // told is an error without the names of the kinds: the operator gets them as exit code,
 // the agent as class.

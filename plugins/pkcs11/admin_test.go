@@ -72,11 +72,29 @@ func TestTokenThatIsNotThere(t *testing.T) {
 	r.settings["token"] = "pkcs11:token=other"
 	began := time.Now()
 	a := r.administer(request{Command: "list"})
-	if a.Class != "unavailable" || !strings.HasPrefix(a.Error, "no token matches") {
+	if a.Class != "unavailable" || !strings.HasPrefix(a.Error, "no token matches") || strings.Contains(a.Error, "SOFTHSM2_CONF") {
 		t.Errorf("%+v", a)
 	}
 	if took := time.Since(began); took > adminPatience {
 		t.Errorf("it took %v", took)
+	}
+}
+
+// Where no token is there at all, the library looks for them elsewhere: by its own
+// configuration.
+func TestNoTokenAtAll(t *testing.T) {
+	r := newRig(t)
+	if err := errors.Join(os.RemoveAll(r.Tokens()), os.Mkdir(r.Tokens(), 0o700)); err != nil {
+		t.Fatal(err)
+	}
+	a := r.administer(request{Command: "list"})
+	for _, part := range []string{"no token matches", "is not initialised", "SOFTHSM2_CONF", "env in the agent's configuration"} {
+		if !strings.Contains(a.Error, part) {
+			t.Errorf("%+v has no %q", a, part)
+		}
+	}
+	if got := classified(&hsm.Error{Kind: hsm.Unavailable, Detail: "the module shows no token: is it reachable?"}).Error(); !strings.Contains(got, "SOFTHSM2_CONF") {
+		t.Errorf("in the agent's log: %q", got)
 	}
 }
 
@@ -228,6 +246,7 @@ func TestSettingsFaultsAreToldTogether(t *testing.T) {
 		`{"hang_after": "soon"}`:                      {`settings.hang_after: a duration in quotes, such as "10s"`},
 		`{"hang_after": "1ms"}`:                       {"settings.hang_after: 100ms to 10m"},
 		`{"token": "pkcs11:object=orders"}`:           {"settings.token: pkcs11:object=orders selects the token"},
+		`{"token": "kms"}`:                            {`settings.token: "kms" is no PKCS#11 URI, such as pkcs11:token=kms`},
 		`{"token": "pkcs11:"}`:                        {"settings.token: pkcs11: selects any token"},
 		`{"pin_file": "pin", "pin_variable": "P"}`:    {"settings.pin_file: exactly one", "settings.pin_file: must be an absolute path"},
 		`{"pinfile": "pin"}`:                          {"settings.pinfile: there is no such setting"},

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/kms-agent/kms-agent/hsm"
 	"github.com/kms-agent/kms-agent/hsm/hsmtest"
 	"github.com/kms-agent/kms-agent/plugins"
 	"github.com/kms-agent/kms-agent/plugins/plugintest"
@@ -33,7 +34,7 @@ func TestCheck(t *testing.T) {
 		{setting: "module", value: "/usr/lib/missing.so", want: "module: /usr/lib/missing.so does not exist"},
 		{setting: "module", value: notes, want: "module: " + notes + " is no shared library"},
 		{setting: "module", value: "/proc/self/exe", want: "module: /proc/self/exe exports no"},
-		{setting: "token", value: "kms", want: "token: a PKCS#11 URI begins"},
+		{setting: "token", value: "kms", want: `token: "kms" is no PKCS#11 URI, such as pkcs11:token=kms`},
 		{setting: "unknown", value: 1, want: "unknown: there is no such setting"},
 		{setting: "pin_file", value: empty, want: "pin_file: the PIN is empty: " + empty, warning: true},
 		{setting: "pin_file", value: r.Path("missing"), want: "pin_file: the PIN: open", warning: true},
@@ -174,6 +175,16 @@ func TestAnotherTokenTakesThePlace(t *testing.T) {
 	})
 	if _, err := s.Describe(bounded(t), orders.URI); err != nil {
 		t.Errorf("the key of the new token: %v", err)
+	}
+}
+
+// The agent's log has both cures of what the confinement forbids.
+func TestCureOfConfinement(t *testing.T) {
+	err := classified(&hsm.Error{Kind: hsm.Unavailable, Err: errors.New("open /var/lib/kms-agent/plugins/hsm/logins.json: permission denied")})
+	for _, part := range []string{"access in its backend's configuration", "kms-agent plugin restart"} {
+		if !strings.Contains(err.Error(), part) {
+			t.Errorf("%v has no %q", err, part)
+		}
 	}
 }
 
