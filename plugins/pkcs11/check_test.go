@@ -90,7 +90,7 @@ func TestCheckOfCounts(t *testing.T) {
 				continue
 			}
 			if !damaged || len(faults) != 1 || faults[0].Setting != setting || faults[0].Warning || !strings.Contains(faults[0].Message, r.state()+"/wraps.json") ||
-				!strings.Contains(faults[0].Message, "rotate the keys") {
+				!strings.Contains(faults[0].Message, "rotate the keys") || strings.Contains(faults[0].Message, "\n") {
 				t.Errorf("%q, by the settings %v: %+v, damaged %v", content, bySettings, faults, damaged)
 			}
 		}

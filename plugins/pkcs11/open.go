@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"time"
 
@@ -86,6 +87,9 @@ func (s settings) openCounter(dir string, worn func(v *hsm.Version, used, limit 
 	}
 	if _, _, damage = c.Used(&hsm.Version{Suite: hsm.GCM}); damage == nil {
 		damage = err
+	}
+	if damage != nil { // it is told as one line
+		damage = errors.New(strings.ReplaceAll(damage.Error(), "\n", "; "))
 	}
 	return c, damage, nil
 }
