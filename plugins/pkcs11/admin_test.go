@@ -88,13 +88,15 @@ func TestNoTokenAtAll(t *testing.T) {
 		t.Fatal(err)
 	}
 	a := r.administer(request{Command: "list"})
-	for _, part := range []string{"no token matches", "is not initialised", "SOFTHSM2_CONF", "env in the agent's configuration"} {
+	for _, part := range []string{"no token matches", "is not initialised", "SOFTHSM2_CONF", "env of its backend"} {
 		if !strings.Contains(a.Error, part) {
 			t.Errorf("%+v has no %q", a, part)
 		}
 	}
-	if got := classified(&hsm.Error{Kind: hsm.Unavailable, Detail: "the module shows no token: is it reachable?"}).Error(); !strings.Contains(got, "SOFTHSM2_CONF") {
-		t.Errorf("in the agent's log: %q", got)
+	for _, detail := range []string{"the module shows no token: is it reachable?", "initialise the module: C_Initialize: CKR_GENERAL_ERROR"} {
+		if got := classified(&hsm.Error{Kind: hsm.Unavailable, Detail: detail}).Error(); strings.Count(got, "SOFTHSM2_CONF") != 1 {
+			t.Errorf("in the agent's log: %q", got)
+		}
 	}
 }
 
@@ -298,7 +300,8 @@ func TestWrapsOfAdministration(t *testing.T) {
 	}
 	r.Write("state/wraps.json", "{")
 	a, said := r.ask(request{Command: "rotate", Key: "orders"})
-	if a.Error != "" || !bytes.HasPrefix(said, []byte("warning: ")) || !bytes.Contains(said, []byte("remove the file")) {
+	first, _, _ := bytes.Cut(said, []byte("\n")) // the operator sees lines that begin so
+	if a.Error != "" || !bytes.HasPrefix(first, []byte("warning: ")) || !bytes.Contains(first, []byte("remove the file")) {
 		t.Errorf("with damaged counts, whose cure it is: %+v\n%s", a, said)
 	}
 	if a := r.administer(request{Command: "list"}); a.Error != "" || a.Keys[0].Current != 2 {

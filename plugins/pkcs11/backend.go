@@ -272,9 +272,6 @@ func (p *plain) Unwrap() error { return p.error }
 // explained names the cure of what confinement forbids.
 func explained(err error) error {
 	err = hinted(err)
-	if strings.Contains(err.Error(), "C_Initialize") {
-		return fmt.Errorf("%w (a confined plugin has the environment that env in its backend's configuration has, and reaches what access names)", err)
-	}
 	if strings.Contains(err.Error(), "ermission denied") { // dlopen gives text alone
 		return fmt.Errorf("%w (a confined plugin reaches what access in its backend's configuration names: name the directory there. "+
 			"Where it is named, or is the plugin's own for its state, it was made anew since the process began: kms-agent plugin restart BACKEND)", err)
@@ -282,13 +279,14 @@ func explained(err error) error {
 	return err
 }
 
-// hinted adds where a library that shows no token at all may be looking for them.
+// hinted adds where a library that does not begin, or shows no token at all, may be
+// looking for them.
 func hinted(err error) error {
 	text := err.Error()
 	none := strings.Contains(text, noToken) && !strings.Contains(text, "(serial ")
-	if !none && !strings.Contains(text, "the module shows no token") {
+	if !none && !strings.Contains(text, "the module shows no token") && !strings.Contains(text, "C_Initialize") {
 		return err
 	}
 	return fmt.Errorf("%w (a library finds its tokens by a configuration of its own, which mostly an environment variable names, as SOFTHSM2_CONF for SoftHSM: "+
-		"is it set, and does it reach the library? A backend's has what env in the agent's configuration has, and reads what access names)", err)
+		"is it set, and is what it names there? A confined plugin has the environment that env of its backend in the agent's configuration has, and reaches what access names)", err)
 }
