@@ -202,10 +202,7 @@ func (s settings) counter(diagnostics io.Writer) (*hsm.Counter, error) {
 	if err != nil {
 		return nil, err
 	}
-	c, damage, err := s.openCounter(dir, nil)
-	if err != nil {
-		return nil, err
-	}
+	c, damage := s.openCounter(dir, nil)
 	if damage != nil {
 		_, _ = fmt.Fprintln(diagnostics, "warning:", damage)
 		return nil, nil //nolint:nilnil // nothing is counted

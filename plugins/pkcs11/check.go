@@ -62,8 +62,8 @@ func (s settings) damagedCounts() error {
 	if !filepath.IsAbs(dir) {
 		return nil
 	}
-	_, damage, err := s.openCounter(dir, nil)
-	return errors.Join(damage, err)
+	_, damage := s.openCounter(dir, nil)
+	return damage
 }
 
 // settingsFaults are the faults of parseSettings, by setting.

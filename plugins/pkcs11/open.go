@@ -67,10 +67,7 @@ func (s settings) open(ctx context.Context, token hsm.URI, log io.Writer) (*hsm.
 	if err != nil {
 		return nil, nil, err
 	}
-	counter, damage, err := s.openCounter(dir, logWorn(log))
-	if err != nil {
-		return nil, nil, err
-	}
+	counter, damage := s.openCounter(dir, logWorn(log))
 	if damage != nil {
 		logLine(log, "error", "the counts of wraps are damaged", map[string]any{"error": damage.Error()})
 	}
@@ -78,20 +75,15 @@ func (s settings) open(ctx context.Context, token hsm.URI, log io.Writer) (*hsm.
 	return t, counter, err
 }
 
-// openCounter opens the counts of wraps in a directory. damage says what is wrong with
-// the file, and the cure.
-func (s settings) openCounter(dir string, worn func(v *hsm.Version, used, limit uint64)) (c *hsm.Counter, damage, err error) {
-	c, err = hsm.OpenCounter(dir, s.FleetSize, worn)
-	if c == nil {
-		return nil, nil, err
+// openCounter opens the counts of wraps in a directory. damage says in a line why the file
+// cannot be read, with the cure: until then nothing can be counted, nor wrapped where it
+// must be, and everything opens.
+func (s settings) openCounter(dir string, worn func(v *hsm.Version, used, limit uint64)) (c *hsm.Counter, damage error) {
+	c, err := hsm.OpenCounter(dir, s.FleetSize, worn)
+	if err != nil {
+		damage = errors.New(strings.ReplaceAll(err.Error(), "\n", "; "))
 	}
-	if _, _, damage = c.Used(&hsm.Version{Suite: hsm.GCM}); damage == nil {
-		damage = err
-	}
-	if damage != nil { // it is told as one line
-		damage = errors.New(strings.ReplaceAll(damage.Error(), "\n", "; "))
-	}
-	return c, damage, nil
+	return c, damage
 }
 
 // openToken opens the token alone. patience is how long an operation waits for it.

@@ -137,12 +137,16 @@ func (r *rig) opened(t *testing.T) (*backend, *lines) {
 // are told only that it cannot be used.
 func TestWornVersionIsTold(t *testing.T) {
 	r := newRig(t)
-	r.must(request{Command: "init-key", Key: "orders"})
+	id := r.must(request{Command: "init-key", Key: "orders"}).Keys[0].Versions[0].ID
 	r.settings["fleet_size"] = maxFleet
-	const limit = (1 << 32) / maxFleet
+	const limit, left = (1 << 32) / maxFleet, 20
+	r.Write("state/wraps.json", fmt.Sprintf(`{"format":1,"wraps":{%q:%d}}`, id, limit-left))
 	b, log := r.opened(t)
 	wrapped, err := b.Wrap(bounded(t), orders, make([]byte, 32), message)
-	for n := 0; err == nil && n < limit; n++ {
+	if err != nil {
+		t.Fatal(err)
+	}
+	for n := 0; err == nil && n < left; n++ {
 		_, err = b.Wrap(bounded(t), orders, make([]byte, 32), message)
 	}
 	for range 2 {
@@ -162,13 +166,6 @@ func TestWornVersionIsTold(t *testing.T) {
 	if w == nil || w.Used != limit || w.Limit != limit {
 		t.Errorf("listed are %+v, want all of %d", w, limit)
 	}
-	r.must(request{Command: "disable", Key: "orders", Version: 1, Confirmed: true})
-	eventually(t, func() error {
-		if _, err := b.Unwrap(bounded(t), orders, wrapped, message); err == nil {
-			return errors.New("it is not disabled yet")
-		}
-		return nil
-	})
 }
 
 // That a disabled version does not wrap is not told as wear.
@@ -205,7 +202,31 @@ func TestDamagedCounts(t *testing.T) {
 	if _, err := b.Unwrap(bounded(t), orders, wrapped, message); err != nil {
 		t.Errorf("with damaged counts: %v", err)
 	}
+	if _, err := b.Wrap(bounded(t), orders, make([]byte, 32), message); plugins.ClassOf(err) != plugins.Unavailable {
+		t.Errorf("Wrap, which cannot be counted: %v, want Unavailable", err)
+	}
 	if told := log.with("the counts of wraps are damaged"); len(told) != 1 || !strings.Contains(told[0], "rotate the keys") {
 		t.Errorf("the log says %q, want one line with the cure", told)
 	}
+}
+
+// A state directory that was made anew under a running process is another one: the agent's
+// log names the cure, and it is one.
+func TestStateDirectoryMadeAnew(t *testing.T) {
+	cfg, _ := faulty(t, hsmtest.PIN)
+	s, state := plugintest.Start(t, cfg), cfg.Access.Write[1]
+	if err := errors.Join(os.RemoveAll(state), os.Mkdir(state, 0o700)); err != nil {
+		t.Fatal(err)
+	}
+	wrap := func() error {
+		_, err := s.Wrap(bounded(t), orders, make([]byte, 32), message)
+		return err
+	}
+	if err := wrap(); err == nil || !strings.Contains(err.Error(), "kms-agent plugin restart") {
+		t.Errorf("Wrap: %v, want the cure", err)
+	}
+	if err := s.Replace(bounded(t)); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, wrap)
 }
