@@ -25,7 +25,7 @@ func (s settings) stateDirectory() (string, error) {
 	if !filepath.IsAbs(dir) {
 		return "", fmt.Errorf("the state directory %q is not an absolute path", dir)
 	}
-	if err := os.MkdirAll(dir, 0o700); err != nil { //nolint:gosec // the operator or the agent names it
+	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return "", fmt.Errorf("the state directory: %w", err)
 	}
 	return dir, ownDirectory(dir)
@@ -42,7 +42,7 @@ func (s settings) knownDirectory() string {
 // ownDirectory refuses a directory in which others could remove the ledger, and so have
 // a PIN tried until the token is locked, or the counts of wraps.
 func ownDirectory(dir string) error {
-	info, err := os.Stat(dir) //nolint:gosec // the operator or the agent names it
+	info, err := os.Stat(dir)
 	if err != nil {
 		return fmt.Errorf("the state directory: %w", err)
 	}
