@@ -17,6 +17,21 @@ import (
 	"github.com/kms-agent/kms-agent/plugins"
 )
 
+// Callers read each cure that an unusable version may have: which it needs, only the
+// backend knows.
+func TestUnusableNamesTheCures(t *testing.T) {
+	r := newRig(t)
+	r.backend.intercept(func(string) error { return plugins.Errorf(plugins.KeyUnusable, "it is worn") })
+	r.clock.Advance(6 * time.Minute)
+	_, err := r.Encrypt(t.Context(), caller(t, orders), kms.EncryptRequest{Key: "orders", Plaintext: []byte("x")})
+	wantReason(t, err, kms.ReasonKeyUnusable)
+	for _, cure := range []string{"enable or restore it", "must be rotated"} {
+		if err == nil || !strings.Contains(err.Error(), cure) {
+			t.Errorf("%v has no %q", err, cure)
+		}
+	}
+}
+
 // A single no, to the question which versions there are, must be made sure of
 // by another question: it destroys nothing by itself.
 func TestOneNoIsNotARevocation(t *testing.T) {

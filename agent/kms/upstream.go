@@ -395,7 +395,7 @@ func upstreamFailure(e *Error, err error) {
 
 func unusable(e *Error) {
 	e.Reason = ReasonKeyUnusable
-	e.Message = "the backend does not let this version of the key be used: it is disabled, destroyed or gone; an administrator of the key must enable or restore it"
+	e.Message = "the backend does not let this version of the key be used: it is disabled, destroyed or gone, and an administrator of the key must enable or restore it; or it has made all the wraps that it may, and must be rotated"
 }
 
 func retryAfter(err error) time.Duration {

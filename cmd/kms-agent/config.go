@@ -99,7 +99,7 @@ type checkFault struct {
 }
 
 func newCheck(a *app) *cobra.Command {
-	ofHost, fileOnly := false, false
+	ofHost, fileOnly, config := false, false, ""
 	c := &cobra.Command{
 		Use:   "check [FILE]",
 		Short: "Report everything that is wrong with a configuration",
@@ -108,10 +108,11 @@ fault at once with file, line, column and path. Where the file has none it looks
 at what the file names on this host: directories, sockets, keystore and seal,
 plugins and their digests, the settings of PKCS#11 backends (which it asks their
 plugin about; the vendor's library is not loaded), files with secrets, the audit log and its key. Faults
-keep the agent or a backend from starting; warnings do not, and leave the exit
-code at 0. It changes nothing, and touches neither the network nor a running
-agent. FILE is ` + defaultConfigPath + ` unless given; - is standard input, and then
-relative paths are relative to the working directory.
+keep the agent or a backend from starting, or are damage; warnings do not, and
+leave the exit code at 0. It changes nothing, and touches neither the network nor
+a running agent. FILE, or --config FILE as with other commands, is
+` + defaultConfigPath + ` unless given; - is standard input, and then relative
+paths are relative to the working directory.
 
 Run it as the agent's user: what root may read, the agent may not. --file-only
 leaves out what is of this host, users and groups too, for a configuration of
@@ -123,21 +124,26 @@ as the agent's user, in its unit.`,
 		Example: "  kms-agent check\n  sudo -u kms-agent kms-agent check\n  kms-agent check --host\n  kms-agent config default | kms-agent check --file-only -",
 		Args:    cobra.ArbitraryArgs,
 		RunE: func(c *cobra.Command, args []string) error {
-			path := defaultConfigPath
+			path, named := defaultConfigPath, c.Flags().Changed("config")
 			switch {
-			case ofHost && (len(args) > 0 || fileOnly):
+			case ofHost && (len(args) > 0 || fileOnly || named):
 				return usagef("--host is about this host and takes no file")
 			case ofHost:
 				findings := agent.CheckHost()
 				return a.print(findings, func(t *table) { hostTable(t, findings) })
 			case len(args) > 1:
 				return usagef("unexpected argument %q; check takes one file", args[1])
+			case len(args) == 1 && named:
+				return usagef("--config %s and %s: the file is named once", config, args[0])
 			case len(args) == 1:
 				path = args[0]
+			case named:
+				path = config
 			}
 			return a.check(c.Context(), path, fileOnly)
 		},
 	}
+	c.Flags().StringVar(&config, "config", defaultConfigPath, "the configuration, as FILE names it")
 	c.Flags().BoolVar(&ofHost, "host", false, "tell what this host lacks")
 	c.Flags().BoolVar(&fileOnly, "file-only", false, "do not look at what the file names on this host; for a configuration of another one")
 	a.outputFlag(c)

@@ -108,8 +108,28 @@ type hsmVersion struct {
 	Suite   string    `json:"suite"`
 	ID      string    `json:"id"`
 	Created time.Time `json:"created"`
-	// Problem says why the version cannot be used, though its state lets it.
+	// Problem says why the version cannot be used, or not in full, though its state lets it.
 	Problem string `json:"problem,omitempty"`
+	// Wraps are told by list alone, of versions that may make no more than so many.
+	Wraps *hsmWear `json:"wraps,omitempty"`
+}
+
+// hsmWear is what a version has made, at most, of the wraps that it may make on this host.
+type hsmWear struct {
+	Used  uint64 `json:"used"`
+	Limit uint64 `json:"limit"`
+}
+
+// told says what an operator should know of a version that is well or is not, "" if nothing.
+func (v hsmVersion) told() string {
+	var notes []string
+	if v.Problem != "" {
+		notes = append(notes, "problem: "+v.Problem)
+	}
+	if w := v.Wraps; w != nil && w.Used >= w.Limit/2 {
+		notes = append(notes, fmt.Sprintf("%d of its %d wraps on this host are made: rotate the key", w.Used, w.Limit))
+	}
+	return strings.Join(notes, "; ")
 }
 
 func newHSM(a *app) *cobra.Command {
@@ -219,8 +239,12 @@ func newHSMList(a *app) *cobra.Command {
 	f := hsmFlags{}
 	c := &cobra.Command{
 		Use: "list", Short: "List the keys on a token and their versions", Args: exactly(),
-		Long: `Lists the keys that kms-agent made on the token, with their versions, and says which of
-these cannot be used because somebody has deleted or replaced them.`,
+		Long: `Lists the keys that kms-agent made on the token, with their versions, and says what is
+wrong with these: somebody has deleted or replaced one, or it may not wrap any more.
+Versions that may wrap a limited number of times have how many they have made on this
+host, at most, in the JSON as wraps, and in the table once it is half of the limit.
+
+Where the token cannot be asked, nothing is listed, and the exit code says so.`,
 		RunE: func(c *cobra.Command, _ []string) error {
 			answer, err := a.askToken(c, &f, hsmRequest{Command: "list"})
 			if err != nil {
@@ -250,8 +274,8 @@ func (a *app) printHSMKeys(keys []hsmKey) error {
 					name += " (current)"
 				}
 				cells := []string{k.Key, name, v.State, v.Suite, v.Created.UTC().Format(time.RFC3339), v.ID}
-				if v.Problem != "" {
-					cells = append(cells, "unusable: "+v.Problem)
+				if note := v.told(); note != "" {
+					cells = append(cells, note)
 				}
 				t.row(cells...)
 			}

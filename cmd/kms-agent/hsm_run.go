@@ -30,8 +30,10 @@ const (
 	// hsmGrace is how long a plugin that is told to end may take to bring a change to its
 	// end: longer than a call of the library takes, unless it hangs.
 	hsmGrace = 15 * time.Second
-	// hsmWaiting begins the lines of the plugin's standard error that the operator sees.
+	// hsmWaiting and hsmWarning begin the lines of the plugin's standard error that the
+	// operator sees.
 	hsmWaiting = "waiting for the token: "
+	hsmWarning = "warning: "
 )
 
 // askToken has the backend's plugin do what is asked.
@@ -52,7 +54,7 @@ func (a *app) askToken(c *cobra.Command, f *hsmFlags, r hsmRequest) (hsmAnswer, 
 	}
 	var out, diagnostics bytes.Buffer
 	cmd.Stdin, cmd.Stdout = bytes.NewReader(in), &limitedWriter{w: &out, left: maxHSMAnswer}
-	cmd.Stderr = &waitingLines{to: a.errOut, rest: &limitedWriter{w: &diagnostics, left: 1 << 20}}
+	cmd.Stderr = &linesForOperator{to: a.errOut, rest: &limitedWriter{w: &diagnostics, left: 1 << 20}}
 	failed := runUntilDone(cmd)
 	var answer hsmAnswer
 	if err := json.Unmarshal(out.Bytes(), &answer); err != nil {
@@ -62,7 +64,7 @@ func (a *app) askToken(c *cobra.Command, f *hsmFlags, r hsmRequest) (hsmAnswer, 
 		return answer, pluginUnanswered(cmd, errors.Join(failed, err), diagnostics.Bytes())
 	}
 	if answer.Error != "" {
-		return answer, &codedError{code: hsmCode(answer.Class), err: errors.New(answer.Error)}
+		return answer, &codedError{code: hsmCode(answer.Class), err: errors.New(f.named(answer.Error))}
 	}
 	if cmd.ProcessState != nil && cmd.ProcessState.Success() {
 		return answer, nil // interrupted or not: it is done
@@ -136,20 +138,20 @@ func lastLines(b []byte) string {
 	return "\n" + strings.Join(lines[max(0, len(lines)-most):], "\n")
 }
 
-// waitingLines passes on what the operator should know meanwhile, and the rest to rest.
-type waitingLines struct {
+// linesForOperator passes on what the operator should know meanwhile, and the rest to rest.
+type linesForOperator struct {
 	to, rest io.Writer
 	line     []byte
 }
 
-func (w *waitingLines) Write(p []byte) (int, error) {
+func (w *linesForOperator) Write(p []byte) (int, error) {
 	const longest = 4096
 	for _, c := range p {
 		w.line = append(w.line, c)
 		if c != '\n' && len(w.line) < longest {
 			continue
 		}
-		if bytes.HasPrefix(w.line, []byte(hsmWaiting)) {
+		if bytes.HasPrefix(w.line, []byte(hsmWaiting)) || bytes.HasPrefix(w.line, []byte(hsmWarning)) {
 			_, _ = fmt.Fprintln(w.to, printable(string(bytes.TrimSpace(w.line))))
 		}
 		_, _ = w.rest.Write(w.line)
@@ -194,6 +196,10 @@ func (f *hsmFlags) command(ctx context.Context) (*exec.Cmd, json.RawMessage, err
 		return f.commandByFlags(ctx)
 	}
 	cfg, err := agent.LoadConfig(f.config)
+	if errors.Is(err, agent.ErrConfigFile) && errors.Is(err, fs.ErrNotExist) {
+		return nil, nil, &codedError{code: exitInvalid, err: err,
+			hint: "name the agent's configuration with --config, or the token without one: --module, --token, --pin-file and --state-dir"}
+	}
 	if err != nil {
 		return nil, nil, err
 	}
@@ -346,6 +352,15 @@ func (f *hsmFlags) settings() (json.RawMessage, error) {
 		return nil, err
 	}
 	return json.Marshal(settings)
+}
+
+// named has the flags in an error that names settings, where these stand for flags.
+func (f *hsmFlags) named(text string) string {
+	if f.module == "" {
+		return text
+	}
+	return strings.NewReplacer("settings.module_config:", "--module-config:", "settings.module:", "--module:", "settings.token:", "--token:",
+		"settings.pin_file:", "--pin-file:", "settings.pin_descriptor:", "--pin-fd:", "settings.state_dir:", "--state-dir:").Replace(text)
 }
 
 // verified runs what was compared with its digest, and nothing else.

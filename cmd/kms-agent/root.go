@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -57,13 +58,21 @@ func group(use, short, long string) *cobra.Command {
 			return usagef("which command?")
 		}
 		message := fmt.Sprintf("unknown command %q", args[0])
-		if guesses := c.SuggestionsFor(args[0]); len(guesses) > 0 {
+		if guesses := nearNames(c, args[0]); len(guesses) > 0 {
 			message += "; did you mean " + strings.Join(guesses, " or ") + "?"
 		}
 		return usagef("%s", message)
 	}
 	c.SuggestionsMinimumDistance = 2
 	return c
+}
+
+// nearNames are the commands of a group that may be meant. Two letters that differ are a
+// slip in a long word; a short one that begins otherwise is another word.
+func nearNames(c *cobra.Command, typed string) []string {
+	return slices.DeleteFunc(c.SuggestionsFor(typed), func(name string) bool {
+		return len(typed) < 6 && !strings.HasPrefix(name, typed[:min(1, len(typed))])
+	})
 }
 
 // exactly demands the named arguments.

@@ -64,8 +64,16 @@ type versionState struct {
 	Suite   string    `json:"suite"`
 	ID      string    `json:"id"`
 	Created time.Time `json:"created"`
-	// Problem says why the version cannot be used, though its state lets it.
+	// Problem says why the version cannot be used, or not in full, though its state lets it.
 	Problem string `json:"problem,omitempty"`
+	// Wraps are told by list alone, of versions that may make no more than so many.
+	Wraps *wear `json:"wraps,omitempty"`
+}
+
+// wear is what a version has made, at most, of the wraps that it may make on this host.
+type wear struct {
+	Used  uint64 `json:"used"`
+	Limit uint64 `json:"limit"`
 }
 
 // administerOnce is the main function of `administer`. It returns the exit code.
@@ -114,7 +122,7 @@ func administer(args []string, in io.Reader, out, diagnostics io.Writer) int {
 		a, err = r.serve(ctx, diagnostics)
 	}
 	if err != nil {
-		a.Error, a.Class = told(err), hsm.KindOf(err).String()
+		a.Error, a.Class = told(hinted(err)), hsm.KindOf(err).String()
 		if errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
 			a.Class = hsm.Unavailable.String()
 		}
@@ -180,7 +188,7 @@ func (r request) serve(ctx context.Context, diagnostics io.Writer) (answer, erro
 		case <-hung.Done():
 		}
 	}()
-	a, err := r.perform(hung, t)
+	a, err := r.perform(hung, t, wraps)
 	if err != nil && t.Err() != nil {
 		err = t.Err()
 	}
@@ -194,9 +202,9 @@ func (s settings) counter(diagnostics io.Writer) (*hsm.Counter, error) {
 	if err != nil {
 		return nil, err
 	}
-	c, err := hsm.OpenCounter(dir, s.FleetSize, nil)
-	if err != nil {
-		_, _ = fmt.Fprintln(diagnostics, "warning:", err)
+	c, damage := s.openCounter(dir, nil)
+	if damage != nil {
+		_, _ = fmt.Fprintln(diagnostics, "warning:", damage)
 		return nil, nil //nolint:nilnil // nothing is counted
 	}
 	return c, nil
@@ -236,8 +244,11 @@ func (s settings) load(ctx context.Context, uri hsm.URI, pin hsm.PINSource, wrap
 // hopeless tells whether waiting for the token cannot help: it is another that is
 // there, or several.
 func hopeless(err error) bool {
-	return hsm.KindOf(err) == hsm.Invalid || strings.Contains(err.Error(), "no token matches")
+	return hsm.KindOf(err) == hsm.Invalid || strings.Contains(err.Error(), noToken)
 }
+
+// noToken is what package hsm says where tokens are there, and none that is meant.
+const noToken = "no token matches"
 
 // told is an error without the names of the kinds: the operator gets them as exit code,
 // the agent as class.
@@ -271,7 +282,7 @@ func causes(err error) []error {
 	return nil
 }
 
-func (r request) perform(ctx context.Context, t *hsm.Token) (answer, error) {
+func (r request) perform(ctx context.Context, t *hsm.Token, wraps *hsm.Counter) (answer, error) {
 	suite := hsm.Suite(0)
 	if r.Suite != "" {
 		var err error
@@ -286,7 +297,7 @@ func (r request) perform(ctx context.Context, t *hsm.Token) (answer, error) {
 		p, err := t.Probe(ctx)
 		return answer{Probe: probed(p)}, err
 	case "list":
-		keys, err := list(ctx, t)
+		keys, err := list(ctx, t, wraps)
 		return answer{Keys: keys}, err
 	case "init-key":
 		k, err = t.CreateKey(ctx, r.Key, suite)
@@ -309,22 +320,50 @@ func (r request) perform(ctx context.Context, t *hsm.Token) (answer, error) {
 	return answer{Keys: states(k)}, nil
 }
 
-// list returns the keys, and what is wrong with their versions on the token.
-func list(ctx context.Context, t *hsm.Token) ([]keyState, error) {
+// list returns the keys, what is wrong with their versions on the token, and how many of
+// their wraps they have made; nothing is known of these where wraps is nil.
+func list(ctx context.Context, t *hsm.Token, wraps *hsm.Counter) ([]keyState, error) {
 	keys, err := t.Keys(ctx)
+	if err != nil {
+		return nil, err
+	}
 	out := states(keys...)
 	for i, k := range keys {
 		for j, v := range k.Versions {
 			switch err := t.Verify(ctx, v); {
 			case err == nil:
-			case ctx.Err() != nil, hsm.KindOf(err) == hsm.Unavailable, hsm.KindOf(err) == hsm.Unauthenticated:
-				return nil, err
-			default:
+			case ofVersion(ctx, err):
 				out[i].Versions[j].Problem = told(err)
+			case !errors.As(err, new(*hsm.Error)):
+				return nil, &hsm.Error{Kind: hsm.Unavailable, Detail: fmt.Sprintf("version %d of key %s could not be looked at", v.Number, v.Key), Err: err}
+			default:
+				return nil, err
 			}
+			out[i].Versions[j].Wraps = wearOf(wraps, v)
 		}
 	}
-	return out, err
+	return out, nil
+}
+
+// ofVersion tells whether an error says something of the version that was asked for,
+// and not of the token or the way to it.
+func ofVersion(ctx context.Context, err error) bool {
+	known := (*hsm.Error)(nil)
+	if ctx.Err() != nil || errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) || !errors.As(err, &known) {
+		return false
+	}
+	return known.Kind != hsm.Unavailable && known.Kind != hsm.Unauthenticated
+}
+
+func wearOf(wraps *hsm.Counter, v *hsm.Version) *wear {
+	if wraps == nil || v.State == hsm.Destroyed {
+		return nil
+	}
+	used, limit, err := wraps.Used(v)
+	if err != nil || limit == 0 {
+		return nil
+	}
+	return &wear{Used: used, Limit: limit}
 }
 
 // sparesCurrent refuses to disable the version that encryption needs, unless that is

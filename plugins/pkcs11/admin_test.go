@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -71,11 +72,31 @@ func TestTokenThatIsNotThere(t *testing.T) {
 	r.settings["token"] = "pkcs11:token=other"
 	began := time.Now()
 	a := r.administer(request{Command: "list"})
-	if a.Class != "unavailable" || !strings.HasPrefix(a.Error, "no token matches") {
+	if a.Class != "unavailable" || !strings.HasPrefix(a.Error, "no token matches") || strings.Contains(a.Error, "SOFTHSM2_CONF") {
 		t.Errorf("%+v", a)
 	}
 	if took := time.Since(began); took > adminPatience {
 		t.Errorf("it took %v", took)
+	}
+}
+
+// Where no token is there at all, the library looks for them elsewhere: by its own
+// configuration.
+func TestNoTokenAtAll(t *testing.T) {
+	r := newRig(t)
+	if err := errors.Join(os.RemoveAll(r.Tokens()), os.Mkdir(r.Tokens(), 0o700)); err != nil {
+		t.Fatal(err)
+	}
+	a := r.administer(request{Command: "list"})
+	for _, part := range []string{"no token matches", "is not initialised", "SOFTHSM2_CONF", "env of its backend"} {
+		if !strings.Contains(a.Error, part) {
+			t.Errorf("%+v has no %q", a, part)
+		}
+	}
+	for _, detail := range []string{"the module shows no token: is it reachable?", "initialise the module: C_Initialize: CKR_GENERAL_ERROR"} {
+		if got := classified(&hsm.Error{Kind: hsm.Unavailable, Detail: detail}).Error(); strings.Count(got, "SOFTHSM2_CONF") != 1 {
+			t.Errorf("in the agent's log: %q", got)
+		}
 	}
 }
 
@@ -129,9 +150,49 @@ func TestListOfWhatIsGone(t *testing.T) {
 	if got := problems(); got[0]+got[2] != "" || !strings.Contains(got[1], "has no key with the ID "+id) {
 		t.Errorf("of a key that is gone: %q", got)
 	}
-	r.Tool("--keygen", "--key-type", "AES:32", "--id", id, "--label", "other")
+	r.Tool("--keygen", "--key-type", "AES:32", "--id", id, "--label", "other", "--private", "--sensitive")
 	if got := problems(); got[0]+got[2] != "" || !strings.Contains(got[1], "is not the one") {
 		t.Errorf("of another key: %q", got)
+	}
+}
+
+// What an outage leaves unknown of a version is no fault of the version.
+func TestListInAnOutage(t *testing.T) {
+	r := newRig(t)
+	r.must(request{Command: "init-key", Key: "orders"})
+	fault := hsmtest.NewFault(t, "../../hsm", hsmtest.SoftHSMModule)
+	r.settings["module"] = fault.Module
+	fault.Set("C_Decrypt rv=0x30") // CKR_DEVICE_ERROR
+	if a := r.administer(request{Command: "list"}); a.Class != "unavailable" || len(a.Keys) != 0 || !strings.Contains(a.Error, "CKR_DEVICE_ERROR") {
+		t.Errorf("%+v", a)
+	}
+	fault.Set()
+	if a := r.must(request{Command: "list"}); a.Keys[0].Versions[0].Problem != "" {
+		t.Errorf("%+v", a)
+	}
+}
+
+func TestWhatIsOfAVersion(t *testing.T) {
+	over, cancel := context.WithCancel(t.Context())
+	cancel()
+	worn := &hsm.Error{Kind: hsm.KeyUnusable, Detail: "it is worn"}
+	for _, c := range []struct {
+		ctx  context.Context //nolint:containedctx // a case
+		err  error
+		want bool
+	}{
+		{t.Context(), worn, true},
+		{t.Context(), fmt.Errorf("look: %w", &hsm.Error{Kind: hsm.KeyNotFound}), true},
+		{t.Context(), &hsm.Error{Kind: hsm.Broken}, true},
+		{t.Context(), &hsm.Error{Kind: hsm.Unavailable}, false},
+		{t.Context(), &hsm.Error{Kind: hsm.Unauthenticated}, false},
+		{t.Context(), &hsm.Error{Kind: hsm.Broken, Err: context.DeadlineExceeded}, false},
+		{t.Context(), errors.New("CKR_SESSION_HANDLE_INVALID"), false},
+		{over, worn, false},
+	} {
+		if got := ofVersion(c.ctx, c.err); got != c.want {
+			t.Errorf("%v: %v, want %v", c.err, got, c.want)
+		}
 	}
 }
 
@@ -187,6 +248,7 @@ func TestSettingsFaultsAreToldTogether(t *testing.T) {
 		`{"hang_after": "soon"}`:                      {`settings.hang_after: a duration in quotes, such as "10s"`},
 		`{"hang_after": "1ms"}`:                       {"settings.hang_after: 100ms to 10m"},
 		`{"token": "pkcs11:object=orders"}`:           {"settings.token: pkcs11:object=orders selects the token"},
+		`{"token": "kms"}`:                            {`settings.token: "kms" is no PKCS#11 URI, such as pkcs11:token=kms`},
 		`{"token": "pkcs11:"}`:                        {"settings.token: pkcs11: selects any token"},
 		`{"pin_file": "pin", "pin_variable": "P"}`:    {"settings.pin_file: exactly one", "settings.pin_file: must be an absolute path"},
 		`{"pinfile": "pin"}`:                          {"settings.pinfile: there is no such setting"},
@@ -228,13 +290,18 @@ func TestWrapsOfAdministration(t *testing.T) {
 	if err = errors.Join(err, json.Unmarshal(content, &counts)); err != nil {
 		t.Fatal(err)
 	}
-	id := r.must(request{Command: "list"}).Keys[0].Versions[0].ID
+	listed := r.must(request{Command: "list"}).Keys[0].Versions[0]
+	id := listed.ID
 	if n := counts.Wraps[id]; n < 3 || n > 10 {
 		t.Errorf("%d wraps are counted of %s, want its canary and its test: %s", n, id, content)
 	}
+	if w := listed.Wraps; w == nil || w.Used < uint64(counts.Wraps[id]) || w.Used > 20 || w.Limit != 1<<32 {
+		t.Errorf("listed are %+v, want a few more than %d of 2^32", w, counts.Wraps[id])
+	}
 	r.Write("state/wraps.json", "{")
 	a, said := r.ask(request{Command: "rotate", Key: "orders"})
-	if a.Error != "" || !bytes.Contains(said, []byte("remove the file")) {
+	first, _, _ := bytes.Cut(said, []byte("\n")) // the operator sees lines that begin so
+	if a.Error != "" || !bytes.HasPrefix(first, []byte("warning: ")) || !bytes.Contains(first, []byte("remove the file")) {
 		t.Errorf("with damaged counts, whose cure it is: %+v\n%s", a, said)
 	}
 	if a := r.administer(request{Command: "list"}); a.Error != "" || a.Keys[0].Current != 2 {

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"strconv"
 	"strings"
@@ -20,20 +21,26 @@ const (
 	backendVersion = "1"
 	// maxNames bounds what is remembered of the URIs in messages.
 	maxNames = 10000
+	// givePatience bounds how long the end of a process whose module hangs waits.
+	givePatience = time.Second
 )
 
 // backend implements plugins.Backend and plugins.RandomSource over one token.
 type backend struct {
 	token *hsm.Token
 	wraps *hsm.Counter
+	log   io.Writer
 	exit  func(int)
 
 	mu    sync.Mutex
 	names map[string]string // the key's name by its URI; mu guards it and what follows
 	of    hsm.TokenInfo     // the token that the URIs were compared with
+	worn  map[hsm.ID]bool   // versions of which was told that they have made all their wraps
 }
 
-func newBackend() *backend { return &backend{exit: os.Exit, names: map[string]string{}} }
+func newBackend() *backend {
+	return &backend{log: os.Stderr, exit: os.Exit, names: map[string]string{}, worn: map[hsm.ID]bool{}}
+}
 
 // Open takes the settings that docs/hsm.md describes.
 func (b *backend) Open(ctx context.Context, raw json.RawMessage) (plugins.Info, error) {
@@ -41,15 +48,33 @@ func (b *backend) Open(ctx context.Context, raw json.RawMessage) (plugins.Info, 
 	if err != nil {
 		return plugins.Info{}, plugins.Errorf(plugins.Invalid, "%w", err)
 	}
-	if b.token, b.wraps, err = s.open(ctx, token, logEvents(os.Stderr)); err != nil {
+	if b.token, b.wraps, err = s.open(ctx, token, b.log); err != nil {
 		return plugins.Info{}, plugins.Errorf(plugins.Invalid, "%w", explained(err))
 	}
 	go func() {
 		<-b.token.Dead()
-		logLine(os.Stderr, "error", "the module hangs; the process ends", map[string]any{"error": b.token.Err().Error()})
+		logLine(b.log, "error", "the module hangs; the process ends", map[string]any{"error": b.token.Err().Error()})
+		if err := giveBack(b.wraps); err != nil {
+			logLine(b.log, "warn", "wraps that were not made count as made", map[string]any{"error": err.Error()})
+		}
 		b.exit(1)
 	}()
 	return plugins.Info{Name: backendName, Version: backendVersion, FIPS140: plugins.FIPS140Module(), Capabilities: []string{plugins.CapabilityRandom}}, nil
+}
+
+// giveBack gives back the wraps that were reserved and not made, where that is done soon:
+// a process that is replaced again and again would use up what a version may make.
+func giveBack(wraps *hsm.Counter) error {
+	done := make(chan error, 1)
+	go func() { done <- wraps.Close() }()
+	timer := time.NewTimer(givePatience)
+	defer timer.Stop()
+	select {
+	case err := <-done:
+		return err
+	case <-timer.C:
+		return fmt.Errorf("they could not be given back within %v", givePatience)
+	}
 }
 
 // Wrap wraps under one version of a key on the token.
@@ -59,7 +84,28 @@ func (b *backend) Wrap(ctx context.Context, key plugins.KeyRef, plaintext []byte
 		return nil, classified(err)
 	}
 	out, err := b.token.Wrap(ctx, v, nil, plaintext, binding.AAD())
+	if err != nil && hsm.KindOf(err) == hsm.KeyUnusable {
+		b.tellWorn(v)
+	}
 	return out, classified(err)
+}
+
+// tellWorn writes, once for each version, that it has made all its wraps, if it has:
+// callers are told no more than that the key cannot be used.
+func (b *backend) tellWorn(v *hsm.Version) {
+	used, limit, err := b.wraps.Used(v)
+	if err != nil || limit == 0 || used < limit {
+		return
+	}
+	b.mu.Lock()
+	told := b.worn[v.ID]
+	b.worn[v.ID] = true
+	b.mu.Unlock()
+	if !told {
+		logLine(b.log, "error", "this version of a key has made all the wraps that it may make on this host: rotate the key; what it wrapped opens all the same", map[string]any{
+			"key": v.Key, "version": v.Number, "wraps": used, "limit": limit, "cure": "kms-agent hsm rotate " + v.Key,
+		})
+	}
 }
 
 // Unwrap opens what Wrap made.
@@ -225,11 +271,22 @@ func (p *plain) Unwrap() error { return p.error }
 
 // explained names the cure of what confinement forbids.
 func explained(err error) error {
-	if strings.Contains(err.Error(), "C_Initialize") {
-		return fmt.Errorf("%w (a confined plugin has the environment that env in its backend's configuration has, and reaches what access names)", err)
-	}
+	err = hinted(err)
 	if strings.Contains(err.Error(), "ermission denied") { // dlopen gives text alone
-		return fmt.Errorf("%w (a confined plugin reaches what access in its backend's configuration names: name the directory there)", err)
+		return fmt.Errorf("%w (a confined plugin reaches what access in its backend's configuration names: name the directory there. "+
+			"Where it is named, or is the plugin's own for its state, it was made anew since the process began: kms-agent plugin restart BACKEND)", err)
 	}
 	return err
+}
+
+// hinted adds where a library that does not begin, or shows no token at all, may be
+// looking for them.
+func hinted(err error) error {
+	text := err.Error()
+	none := strings.Contains(text, noToken) && !strings.Contains(text, "(serial ")
+	if !none && !strings.Contains(text, "the module shows no token") && !strings.Contains(text, "C_Initialize") {
+		return err
+	}
+	return fmt.Errorf("%w (a library finds its tokens by a configuration of its own, which mostly an environment variable names, as SOFTHSM2_CONF for SoftHSM: "+
+		"is it set, and is what it names there? A confined plugin has the environment that env of its backend in the agent's configuration has, and reaches what access names)", err)
 }

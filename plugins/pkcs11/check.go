@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"path/filepath"
 	"strings"
 )
 
@@ -47,7 +48,22 @@ func (r request) check() []fault {
 			faults = append(faults, fault{Setting: setting, Message: err.Error(), Warning: true})
 		}
 	}
+	if err := s.damagedCounts(); err != nil {
+		setting := map[bool]string{s.StateDir != "": "state_dir"}[true]
+		faults = append(faults, fault{Setting: setting, Message: err.Error()})
+	}
 	return faults
+}
+
+// damagedCounts says what is wrong with the counts of wraps, if they are there. Nothing
+// is made or changed.
+func (s settings) damagedCounts() error {
+	dir := s.knownDirectory()
+	if !filepath.IsAbs(dir) {
+		return nil
+	}
+	_, damage := s.openCounter(dir, nil)
+	return damage
 }
 
 // settingsFaults are the faults of parseSettings, by setting.

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/kms-agent/kms-agent/hsm"
 	"github.com/kms-agent/kms-agent/hsm/hsmtest"
 	"github.com/kms-agent/kms-agent/plugins"
 	"github.com/kms-agent/kms-agent/plugins/plugintest"
@@ -33,7 +34,7 @@ func TestCheck(t *testing.T) {
 		{setting: "module", value: "/usr/lib/missing.so", want: "module: /usr/lib/missing.so does not exist"},
 		{setting: "module", value: notes, want: "module: " + notes + " is no shared library"},
 		{setting: "module", value: "/proc/self/exe", want: "module: /proc/self/exe exports no"},
-		{setting: "token", value: "kms", want: "token: a PKCS#11 URI begins"},
+		{setting: "token", value: "kms", want: `token: "kms" is no PKCS#11 URI, such as pkcs11:token=kms`},
 		{setting: "unknown", value: 1, want: "unknown: there is no such setting"},
 		{setting: "pin_file", value: empty, want: "pin_file: the PIN is empty: " + empty, warning: true},
 		{setting: "pin_file", value: r.Path("missing"), want: "pin_file: the PIN: open", warning: true},
@@ -65,6 +66,42 @@ func TestCheck(t *testing.T) {
 	}
 	if r.settings["module"] != good {
 		t.Fatal("the settings are not as they were")
+	}
+}
+
+// Damaged counts of wraps are a fault, with the cure; those that are not there are none.
+func TestCheckOfCounts(t *testing.T) {
+	r := newRig(t)
+	dir := r.settings["state_dir"]
+	q := request{Command: "check", WrappingKeys: []string{"pkcs11:token=kms;object=orders"}}
+	for content, damaged := range map[string]bool{"": false, `{"format":1,"wraps":{"00":4}}`: false, "{": true, `[]`: true} {
+		if content != "" {
+			r.Write("state/wraps.json", content)
+		}
+		for _, bySettings := range []bool{true, false} {
+			setting := "state_dir"
+			if r.settings["state_dir"] = dir; !bySettings {
+				setting = ""
+				delete(r.settings, "state_dir")
+				t.Setenv(plugins.StateVariable, r.state())
+			}
+			faults := r.must(q).Faults
+			if !damaged && len(faults) == 0 {
+				continue
+			}
+			if !damaged || len(faults) != 1 || faults[0].Setting != setting || faults[0].Warning || !strings.Contains(faults[0].Message, r.state()+"/wraps.json") ||
+				!strings.Contains(faults[0].Message, "rotate the keys") || strings.Contains(faults[0].Message, "\n") {
+				t.Errorf("%q, by the settings %v: %+v, damaged %v", content, bySettings, faults, damaged)
+			}
+		}
+		if got, err := os.ReadFile(filepath.Join(r.state(), "wraps.json")); content != "" && (err != nil || string(got) != content) {
+			t.Errorf("%q was changed to %q: %v", content, got, err)
+		}
+		_ = os.Remove(filepath.Join(r.state(), "wraps.json"))
+	}
+	entries, err := os.ReadDir(r.state())
+	if err != nil || len(entries) != 0 {
+		t.Errorf("check has left %v: %v", entries, err)
 	}
 }
 
@@ -138,6 +175,16 @@ func TestAnotherTokenTakesThePlace(t *testing.T) {
 	})
 	if _, err := s.Describe(bounded(t), orders.URI); err != nil {
 		t.Errorf("the key of the new token: %v", err)
+	}
+}
+
+// The agent's log has both cures of what the confinement forbids.
+func TestCureOfConfinement(t *testing.T) {
+	err := classified(&hsm.Error{Kind: hsm.Unavailable, Err: errors.New("open /var/lib/kms-agent/plugins/hsm/logins.json: permission denied")})
+	for _, part := range []string{"access in its backend's configuration", "kms-agent plugin restart"} {
+		if !strings.Contains(err.Error(), part) {
+			t.Errorf("%v has no %q", err, part)
+		}
 	}
 }
 

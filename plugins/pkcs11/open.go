@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"time"
 
@@ -17,26 +18,31 @@ import (
 
 // stateDirectory is where counts and the ledger of logins are kept.
 func (s settings) stateDirectory() (string, error) {
-	dir := s.StateDir
-	if dir == "" {
-		dir = os.Getenv(plugins.StateVariable)
-	}
+	dir := s.knownDirectory()
 	if dir == "" {
 		return "", errors.New("settings.state_dir: no directory for the ledger of logins and the counts of wraps is known; name one")
 	}
 	if !filepath.IsAbs(dir) {
 		return "", fmt.Errorf("the state directory %q is not an absolute path", dir)
 	}
-	if err := os.MkdirAll(dir, 0o700); err != nil { //nolint:gosec // the operator or the agent names it
+	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return "", fmt.Errorf("the state directory: %w", err)
 	}
 	return dir, ownDirectory(dir)
 }
 
+// knownDirectory is what settings or agent name as the state directory; "" is none.
+func (s settings) knownDirectory() string {
+	if s.StateDir != "" {
+		return s.StateDir
+	}
+	return os.Getenv(plugins.StateVariable)
+}
+
 // ownDirectory refuses a directory in which others could remove the ledger, and so have
 // a PIN tried until the token is locked, or the counts of wraps.
 func ownDirectory(dir string) error {
-	info, err := os.Stat(dir) //nolint:gosec // the operator or the agent names it
+	info, err := os.Stat(dir)
 	if err != nil {
 		return fmt.Errorf("the state directory: %w", err)
 	}
@@ -51,7 +57,8 @@ func ownDirectory(dir string) error {
 }
 
 // open opens the token and the counts of its wraps.
-func (s settings) open(ctx context.Context, token hsm.URI, events func(hsm.Event)) (*hsm.Token, *hsm.Counter, error) {
+// Damaged ones are told, and keep nobody from unwrapping.
+func (s settings) open(ctx context.Context, token hsm.URI, log io.Writer) (*hsm.Token, *hsm.Counter, error) {
 	dir, err := s.stateDirectory()
 	if err != nil {
 		return nil, nil, err
@@ -60,12 +67,23 @@ func (s settings) open(ctx context.Context, token hsm.URI, events func(hsm.Event
 	if err != nil {
 		return nil, nil, err
 	}
-	counter, err := hsm.OpenCounter(dir, s.FleetSize, logWorn(os.Stderr))
-	if err != nil {
-		return nil, nil, err
+	counter, damage := s.openCounter(dir, logWorn(log))
+	if damage != nil {
+		logLine(log, "error", "the counts of wraps are damaged", map[string]any{"error": damage.Error()})
 	}
-	t, err := s.openToken(token, pin, counter, events, 0)
+	t, err := s.openToken(token, pin, counter, logEvents(log), 0)
 	return t, counter, err
+}
+
+// openCounter opens the counts of wraps in a directory. damage says in a line why the file
+// cannot be read, with the cure: until then nothing can be counted, nor wrapped where it
+// must be, and everything opens.
+func (s settings) openCounter(dir string, worn func(v *hsm.Version, used, limit uint64)) (c *hsm.Counter, damage error) {
+	c, err := hsm.OpenCounter(dir, s.FleetSize, worn)
+	if err != nil {
+		damage = errors.New(strings.ReplaceAll(err.Error(), "\n", "; "))
+	}
+	return c, damage
 }
 
 // openToken opens the token alone. patience is how long an operation waits for it.

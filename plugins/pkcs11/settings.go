@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/kms-agent/kms-agent/hsm"
@@ -87,6 +88,8 @@ func parseSettings(raw json.RawMessage) (settings, hsm.URI, error) {
 	switch {
 	case s.Token == "":
 		fault("token: a PKCS#11 URI that selects the token is required, such as pkcs11:token=kms")
+	case !strings.HasPrefix(s.Token, "pkcs11:"):
+		fault("token: %.64q is no PKCS#11 URI, such as pkcs11:token=kms", s.Token)
 	case err != nil:
 		fault("token: %w", err)
 	case token.Object != "" || token.ID != nil || token.Type != "":
