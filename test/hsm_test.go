@@ -9,7 +9,7 @@ import (
 )
 
 // The quick start with an HSM: the real plugin process, confined, over SoftHSM; keys
-// made and rotated on the token by the command; a killed plugin that nobody notices.
+// made and rotated on the token by the command; a killed plugin, while which what is cached serves.
 func TestQuickstartWithHSM(t *testing.T) {
 	dependOnSource(t)
 	dir := t.TempDir()

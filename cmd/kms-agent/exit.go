@@ -233,7 +233,7 @@ func hintFor(reason kms.Reason) string {
 	case kms.ReasonTruncated:
 		return "fetch the whole message again; what was decrypted so far is not to be used"
 	case kms.ReasonKeyUnusable:
-		return "its wrapping key is disabled, destroyed or expired; once the backend's administrator has enabled it, the agent notices within seconds"
+		return "its wrapping key is disabled, destroyed or expired, or has made all its wraps; once the backend's administrator has enabled or rotated it, the agent notices within seconds"
 	case kms.ReasonKeySuspended:
 		return "the backend refused the key and the agent is asking again; kms-agent status says more"
 	case kms.ReasonBackendDown, kms.ReasonBackendBroken:

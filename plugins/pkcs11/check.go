@@ -49,8 +49,11 @@ func (r request) check() []fault {
 		}
 	}
 	if err := s.damagedCounts(); err != nil {
-		setting := map[bool]string{s.StateDir != "": "state_dir"}[true]
-		faults = append(faults, fault{Setting: setting, Message: err.Error()})
+		f := fault{Message: err.Error()}
+		if s.StateDir != "" {
+			f.Setting = "state_dir"
+		}
+		faults = append(faults, f)
 	}
 	return faults
 }
