@@ -36,7 +36,9 @@ type authority struct {
 	// confirmed is when the last call that upstream said yes to began.
 	confirmed time.Duration
 	known     bool
-	// unconfirmed is before when calls must not have begun whose yes is to count.
+	// doubted: what was known was forgotten at unconfirmed, and what began before that
+	// confirms nothing.
+	doubted     bool
 	unconfirmed time.Duration
 
 	standing standing
@@ -92,7 +94,7 @@ func (c *Cache) confirmLocked(a *authority, began time.Duration) {
 	a.reach.answeredLocked(began)
 	a.standing, a.refusal, a.nextProbe = good, nil, 0
 	c.keptLocked(a, ordinary)
-	if began < a.unconfirmed {
+	if a.doubted && began < a.unconfirmed {
 		return
 	}
 	if !a.known || began > a.confirmed {
@@ -216,8 +218,19 @@ func (c *Cache) Unconfirm(match func(Authority) bool) {
 	now := c.cfg.Now()
 	for name, a := range c.authorities {
 		if match(name) {
-			a.known, a.unconfirmed = false, now
+			a.known, a.doubted, a.unconfirmed, a.touched = false, true, now, now
+			c.keptLocked(a, atOnce)
 		}
+	}
+}
+
+// Withhold suspends an authority of which the caller knows that upstream has refused it,
+// and has not allowed it since, though upstream has not been asked just now.
+func (c *Cache) Withhold(name Authority) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if a := c.authorityLocked(name); !c.closed && a.standing == good {
+		c.refuseLocked(a, nil)
 	}
 }
 

@@ -139,5 +139,8 @@ func (a *authority) forgettable(now time.Duration) bool {
 	if len(a.entries) > 0 || a.fills > 0 || a.flight != nil || a.kept && a.standing != good {
 		return false // a tombstone lasts until a yes
 	}
-	return !a.known && a.standing == good || now-a.touched > max(a.maxAge, forgetAfter)
+	if now-a.touched > max(a.maxAge, forgetAfter) {
+		return true
+	}
+	return !a.known && !a.doubted && a.standing == good
 }

@@ -36,7 +36,7 @@ func (s *Service) confirmGroup(ctx context.Context, g *group, a cache.Authority,
 			if a.Direction == cache.Encrypt {
 				return s.confirmWrap(ctx, g.parts[part], v[part])
 			}
-			return s.confirmOpening(ctx, g.parts[part], v[part], known.of(part))
+			return s.confirmOpening(ctx, g, g.parts[part], v[part], known.of(part))
 		},
 		late: func(_ int, err error) {
 			if g.refuses(err) && s.inUse(g) {
@@ -44,7 +44,7 @@ func (s *Service) confirmGroup(ctx context.Context, g *group, a cache.Authority,
 			}
 		},
 	})
-	if err = cmp.Or(s.combine(g, errs), g.unrevoked(v, a.Direction)); err == nil && a.Direction == cache.Encrypt {
+	if err = cmp.Or(s.combine(g, errs), s.unrevoked(g, a, v)); err == nil && a.Direction == cache.Encrypt {
 		s.retireLacking(g, errs)
 	}
 	return err
@@ -52,35 +52,55 @@ func (s *Service) confirmGroup(ctx context.Context, g *group, a cache.Authority,
 
 // confirmOpening asks a part whether it opens what was wrapped under a version of its own;
 // "" is what it has not wrapped.
-func (s *Service) confirmOpening(ctx context.Context, w *wrapping, version string, sample *sealed) error {
-	if w.denied() {
-		if _, err := s.askDescription(ctx, w); err != nil {
+func (s *Service) confirmOpening(ctx context.Context, g *group, w *wrapping, version string, sample *sealed) error {
+	if len(g.parts) > 1 && w.denied() {
+		// A question of its own: one that others wait for may have been answered with the
+		// very no that is to be made sure of.
+		if _, err := s.askForItself(ctx, w); err != nil {
 			return err
 		}
 	}
 	if version != "" {
 		return s.confirmUnwrap(ctx, w, version, sample)
 	}
-	var known *described
-	var err error
-	if w.described.Load() == nil {
-		known, err = s.describePart(ctx, w, absentAge, false)
-	} else {
-		known, err = s.describe(ctx, w, absentAge)
-	}
+	known, err := s.absent(ctx, w)
 	if err != nil {
-		return err
-	}
-	if err := s.enabled(w, known, known.Current); err != nil {
 		return err
 	}
 	if _, ok := w.canary(known.Current); ok {
 		return s.confirmUnwrap(ctx, w, known.Current, nil)
 	}
-	if err := s.makeCanary(ctx, w, known.Current); err != nil { // whether it opens is not known then
-		return plugins.Errorf(plugins.Unavailable, "the agent has nothing to ask backend %s with: %w", w.id.backend, err)
+	if refused := w.refusedKey(known.Current); refused != nil {
+		material, err := s.unwrap(ctx, w, *refused)
+		clear(material)
+		return err
+	}
+	if _, err := s.makeCanary(ctx, w, known.Current); err != nil { // whether it opens is not known then
+		return plugins.Errorf(plugins.Unavailable, "the agent has nothing to ask backend %s with: %v", w.id.backend, err)
 	}
 	return nil
+}
+
+// absent returns what is known of a part that has not wrapped what it is asked about. That
+// its current version is not enabled is a no, once it has been asked for this.
+func (s *Service) absent(ctx context.Context, w *wrapping) (*described, error) {
+	known, began, clock := w.described.Load(), s.now(), time.Now()
+	var err error
+	switch {
+	case known == nil:
+		known, err = s.describePart(ctx, w, absentAge, false)
+	case began-known.at > absentAge, w.withholds("", cache.Decrypt):
+		known, err = s.askForItself(ctx, w)
+	}
+	if err != nil {
+		return nil, err
+	}
+	if v := findVersion(known.Description, known.Current); (v == nil || v.State != plugins.Enabled) && known.at < began {
+		if known, err = s.askForItself(ctx, w); err != nil {
+			return nil, err
+		}
+	}
+	return known, s.enabled(w, known, known.Current, clock)
 }
 
 // absentAge is how old the description may be of a part that has not wrapped what is asked
@@ -119,13 +139,14 @@ func (s *Service) confirmNow(ctx context.Context, g *group, a cache.Authority, s
 // making is the attempt to make a canary.
 type making struct {
 	under bool
-	next  time.Duration
+	ended time.Duration
 	err   error // of the last one
 }
 
 const (
 	// canaryPause is how long after an attempt that failed the next canary is made;
-	// refusedPause where the backend said no, as to an agent that may only decrypt.
+	// refusedPause where the backend said no, as to an agent that may only decrypt, and
+	// nothing else waits for an answer.
 	canaryPause  = 10 * time.Second
 	refusedPause = 5 * time.Minute
 )
@@ -141,17 +162,22 @@ func (w *wrapping) canary(version string) (sealed, bool) {
 // making returns an attempt that may begin now, or the error of the last one, or nothing
 // where there is a canary.
 func (w *wrapping) making(version string, now time.Duration) (*making, error) {
+	withheld := w.withholds(version, cache.Decrypt)
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if _, ok := w.canaries[version]; ok {
 		return nil, nil //nolint:nilnil // nothing is to be made
 	}
 	m := w.makings[version]
-	switch {
-	case m == nil:
-		m = &making{err: errBeingMade}
+	if m == nil {
+		m = &making{err: errBeingMade, ended: longAgo}
 		w.makings[version] = m
-	case m.under || now < m.next:
+	}
+	pause := canaryPause
+	if plugins.ClassOf(m.err).Definite() && !withheld {
+		pause = refusedPause
+	}
+	if m.under || m.ended != longAgo && now-m.ended < pause {
 		return nil, m.err
 	}
 	m.under = true
@@ -169,22 +195,20 @@ func (w *wrapping) made(m *making, version string, canary sealed, now time.Durat
 		delete(w.makings, version)
 		return
 	}
-	m.under, m.err, m.next = false, err, now+canaryPause
-	if plugins.ClassOf(err).Definite() {
-		m.next = now + refusedPause
-	}
+	m.under, m.err, m.ended = false, err, now
 }
 
-// makeCanary sees to it that a part can be asked about a version, whatever callers bring.
-// A no is none to the key: that an agent may not wrap says nothing of what it may open.
-func (s *Service) makeCanary(ctx context.Context, w *wrapping, version string) error {
+// makeCanary sees to it that a part can be asked about a version, whatever callers bring. A
+// no is none to the key: that an agent may not wrap says nothing of what it may open. The
+// error may be that of the last attempt: tried tells whether there was one now.
+func (s *Service) makeCanary(ctx context.Context, w *wrapping, version string) (tried bool, err error) {
 	m, err := w.making(version, s.now())
 	if m == nil {
-		return err
+		return false, err
 	}
 	canary, err := s.wrapProbe(ctx, w, version)
 	w.made(m, version, canary, s.now(), err)
-	return err
+	return true, err
 }
 
 // leaveCanaries sees to it that each of several parts can be asked about what it has wrapped:
@@ -239,16 +263,18 @@ func (s *Service) confirm(ctx context.Context, a cache.Authority, sample any) er
 func (s *Service) confirmWrap(ctx context.Context, w *wrapping, version string) error {
 	// Not the question that others wait for: a no to that one may be what has to
 	// be made sure of.
+	clock := time.Now()
 	d, err := s.askForItself(ctx, w)
 	if err != nil {
 		return err
 	}
-	if err := s.enabled(w, d, version); err != nil {
+	if err := s.enabled(w, d, version, clock); err != nil {
 		return err
 	}
+	began := time.Now()
 	canary, err := s.wrapProbe(ctx, w, version)
 	if err != nil {
-		s.said(w, question{version, cache.Encrypt}, err, time.Now())
+		s.said(w, question{version, cache.Encrypt}, word{err: err, began: began})
 		return err
 	}
 	w.mu.Lock()
@@ -257,8 +283,9 @@ func (s *Service) confirmWrap(ctx context.Context, w *wrapping, version string) 
 	return nil
 }
 
-// enabled returns the no that it is, to both directions, where a version is not enabled.
-func (s *Service) enabled(w *wrapping, d *described, version string) error {
+// enabled returns the no that it is, to both directions, where a version is not enabled by
+// the answer to a question that was asked then.
+func (s *Service) enabled(w *wrapping, d *described, version string, began time.Time) error {
 	v := findVersion(d.Description, version)
 	if v == nil {
 		return plugins.Errorf(plugins.KeyNotFound, "%s has no version %q", w.id.uri, version)
@@ -267,8 +294,9 @@ func (s *Service) enabled(w *wrapping, d *described, version string) error {
 		return nil
 	}
 	err := plugins.Errorf(plugins.KeyUnusable, "version %s of %s is %s", version, w.id.uri, v.State)
-	s.said(w, question{version, cache.Encrypt}, err, time.Now())
-	s.said(w, question{version, cache.Decrypt}, err, time.Now())
+	for _, direction := range []cache.Direction{cache.Encrypt, cache.Decrypt} {
+		s.said(w, question{version, direction}, word{err: err, began: began, told: true})
+	}
 	return err
 }
 
@@ -290,7 +318,7 @@ func (s *Service) confirmUnwrap(ctx context.Context, w *wrapping, version string
 	case !probe.proven && class == plugins.BadCiphertext:
 		return nothingAtHand(w, version, err) // a caller may have made it up
 	case !probe.proven && class.Definite() && probe.binding.ContextBound:
-		return s.conclude(ctx, w, version, err)
+		return s.conclude(ctx, w, probe, err)
 	case class == plugins.BadCiphertext:
 		s.alarm("what opened before no longer opens: the wrapping key may have been replaced", err, w.id.backend, w.id.uri)
 		return plugins.Errorf(plugins.Internal, "version %s of %s no longer opens what it opened before", version, w.id.uri)
@@ -299,17 +327,41 @@ func (s *Service) confirmUnwrap(ctx context.Context, w *wrapping, version string
 }
 
 // conclude finds out what a no means that upstream may have said for the sake of a context,
-// which a caller may have made up. A backend that lets nothing be wrapped either means the key.
-func (s *Service) conclude(ctx context.Context, w *wrapping, version string, no error) error {
-	err := s.makeCanary(ctx, w, version)
+// which a caller may have made up: by what upstream tells of the version, and by a canary,
+// which it must have taken before for its no to mean the key.
+func (s *Service) conclude(ctx context.Context, w *wrapping, refused sealed, answer error) error {
+	clock := time.Now()
+	d, err := s.askForItself(ctx, w)
+	if err == nil {
+		err = s.enabled(w, d, refused.version, clock)
+	}
+	if class := plugins.ClassOf(err); class.Definite() && class != plugins.KeyNotFound {
+		return err
+	}
+	tried, err := s.makeCanary(ctx, w, refused.version)
 	switch {
 	case err == nil:
 		return nil // it opens, without a context
-	case plugins.ClassOf(err).Definite():
-		s.said(w, question{version, cache.Decrypt}, no, time.Now())
-		return no
+	case tried && plugins.ClassOf(err).Definite() && w.hasWrapped(refused.version):
+		s.said(w, question{refused.version, cache.Decrypt}, word{err: answer, began: clock, of: &refused})
+		return answer
 	}
-	return nothingAtHand(w, version, no)
+	return nothingAtHand(w, refused.version, answer)
+}
+
+// hasWrapped tells whether a version has ever wrapped for this agent.
+func (w *wrapping) hasWrapped(version string) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return !w.yeses[question{version, cache.Encrypt}].IsZero()
+}
+
+// inconclusive tells of a no that may have been said for the sake of a context. Nobody is
+// served on another's yes meanwhile, and nothing else comes of it.
+func inconclusive(err error) bool {
+	var own *Error
+	class := plugins.ClassOf(err)
+	return errors.As(err, &own) && class.Definite() && class != plugins.KeyNotFound
 }
 
 // nothingAtHand says that a version cannot be asked about. Upstream has said nothing,

@@ -155,6 +155,11 @@ func (s *Service) combine(g *group, errs map[int]error) error {
 		case !asked:
 		case err == nil:
 			yes = true
+		case errors.As(err, new(*Error)):
+			if inconclusive(err) {
+				return err
+			}
+			other = cmp.Or(other, err)
 		case plugins.ClassOf(err) == plugins.KeyNotFound:
 			missing = err
 			if len(g.parts) > 1 && g.parts[part].missing.CompareAndSwap(false, true) {
@@ -187,7 +192,7 @@ func (s *Service) wrapGroup(ctx context.Context, g *group, v versions, material 
 		}
 	}
 	made, errs := s.wrapParts(ctx, g, parts, v, material, info, encryptionContext)
-	switch err := cmp.Or(s.combine(g, errs), g.unrevoked(v, cache.Encrypt)); {
+	switch err := cmp.Or(s.combine(g, errs), s.unrevoked(g, g.authority(v, cache.Encrypt), v)); {
 	case err != nil:
 		return nil, err
 	case len(made) < g.least:
@@ -215,9 +220,10 @@ func (s *Service) wrapParts(ctx context.Context, g *group, parts []int, v versio
 		one := info
 		one.URI, one.Version = g.parts[part].id.uri, v[part]
 		under.Go(func() {
+			began := time.Now()
 			made, err := s.wrap(ctx, g.parts[part], material, one, encryptionContext)
 			if err != nil && !one.ContextBound {
-				s.said(g.parts[part], question{one.Version, cache.Encrypt}, err, time.Now())
+				s.said(g.parts[part], question{one.Version, cache.Encrypt}, word{err: err, began: began})
 			}
 			made.part = part
 			answers <- answer{part, made, err}

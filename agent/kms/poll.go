@@ -192,35 +192,77 @@ type question struct {
 	direction cache.Direction
 }
 
-// said notes what a part answered to a call that began then: a no stands until a yes to a
-// later call, whatever else the cache covers with the same version. A no that upstream may
-// have said for the sake of a context is none yet, and is not to be noted.
-func (s *Service) said(w *wrapping, q question, err error, began time.Time) {
-	class := plugins.ClassOf(err)
-	if err != nil && (!class.Definite() || class == plugins.KeyNotFound) {
+// word is what a part answered to a call.
+type word struct {
+	err   error // nil is a yes
+	began time.Time
+	// told: it was told of the wrapping key, and not in use: so the same is taken back.
+	told bool
+	// of is what it did not open; nil where that is not known.
+	of *sealed
+}
+
+// no is a word that stands until a yes.
+type no struct {
+	at   time.Time // when it was heard
+	told bool
+	of   *sealed
+}
+
+// said notes a part's word: a no stands until a yes to a later call, whatever else the cache
+// covers with the same version. A no that upstream may have said for the sake of a context
+// is none yet, and is not to be noted.
+func (s *Service) said(w *wrapping, q question, said word) {
+	class := plugins.ClassOf(said.err)
+	if said.err != nil && (!class.Definite() || class == plugins.KeyNotFound) {
 		return
 	}
-	if w.note(q, err, began) {
+	if w.note(q, said) {
 		s.refused(w, q)
 	}
 }
 
 // note is said for the wrapping key alone. It tells whether this is news of a no.
-func (w *wrapping) note(q question, err error, began time.Time) (news bool) {
+func (w *wrapping) note(q question, said word) (news bool) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	at, refused := w.noes[q]
-	switch {
-	case err != nil:
-		w.noes[q] = time.Now()
-		return !refused
-	case refused && !began.Before(at):
-		delete(w.noes, q)
+	before, refused := w.noes[q]
+	if said.err == nil {
+		if said.began.After(w.yeses[q]) {
+			w.yeses[q] = said.began
+		}
+		if refused && !said.began.Before(before.at) {
+			delete(w.noes, q)
+		}
+		if r := w.refused.Load(); r != nil && !said.began.Before(r.at) {
+			w.refused.CompareAndSwap(r, nil)
+		}
+		return false
+	}
+	if said.began.Before(w.yeses[q]) {
+		return false // it has said yes since
+	}
+	n := no{at: time.Now(), told: said.told && (!refused || before.told), of: before.of}
+	if said.of != nil {
+		clone := said.of.clone()
+		n.of = &clone
+	}
+	w.noes[q] = n
+	return !refused
+}
+
+// allowed takes back what the backend told of versions that it now tells are enabled.
+func (w *wrapping) allowed(d plugins.Description, began time.Time) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for q, n := range w.noes {
+		if v := findVersion(d, q.version); n.told && v != nil && v.State == plugins.Enabled && !began.Before(n.at) {
+			delete(w.noes, q)
+		}
 	}
 	if r := w.refused.Load(); r != nil && !began.Before(r.at) {
 		w.refused.CompareAndSwap(r, nil)
 	}
-	return false
 }
 
 // refused suspends what a no covers beside that which was asked about: what others have
@@ -242,12 +284,19 @@ func (s *Service) refused(w *wrapping, q question) {
 }
 
 // refusedAll notes a no to everything that is known of the wrapping key.
-func (w *wrapping) refusedAll(known *described, err error) {
+func (w *wrapping) refusedAll(known *described, said word) {
 	for _, v := range known.Versions {
 		for _, d := range []cache.Direction{cache.Encrypt, cache.Decrypt} {
-			w.note(question{v.Version, d}, err, time.Now())
+			w.note(question{v.Version, d}, said)
 		}
 	}
+}
+
+// refusedKey is what a version did not open when it refused, to ask with again.
+func (w *wrapping) refusedKey(version string) *sealed {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.noes[question{version, cache.Decrypt}].of
 }
 
 func (w *wrapping) refuses(version string, d cache.Direction) bool {
@@ -304,8 +353,12 @@ func (w *wrapping) refusals() []storedRefusal {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	var all []storedRefusal
-	for q := range w.noes {
-		all = append(all, storedRefusal{q.version, q.direction})
+	for q, n := range w.noes {
+		one := storedRefusal{Version: q.version, Direction: q.direction, Told: n.told}
+		if n.of != nil {
+			one.Of = new(n.of.stored())
+		}
+		all = append(all, one)
 	}
 	return all
 }
@@ -315,7 +368,11 @@ func (w *wrapping) refusedBefore(stored storedWrapping) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	for _, one := range stored.Refused {
-		w.noes[question{one.Version, one.Direction}] = time.Now()
+		n := no{at: time.Now(), told: one.Told}
+		if one.Of != nil {
+			n.of = new(one.Of.sealed())
+		}
+		w.noes[question{one.Version, one.Direction}] = n
 	}
 	if stored.Denied {
 		w.refused.CompareAndSwap(nil, &refusal{why: "before the restart", class: plugins.Denied, at: time.Now()})
@@ -324,14 +381,18 @@ func (w *wrapping) refusedBefore(stored storedWrapping) {
 
 var errRefusedBefore = errors.New("until it does, or is taken out of the key's configuration, the key's other backends do not count")
 
-// unrevoked returns an error where one of several parts has refused the key and has not
-// said yes since: that another says yes proves nothing of it.
-func (g *group) unrevoked(v versions, d cache.Direction) error {
+// unrevoked returns an error, and has the cache suspend what it is about, where one of
+// several parts has refused the key and has not said yes since: that another says yes
+// proves nothing of it.
+func (s *Service) unrevoked(g *group, a cache.Authority, v versions) error {
 	if len(g.parts) == 1 {
 		return nil
 	}
 	for part, version := range v {
-		if w := g.parts[part]; w.withholds(version, d) {
+		if w := g.parts[part]; w.withholds(version, a.Direction) {
+			if s.inUse(g) {
+				s.cache.Withhold(a)
+			}
 			return &Error{
 				Reason: ReasonKeySuspended, Key: g.key, RetryAfter: time.Second,
 				Message: "one of the key's backends has refused it and has not allowed it since; the others do not count until it does",

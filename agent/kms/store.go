@@ -35,15 +35,28 @@ func marshalOrigin(origin any) ([]byte, error) {
 	var stored storedOrigin
 	_, stored.Made = origin.(*made)
 	for _, k := range sealedOf(origin) {
-		stored.EDKs = append(stored.EDKs, storedEDK{
-			ProviderID: k.edk.ProviderID, Info: k.edk.ProviderInfo, Ciphertext: k.edk.Ciphertext, Version: k.version,
-			Purpose: k.binding.Purpose, Bound: k.binding.ContextBound, Context: k.binding.Context,
-		})
+		stored.EDKs = append(stored.EDKs, k.stored())
 	}
 	if len(stored.EDKs) == 0 {
 		return nil, fmt.Errorf("kms: %T is no encrypted data key", origin)
 	}
 	return json.Marshal(stored)
+}
+
+func (k sealed) stored() storedEDK {
+	return storedEDK{
+		ProviderID: k.edk.ProviderID, Info: k.edk.ProviderInfo, Ciphertext: k.edk.Ciphertext, Version: k.version,
+		Purpose: k.binding.Purpose, Bound: k.binding.ContextBound, Context: k.binding.Context,
+	}
+}
+
+// sealed undoes stored, but for the part and whether it is proven.
+func (e storedEDK) sealed() sealed {
+	return sealed{
+		edk:     envelope.EDK{ProviderID: e.ProviderID, ProviderInfo: e.Info, Ciphertext: e.Ciphertext},
+		version: e.Version,
+		binding: plugins.Binding{Purpose: e.Purpose, ProviderInfo: e.Info, ContextBound: e.Bound, Context: e.Context},
+	}
 }
 
 // unmarshalOrigin undoes marshalOrigin for the configuration in use. What does not fit
@@ -65,11 +78,9 @@ func (s *Service) unmarshalOrigin(encoded []byte) (any, error) {
 			return nil, cache.ErrUnfit
 		}
 		g = k.group
-		key = append(key, sealed{
-			edk:     envelope.EDK{ProviderID: e.ProviderID, ProviderInfo: e.Info, Ciphertext: e.Ciphertext},
-			version: e.Version, part: g.partOf(info.URI),
-			binding: plugins.Binding{Purpose: e.Purpose, ProviderInfo: e.Info, ContextBound: e.Bound, Context: e.Context},
-		})
+		one := e.sealed()
+		one.part = g.partOf(info.URI)
+		key = append(key, one)
 	}
 	switch {
 	case g == nil:
@@ -98,6 +109,8 @@ type storedWrapping struct {
 type storedRefusal struct {
 	Version   string          `json:"version"`
 	Direction cache.Direction `json:"direction"`
+	Told      bool            `json:"told,omitempty"`
+	Of        *storedEDK      `json:"of,omitempty"`
 }
 
 // storeConfig adds to where the store is what only this package can say of data keys.

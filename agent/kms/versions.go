@@ -194,7 +194,7 @@ func (s *Service) askDescription(ctx context.Context, w *wrapping) (*described, 
 func (s *Service) askForItself(ctx context.Context, w *wrapping) (*described, error) {
 	ctx, cancel := context.WithTimeout(ctx, describeTimeout)
 	defer cancel()
-	began := s.now()
+	began, clock := s.now(), time.Now()
 	w.asked.Store(int64(began))
 	d, err := w.backend.Describe(ctx, w.id.uri)
 	if err != nil {
@@ -202,10 +202,10 @@ func (s *Service) askForItself(ctx context.Context, w *wrapping) (*described, er
 			w.failures.Add(1)
 			w.jitter.Store(mathrand.Uint32()) //nolint:gosec // no secret
 		}
-		s.descriptionFailed(w, err, began)
+		s.descriptionFailed(w, err, began, clock)
 		return nil, fmt.Errorf("describe %s: %w", w.id.uri, err)
 	}
-	w.refused.Store(nil)
+	w.allowed(d, clock)
 	w.missing.Store(false)
 	w.failures.Store(0)
 	fresh := &described{Description: d, at: began}
@@ -240,17 +240,19 @@ func (s *Service) rotated(w *wrapping) {
 
 // descriptionFailed lets the cache suspend, and ask for itself, when upstream
 // says that the wrapping key is gone, or denied.
-func (s *Service) descriptionFailed(w *wrapping, err error, began time.Duration) {
+func (s *Service) descriptionFailed(w *wrapping, err error, began time.Duration, clock time.Time) {
 	if !plugins.ClassOf(err).Definite() {
 		return
 	}
-	w.refused.Store(&refusal{why: err.Error(), class: plugins.ClassOf(err), at: time.Now()})
+	if class := plugins.ClassOf(err); class != plugins.KeyNotFound || !w.denied() {
+		w.refused.Store(&refusal{why: err.Error(), class: class, at: time.Now()})
+	}
 	g := w.group.Load()
 	if g == nil || !g.refuses(err) {
 		return
 	}
 	if known := w.described.Load(); known != nil {
-		w.refusedAll(known, err)
+		w.refusedAll(known, word{err: err, began: clock, told: true})
 	}
 	s.cache.Refuse(g.id.backend, g.id.uri, func(cache.Authority) bool { return true }, began)
 }

@@ -306,8 +306,8 @@ func TestRefusedVersionIsDeleted(t *testing.T) {
 	}
 }
 
-// A no to what is bound to a context counts for the key where the backend lets nothing
-// be wrapped without one either, and is remembered.
+// A no to what is bound to a context counts for the key where the backend, which has wrapped
+// for the agent, lets nothing be wrapped any more, and is remembered.
 func TestANoToBoundKeys(t *testing.T) {
 	for name, bound := range map[string]bool{"messages": true, "data keys": false} {
 		p := newPair(t, 1)
@@ -328,6 +328,7 @@ func TestANoToBoundKeys(t *testing.T) {
 			_, err := q.DecryptDataKey(t.Context(), caller(t, orders), kms.DecryptDataKeyRequest{EDKs: exported.EDKs})
 			return err
 		}
+		q.must()
 		if err := use(); err != nil {
 			t.Fatal(err)
 		}

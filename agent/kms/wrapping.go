@@ -50,10 +50,11 @@ type wrapping struct {
 	group  atomic.Pointer[group]
 	flight singleflight.Group
 
-	mu       sync.Mutex             // guards canaries and what follows
-	canaries map[string]sealed      // by version
-	makings  map[string]*making     // of canaries, by version
-	noes     map[question]time.Time // what was refused last, and when that was heard
+	mu       sync.Mutex         // guards canaries and what follows
+	canaries map[string]sealed  // by version
+	makings  map[string]*making // of canaries, by version
+	noes     map[question]no
+	yeses    map[question]time.Time // when the last call began that was answered with yes
 }
 
 // refusal is a definite no to the question what the wrapping key is.
@@ -110,7 +111,7 @@ func (s *Service) inUse(g *group) bool {
 }
 
 func newWrapping(id wrappingID, key string, backend plugins.Backend) *wrapping {
-	return &wrapping{id: id, key: key, backend: backend, canaries: map[string]sealed{}, makings: map[string]*making{}, noes: map[question]time.Time{}}
+	return &wrapping{id: id, key: key, backend: backend, canaries: map[string]sealed{}, makings: map[string]*making{}, noes: map[question]no{}, yeses: map[question]time.Time{}}
 }
 
 func (w *wrapping) ref(version string) plugins.KeyRef {
@@ -144,8 +145,8 @@ func (s *Service) wrap(ctx context.Context, w *wrapping, material []byte, info e
 	began := time.Now()
 	ciphertext, err := plugins.WrapProven(ctx, w.backend, w.ref(info.Version), material, b)
 	if err == nil { // it has opened it as well
-		s.said(w, question{info.Version, cache.Encrypt}, nil, began)
-		s.said(w, question{info.Version, cache.Decrypt}, nil, began)
+		s.said(w, question{info.Version, cache.Encrypt}, word{began: began})
+		s.said(w, question{info.Version, cache.Decrypt}, word{began: began})
 	}
 	w.took(began, stragglers, err)
 	if errors.Is(err, plugins.ErrUnproven) {
@@ -170,7 +171,7 @@ func (s *Service) unwrap(ctx context.Context, w *wrapping, k sealed) ([]byte, er
 		err = plugins.Errorf(plugins.BadCiphertext, "it opened to another data key than was wrapped: its key check does not hold")
 	}
 	if err == nil || k.proven || !k.binding.ContextBound {
-		s.said(w, question{k.version, cache.Decrypt}, err, began)
+		s.said(w, question{k.version, cache.Decrypt}, word{err: err, began: began, of: &k})
 	}
 	w.took(began, hedgeAfter, err)
 	if err == nil {

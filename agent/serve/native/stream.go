@@ -135,7 +135,7 @@ func (s *server) DecryptStream(ss grpc.BidiStreamingServer[kmsagentv1.DecryptStr
 func (s *server) notBegun(ctx context.Context, operation string, err error) error {
 	var refusal *kms.Error
 	switch end := ended(ctx, err); {
-	case errors.As(end, &refusal):
+	case errors.As(err, &refusal), errors.As(end, &refusal):
 	case errors.Is(end, context.DeadlineExceeded):
 		refusal = &kms.Error{Reason: kms.ReasonDeadlineExceeded, Cause: err, Message: "the caller's deadline passed before the stream's start came; allow more time"}
 	case end != nil:
