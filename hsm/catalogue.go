@@ -212,6 +212,22 @@ func (r *keyring) keep(k *Key, at int64) *Key {
 	return k
 }
 
+// versions returns all versions that were read.
+func (r *keyring) versions() (all []*Version) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, got := range r.read {
+		all = append(all, got.key.Versions...)
+	}
+	return all
+}
+
+// isCurrent tells whether new data keys are wrapped under a version, by what was read.
+func (r *keyring) isCurrent(v *Version) bool {
+	got, ok := r.cached(v.Key)
+	return ok && got.key.Current == v.Number
+}
+
 func (r *keyring) forget(name string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -342,9 +358,12 @@ func entries(w *worker, name string) (list []entry, err error) {
 	return nil, err
 }
 
+// entriesOnce reads private objects alone: everybody who reaches the token can make public
+// ones, without a PIN.
 func entriesOnce(w *worker, name string) ([]entry, error) {
 	template := []cryptoki.Attribute{
-		cryptoki.Number(pkcs11.CKA_CLASS, pkcs11.CKO_DATA), cryptoki.Bool(pkcs11.CKA_TOKEN, true), cryptoki.Text(pkcs11.CKA_APPLICATION, application),
+		cryptoki.Number(pkcs11.CKA_CLASS, pkcs11.CKO_DATA), cryptoki.Bool(pkcs11.CKA_TOKEN, true), cryptoki.Bool(pkcs11.CKA_PRIVATE, true),
+		cryptoki.Text(pkcs11.CKA_APPLICATION, application),
 	}
 	if name != "" {
 		template = append(template, cryptoki.Text(pkcs11.CKA_LABEL, labelPrefix+name))
