@@ -175,8 +175,9 @@ type keyring struct {
 }
 
 type read struct {
-	key *Key
-	at  int64 // when the reading began
+	key    *Key
+	at     int64 // when the reading began
+	vainly int64 // when a reading began that was for a version which is not there
 }
 
 func (r *keyring) cached(name string) (read, bool) {
@@ -210,6 +211,24 @@ func (r *keyring) keep(k *Key, at int64) *Key {
 	}
 	r.read[k.Name] = read{key: k, at: at}
 	return k
+}
+
+// inVain notes that a key was read for a version which is not there. Who asks for one
+// number after the other does not have the token read each time: only after a second, by
+// when the key is read again anyway.
+func (r *keyring) inVain(name string, at int64) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if got, ok := r.read[name]; ok {
+		got.vainly = at
+		r.read[name] = got
+	}
+}
+
+// lookedInVain tells whether the key was read lately for a version which is not there.
+func (r *keyring) lookedInVain(name string, now int64) bool {
+	got, ok := r.cached(name)
+	return ok && got.vainly != 0 && time.Duration(now-got.vainly) < catalogueAge
 }
 
 // versions returns all versions that were read.
@@ -254,13 +273,17 @@ func (t *Token) Version(ctx context.Context, name string, number uint32) (*Versi
 		return nil, err
 	}
 	v, err := k.Version(number)
-	if err == nil {
-		return v, nil
+	if err == nil || t.keys.lookedInVain(name, t.now()) {
+		return v, err
 	}
+	at := t.now()
 	if k, err = t.readKey(ctx, name); err != nil { // it may be new
 		return nil, err
 	}
-	return k.Version(number)
+	if v, err = k.Version(number); err != nil {
+		t.keys.inVain(name, at)
+	}
+	return v, err
 }
 
 // readKey reads a key from the token.

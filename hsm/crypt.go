@@ -143,7 +143,7 @@ func (t *Token) judge(ctx context.Context, a *attachment, v *Version, err error,
 	case newSession:
 		return false, err
 	case fewer:
-		a.shrinks()
+		a.pause(ctx)
 		return false, err
 	case findAgain:
 		v.unbind(a)

@@ -87,11 +87,19 @@ func (t *Token) answers(ctx context.Context, a *attachment) error {
 		if noGenerator(err) {
 			return nil // that is an answer
 		}
-		if s := stepFor(err); err == nil || isCallers(err) || s == giveUp || s == fewer {
+		switch s := stepFor(err); {
+		case err == nil, isCallers(err), s == giveUp:
 			return err
-		} else if s != newSession {
-			break
+		case s == fewer:
+			a.pause(ctx)
+			continue
+		case s == newSession:
+			continue
 		}
+		break
+	}
+	if stepFor(err) == fewer {
+		return err // who has no session for us has not lost those that we have
 	}
 	a.breaks(errorf(Unavailable, err, "the token does not answer"))
 	return err

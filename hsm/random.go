@@ -81,7 +81,7 @@ func (t *Token) judgeRandom(ctx context.Context, a *attachment, err error) (fina
 	case newSession, askCanary: // what is wrong with a token that wraps is not to be found out here
 		return false, err
 	case fewer:
-		a.shrinks()
+		a.pause(ctx)
 		return false, err
 	case loginAgain:
 		if err := t.relogin(ctx, a); err != nil {
