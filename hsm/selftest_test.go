@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"sync"
 	"testing"
 
 	"github.com/kms-agent/kms-agent/hsm"
@@ -192,4 +193,63 @@ func TestCanaryThatOpensToSomethingElse(t *testing.T) {
 	_ = r.fails(v, wrapped, hsm.Broken)
 	fault.Set()
 	r.opens(v, wrapped, m)
+}
+
+// Logins, keys that may wrap and may not by turns, and callers, all at once: who opens is
+// never told that what was wrapped is bad.
+func TestTestsAmongCallers(t *testing.T) {
+	var c *hsm.Counter
+	r, fault := newFaultyRig(t, counted(&c, 1<<20))
+	m := material(32)
+	done := make(chan struct{})
+	var callers sync.WaitGroup
+	for _, suite := range []hsm.Suite{hsm.GCM, hsm.OAEPSHA1} {
+		v := r.key(suite.String(), suite)
+		wrapped := r.wrap(v, m)
+		for range 2 {
+			callers.Go(func() {
+				for {
+					select {
+					case <-done:
+						return
+					default:
+					}
+					if out, err := r.Wrap(t.Context(), v, nil, m, bound); err == nil {
+						r.opens(v, out, m)
+					} else if k := hsm.KindOf(err); k != hsm.KeyUnusable && k != hsm.Unavailable {
+						t.Errorf("Wrap: %v", err)
+					}
+					r.opens(v, wrapped, m)
+				}
+			})
+		}
+	}
+	for i := range 20 {
+		fault.Set()
+		if i%2 == 0 {
+			fault.Set("C_EncryptInit rv=0x68")
+		}
+		r.logOut()
+	}
+	close(done)
+	callers.Wait()
+	if n := r.attached(); n != 1 {
+		t.Errorf("attached %d times, want once", n)
+	}
+}
+
+// A counted wrap of a key that was tested takes no memory from the heap.
+func TestWrapAllocatesNothing(t *testing.T) {
+	for _, suite := range []hsm.Suite{hsm.GCM, hsm.CBCHMAC} {
+		var c *hsm.Counter
+		r := newRig(t, counted(&c, 1<<32), func(_ *rig, cfg *hsm.Config) { cfg.Stay = true })
+		v, m, dst, ctx := r.key(suite.String(), suite), material(32), make([]byte, 0, 256), t.Context()
+		wrapped := r.wrap(v, m)
+		if n := testing.AllocsPerRun(500, func() { _, _ = r.Wrap(ctx, v, dst, m, bound) }); n != 0 {
+			t.Errorf("%v: %v allocations by a wrap", suite, n)
+		}
+		if n := testing.AllocsPerRun(500, func() { _, _ = r.Unwrap(ctx, v, dst, wrapped, bound) }); n != 0 {
+			t.Errorf("%v: %v allocations by an unwrap", suite, n)
+		}
+	}
 }
