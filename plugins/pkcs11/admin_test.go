@@ -129,7 +129,7 @@ func TestListOfWhatIsGone(t *testing.T) {
 	if got := problems(); got[0]+got[2] != "" || !strings.Contains(got[1], "has no key with the ID "+id) {
 		t.Errorf("of a key that is gone: %q", got)
 	}
-	r.Tool("--keygen", "--key-type", "AES:32", "--id", id, "--label", "other")
+	r.Tool("--keygen", "--key-type", "AES:32", "--id", id, "--label", "other", "--private", "--sensitive")
 	if got := problems(); got[0]+got[2] != "" || !strings.Contains(got[1], "is not the one") {
 		t.Errorf("of another key: %q", got)
 	}
