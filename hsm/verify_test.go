@@ -12,11 +12,11 @@ func TestVerify(t *testing.T) {
 	var c *hsm.Counter
 	r, fault := newFaultyRig(t, counted(&c, 64), func(_ *rig, c *hsm.Config) { c.Patience = 50 * time.Millisecond })
 	r.key("orders", hsm.GCM)
-	k, err := r.Rotate(bounded(t), "orders", 0)
-	if err != nil {
+	if _, err := r.Rotate(bounded(t), "orders", 0); err != nil {
 		t.Fatal(err)
 	}
-	if k, err = r.SetState(bounded(t), "orders", 1, hsm.Disabled); err == nil {
+	k, err := r.SetState(bounded(t), "orders", 1, hsm.Disabled)
+	if err == nil {
 		k, err = r.Rotate(bounded(t), "orders", 0)
 	}
 	if err != nil {
