@@ -21,7 +21,9 @@ type attachment struct {
 	anchor cryptoki.Session // of who has login
 	places chan struct{}    // one for each session that may still be used
 	broken chan struct{}    // closed by breaks
-	worked atomic.Bool      // key material was wrapped or unwrapped, with keys that were tested
+	worked atomic.Bool      // key material was wrapped or unwrapped
+	wraps  atomic.Bool      // key material was wrapped
+	failed atomic.Bool      // a wrap failed, which may have broken it
 	read   atomic.Bool      // manage did something
 	unread atomic.Bool      // what manage does has broken it
 	login  chan struct{}    // has room for who logs in, in the anchor session
@@ -202,6 +204,7 @@ var errRenewed = errors.New("the module is initialised again, to see what is on 
 // this is until then.
 func (t *Token) renew(a *attachment) error {
 	a.worked.Store(true)
+	a.wraps.Store(true)
 	outage := errorf(Unavailable, errRenewed, "the token is attached again")
 	a.breaks(outage)
 	return outage
@@ -218,8 +221,11 @@ func (t *Token) renewNow(ctx context.Context) {
 // broke it, or lasted. One that breaks as soon as it is used is as if there were none.
 func (a *attachment) proved() bool {
 	worked := &a.worked
-	if a.unread.Load() {
+	switch {
+	case a.unread.Load():
 		worked = &a.read
+	case a.failed.Load(): // a token may open well, and break with each wrap
+		worked = &a.wraps
 	}
 	return worked.Load() || time.Duration(a.token.now()-a.since) > reconnectMax
 }

@@ -47,7 +47,7 @@ func TestWhatACrashCosts(t *testing.T) {
 }
 
 // Processes that share a directory make all wraps that there are, and none more; what one
-// gives back the others have. Half of them is told once by each.
+// gives back the others have. Half of them is told once by each that still makes some.
 func TestProcessesShareALimit(t *testing.T) {
 	const share = 1_000_000
 	dir, v := t.TempDir(), aVersion(1)
@@ -60,8 +60,10 @@ func TestProcessesShareALimit(t *testing.T) {
 			t.Fatal(err)
 		}
 		takers.Go(func() {
-			for err = c.Take(v); err == nil; err = c.Take(v) {
-				made[i]++
+			for err = c.Take(v); err == nil || hsm.KindOf(err) == hsm.Unavailable; err = c.Take(v) {
+				if err == nil { // else the other one was quicker all the time
+					made[i]++
+				}
 			}
 			if hsm.KindOf(err) != hsm.KeyUnusable || !strings.Contains(err.Error(), "kms-agent hsm rotate orders") {
 				t.Errorf("one too many: %v", err)
@@ -69,8 +71,8 @@ func TestProcessesShareALimit(t *testing.T) {
 		})
 	}
 	takers.Wait()
-	if n := made[0] + made[1]; n != (1<<32)/share || told != [2]int{1, 1} {
-		t.Errorf("%d wraps, half of them told %v times; want %d, and once each", n, told, (1<<32)/share)
+	if n := made[0] + made[1]; n != (1<<32)/share || max(told[0], told[1]) != 1 {
+		t.Errorf("%d wraps, half of them told %v times; want %d, and once", n, told, (1<<32)/share)
 	}
 	one := aVersion(2)
 	c := openCounter(t, dir, 1000)

@@ -63,8 +63,14 @@ func (t *Token) crypt(ctx context.Context, v *Version, h header, dst, in, iv, aa
 			var out []byte
 			if out, err = t.once(ctx, a, v, h, keys, dst, in, iv, aad, unwrap); err == nil {
 				a.worked.Store(true)
+				if !unwrap {
+					a.wraps.Store(true)
+				}
 				return out, nil
 			}
+		}
+		if !unwrap && stepFor(err) != giveUp {
+			a.failed.Store(true)
 		}
 		var final bool
 		if final, err = t.judge(ctx, a, v, err, theirs, &doubts); final {
