@@ -48,7 +48,7 @@ func (t *Token) again(ctx context.Context, a *attachment, err error) error {
 	switch stepFor(err) {
 	case newSession, findAgain:
 	case fewer:
-		a.shrinks()
+		a.pause(ctx)
 	case loginAgain:
 		if err := t.relogin(ctx, a); KindOf(err) == Unauthenticated {
 			return err

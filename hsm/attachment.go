@@ -21,20 +21,27 @@ type attachment struct {
 	anchor cryptoki.Session // of who has login
 	places chan struct{}    // one for each session that may still be used
 	broken chan struct{}    // closed by breaks
-	worked atomic.Bool      // key material was wrapped or unwrapped, with keys that were tested
+	worked atomic.Bool      // key material was wrapped or unwrapped
+	wraps  atomic.Bool      // key material was wrapped
+	failed atomic.Bool      // a wrap failed, which may have broken it
 	read   atomic.Bool      // manage did something
 	unread atomic.Bool      // what manage does has broken it
 	login  chan struct{}    // has room for who logs in, in the anchor session
 	logins atomic.Int64     // when the login under way began
 	epoch  atomic.Int64     // one more with each login: handles do not outlive it
 
-	mu    sync.Mutex
-	why   error // mu guards why and what follows
-	idle  []*worker
-	live  map[*worker]struct{}
-	empty chan struct{} // closed when broken and live is empty
-	lost  int           // places that the token does not have
+	mu      sync.Mutex
+	why     error // mu guards why and what follows
+	idle    []*worker
+	live    map[*worker]struct{}
+	empty   chan struct{} // closed when broken and live is empty
+	short   int           // workers among live that got no session
+	away    int           // places without a session, for now
+	shortAt int64         // when the token last had no session for us
 }
+
+// awayFor is how long the token is not asked for more sessions when it had none.
+const awayFor = 4 * time.Second
 
 func newAttachment(t *Token, slot uint, info cryptoki.Token, anchor cryptoki.Session, sessions int) *attachment {
 	a := &attachment{
@@ -104,25 +111,70 @@ func (a *attachment) gone(w *worker) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	delete(a.live, w)
+	if w.short {
+		a.short--
+	}
 	if a.why != nil { // nobody waits for a place any more
 		if len(a.live) == 0 {
 			close(a.empty)
 		}
 		return
 	}
-	if a.lost > 0 && len(a.live) > 0 {
-		a.lost-- // this place is not there
+	if w.short && len(a.live) > a.short {
+		a.away++ // others have sessions, for which is waited
 		return
 	}
-	a.lost = 0
 	a.places <- struct{}{}
 }
 
-// shrinks says that the token has one session less than we thought; one remains.
-func (a *attachment) shrinks() {
+// shrinks says that the token has no session for a worker, which will be discarded. Places
+// that have none either are taken away: who wants one waits for those that have. One
+// place remains where there are none.
+func (a *attachment) shrinks(w *worker) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.lost++
+	w.short = true
+	a.short++
+	a.shortAt = a.token.now()
+	for len(a.places) > len(a.idle) {
+		select {
+		case <-a.places:
+			a.away++
+		default:
+			return
+		}
+	}
+}
+
+// regains gives back the places that were taken away, some time after that: the sessions
+// that the token did not have may have been somebody else's.
+func (a *attachment) regains() {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.why != nil || time.Duration(a.token.now()-a.shortAt) < awayFor {
+		return
+	}
+	for ; a.away > 0; a.away-- {
+		a.places <- struct{}{}
+	}
+}
+
+// pause waits a moment where the token has no session for us at all: with all attempts
+// it is as long as for a connection.
+func (a *attachment) pause(ctx context.Context) {
+	a.mu.Lock()
+	some := len(a.live) > a.short
+	a.mu.Unlock()
+	if some {
+		return // then a place is what is waited for
+	}
+	timer := time.NewTimer(a.token.cfg.Patience / attempts)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+	case <-a.broken:
+	case <-ctx.Done():
+	}
 }
 
 // breaks ends the attachment; the keeper sees to the next. Idle sessions end now,
@@ -152,6 +204,7 @@ var errRenewed = errors.New("the module is initialised again, to see what is on 
 // this is until then.
 func (t *Token) renew(a *attachment) error {
 	a.worked.Store(true)
+	a.wraps.Store(true)
 	outage := errorf(Unavailable, errRenewed, "the token is attached again")
 	a.breaks(outage)
 	return outage
@@ -168,8 +221,11 @@ func (t *Token) renewNow(ctx context.Context) {
 // broke it, or lasted. One that breaks as soon as it is used is as if there were none.
 func (a *attachment) proved() bool {
 	worked := &a.worked
-	if a.unread.Load() {
+	switch {
+	case a.unread.Load():
 		worked = &a.read
+	case a.failed.Load(): // a token may open well, and break with each wrap
+		worked = &a.wraps
 	}
 	return worked.Load() || time.Duration(a.token.now()-a.since) > reconnectMax
 }

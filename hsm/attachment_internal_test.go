@@ -12,15 +12,21 @@ func TestProved(t *testing.T) {
 		name   string
 		age    time.Duration
 		worked bool
+		wraps  bool
+		failed bool
 		want   bool
 	}{
-		{"broke at once", 0, false, false},
-		{"broke soon", reconnectMax / 2, false, false},
-		{"served", 0, true, true},
-		{"was there, and nobody asked for it", 2 * reconnectMax, false, true},
+		{name: "broke at once"},
+		{name: "broke soon", age: reconnectMax / 2},
+		{name: "served", worked: true, want: true},
+		{name: "opened, and broke with the first wrap", worked: true, failed: true},
+		{name: "wrapped, and broke with another wrap", worked: true, wraps: true, failed: true, want: true},
+		{name: "was there, and nobody asked for it", age: 2 * reconnectMax, want: true},
 	} {
 		a := &attachment{token: token, since: token.now() - int64(c.age)}
 		a.worked.Store(c.worked)
+		a.wraps.Store(c.wraps)
+		a.failed.Store(c.failed)
 		if got := a.proved(); got != c.want {
 			t.Errorf("%s: %v, want %v", c.name, got, c.want)
 		}

@@ -76,13 +76,13 @@ func TestHandlesAfterALogin(t *testing.T) {
 		t.Fatal(err)
 	}
 	a, err := token.attached(t.Context())
-	if err != nil || v.bound(a) == nil {
+	if err != nil || v.bound(a, false) == nil {
 		t.Fatalf("the key is not bound, %v", err)
 	}
 	if err := token.relogin(t.Context(), a); err != nil {
 		t.Fatal(err)
 	}
-	if v.bound(a) != nil {
+	if v.bound(a, false) != nil {
 		t.Error("it is bound after another login")
 	}
 }

@@ -9,7 +9,6 @@ import (
 	"io"
 	"slices"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/miekg/pkcs11"
@@ -168,61 +167,6 @@ func checkName(name string) error {
 	return nil
 }
 
-// keyring is what was read of the catalogue.
-type keyring struct {
-	mu   sync.Mutex
-	read map[string]read // mu guards read
-}
-
-type read struct {
-	key *Key
-	at  int64 // when the reading began
-}
-
-func (r *keyring) cached(name string) (read, bool) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	got, ok := r.read[name]
-	return got, ok
-}
-
-// keep keeps a key whose reading began at a time. Versions that are what they were stay
-// the same values, and keep their handles.
-func (r *keyring) keep(k *Key, at int64) *Key {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if r.read == nil {
-		r.read = map[string]read{}
-	}
-	for _, v := range k.Versions {
-		v.seen = at
-	}
-	if old, ok := r.read[k.Name]; ok {
-		// Revisions do not tell: a key that is restored or made anew has lower ones.
-		if old.at > at {
-			return old.key // somebody read later than we did
-		}
-		for i, v := range k.Versions {
-			if before, err := old.key.Version(v.Number); err == nil && before.same(v) {
-				k.Versions[i] = before
-			}
-		}
-	}
-	r.read[k.Name] = read{key: k, at: at}
-	return k
-}
-
-func (r *keyring) forget(name string) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	delete(r.read, name)
-}
-
-func (v *Version) same(o *Version) bool {
-	return v.Number == o.Number && v.Suite == o.Suite && v.State == o.State && v.ID == o.ID && v.macID == o.macID && v.style == o.style &&
-		v.canarySum == o.canarySum && v.takes == o.takes && v.Key == o.Key && bytes.Equal(v.canary, o.canary)
-}
-
 // Key returns a key by its name, as it stood on the token at most a second ago.
 func (t *Token) Key(ctx context.Context, name string) (*Key, error) {
 	if got, ok := t.keys.cached(name); ok && time.Duration(t.now()-got.at) < catalogueAge {
@@ -238,13 +182,17 @@ func (t *Token) Version(ctx context.Context, name string, number uint32) (*Versi
 		return nil, err
 	}
 	v, err := k.Version(number)
-	if err == nil {
-		return v, nil
+	if err == nil || t.keys.lookedInVain(name, t.now()) {
+		return v, err
 	}
+	at := t.now()
 	if k, err = t.readKey(ctx, name); err != nil { // it may be new
 		return nil, err
 	}
-	return k.Version(number)
+	if v, err = k.Version(number); err != nil {
+		t.keys.inVain(name, at)
+	}
+	return v, err
 }
 
 // readKey reads a key from the token.
@@ -342,9 +290,12 @@ func entries(w *worker, name string) (list []entry, err error) {
 	return nil, err
 }
 
+// entriesOnce reads private objects alone: everybody who reaches the token can make public
+// ones, without a PIN.
 func entriesOnce(w *worker, name string) ([]entry, error) {
 	template := []cryptoki.Attribute{
-		cryptoki.Number(pkcs11.CKA_CLASS, pkcs11.CKO_DATA), cryptoki.Bool(pkcs11.CKA_TOKEN, true), cryptoki.Text(pkcs11.CKA_APPLICATION, application),
+		cryptoki.Number(pkcs11.CKA_CLASS, pkcs11.CKO_DATA), cryptoki.Bool(pkcs11.CKA_TOKEN, true), cryptoki.Bool(pkcs11.CKA_PRIVATE, true),
+		cryptoki.Text(pkcs11.CKA_APPLICATION, application),
 	}
 	if name != "" {
 		template = append(template, cryptoki.Text(pkcs11.CKA_LABEL, labelPrefix+name))

@@ -113,7 +113,7 @@ func (c *CatalogueFile) parse(content []byte) ([]*Key, error) {
 // replace writes a key's record in the place of the one before, which must be what
 // the caller has read.
 func (c *CatalogueFile) replace(k *Key) error {
-	unlock, err := lockFile(c.Path + ".lock")
+	unlock, err := lockFile(c.Path+".lock", lockPatience)
 	if err != nil {
 		return errorf(Unavailable, err, "the catalogue %s", c.Path)
 	}

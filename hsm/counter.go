@@ -9,25 +9,38 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"time"
 
 	"github.com/google/renameio/v2"
+	"golang.org/x/sync/singleflight"
 )
 
-// counterBlock is how many wraps are reserved at a time: what a crash loses.
-const counterBlock = 1 << 16
+const (
+	// maxBlock is how many wraps are reserved at a time at most, blocks how many blocks a
+	// limit has at least. A block is what a crash loses, and what the other processes of
+	// this host do not get.
+	maxBlock = 1 << 16
+	blocks   = 1 << 12
+	// counterPatience is how long another process may hold the counts.
+	counterPatience = 2 * time.Second
+)
 
 // Counter counts the wraps of each version on this host, those for callers, canaries and
 // tests of the key alike, for suites whose keys wear out: GCM with random initialization
-// vectors (SP 800-38D, section 8.3). It counts across restarts and over the processes that use a directory. It is safe for
-// concurrent use.
+// vectors (SP 800-38D, section 8.3). It counts across restarts and over the processes that
+// use a directory, in blocks that a process reserves. So the last wraps of a version may
+// be refused while another process has some left: a block for each of them, 1/4096 of the
+// limit. It is safe for concurrent use.
 type Counter struct {
 	path  string
 	share uint64 // hosts among which a limit is divided
 	// worn is told once in a life of the process when half of a limit is used up.
 	worn func(v *Version, used, limit uint64)
 
+	reserving singleflight.Group // by version: one goes to the file, with no lock held here
+
 	mu   sync.Mutex
-	left map[ID]*reserved // mu guards left
+	left map[ID]*reserved // mu guards left and what it has
 }
 
 // reserved is what this process may still use of what it has reserved.
@@ -43,16 +56,23 @@ type counters struct {
 	Wraps  map[string]uint64 `json:"wraps"` // reserved on this host
 }
 
-// OpenCounter reads the counts in a directory of this plugin's. share is how many
-// hosts use the keys, 1 at least. worn, which may be nil, is told when half of what a
-// version may do on this host is done.
+// OpenCounter opens the counts in a directory of this plugin's; where there are none they
+// begin at 0. share is how many hosts use the keys, 1 at least. worn, which may be nil, is
+// told when half of what a version may do on this host is done. The Counter is good for
+// use also with an error, which is that of Problem.
 func OpenCounter(dir string, share uint64, worn func(v *Version, used, limit uint64)) (*Counter, error) {
 	c := &Counter{path: filepath.Join(dir, "wraps.json"), share: max(share, 1), worn: worn, left: map[ID]*reserved{}}
 	if c.worn == nil {
 		c.worn = func(*Version, uint64, uint64) {}
 	}
+	return c, c.Problem()
+}
+
+// Problem tells why the counts cannot be read now, with the cure; nil where they can.
+// Until then Take reserves nothing.
+func (c *Counter) Problem() error {
 	_, err := c.read()
-	return c, err
+	return err
 }
 
 func (c *Counter) read() (counters, error) {
@@ -64,10 +84,23 @@ func (c *Counter) read() (counters, error) {
 	if err != nil {
 		return file, fmt.Errorf("the counts of wraps: %w", err)
 	}
-	file = counters{}
-	if err := json.Unmarshal(b, &file); err != nil || file.Format != 1 {
-		return file, fmt.Errorf("the counts of wraps in %s are not readable (%w); without them it is not known how much keys were used: "+
-			"rotate the keys of this backend and remove the file", c.path, errors.Join(err, formatFault(file.Format)))
+	// The format first: the rest may be of another kind there.
+	var mark struct {
+		Format int `json:"format"`
+	}
+	err = json.Unmarshal(b, &mark)
+	if err == nil && mark.Format > 1 {
+		return file, fmt.Errorf("the counts of wraps in %s have format %d, this release reads format 1: use the release that wrote them, or a later one", c.path, mark.Format)
+	}
+	if err == nil {
+		err = json.Unmarshal(b, &file)
+	}
+	if err == nil && mark.Format != 1 {
+		err = errors.New("they have no format")
+	}
+	if err != nil {
+		return file, fmt.Errorf("the counts of wraps in %s are damaged, so it is not known how much keys were used: "+
+			"rotate the keys of this backend, then remove the file: %w", c.path, err)
 	}
 	if file.Wraps == nil {
 		file.Wraps = map[string]uint64{}
@@ -75,60 +108,89 @@ func (c *Counter) read() (counters, error) {
 	return file, nil
 }
 
-func formatFault(format int) error {
-	if format == 1 {
-		return nil
-	}
-	return fmt.Errorf("format %d, this release reads 1", format)
-}
+// limit is how many wraps a version may make on this host; 0 means any number.
+func (c *Counter) limit(v *Version) uint64 { return v.Suite.maxWraps() / c.share }
 
-// Take counts one wrap, or returns an error of kind KeyUnusable where the version
-// has made all that it may on this host.
+// Take counts one wrap. Where the version has made all that it may on this host it
+// returns an error of kind KeyUnusable, where the counts cannot be kept one of kind
+// Unavailable. It waits for the disk, once in a block, and then for other processes, no
+// longer than seconds.
 func (c *Counter) Take(v *Version) error {
-	limit := v.Suite.maxWraps() / c.share
+	limit := c.limit(v)
 	if v.Suite.maxWraps() == 0 {
 		return nil
 	}
+	for {
+		used, half, ok := c.takeReserved(v, limit)
+		if half {
+			c.worn(v, used, limit)
+		}
+		if ok {
+			return nil
+		}
+		_, err, _ := c.reserving.Do(string(v.ID[:]), func() (any, error) { return nil, c.reserve(v, limit) })
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// takeReserved takes one wrap of those that are reserved. half says that it is the first
+// one after which half of the limit is used.
+func (c *Counter) takeReserved(v *Version, limit uint64) (used uint64, half, ok bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	r := c.left[v.ID]
+	if r == nil || r.left == 0 {
+		return 0, false, false
+	}
+	r.left--
+	used = r.total - r.left
+	half = !r.told && used >= limit/2
+	r.told = r.told || half
+	return used, half, true
+}
+
+// reserve reserves a block of what is left of the limit, unless others have.
+func (c *Counter) reserve(v *Version, limit uint64) error {
+	c.mu.Lock()
 	r := c.left[v.ID]
 	if r == nil {
 		r = &reserved{}
 		c.left[v.ID] = r
 	}
-	if r.left == 0 {
-		if err := c.reserve(hex.EncodeToString(v.ID[:]), r, limit); err != nil {
-			return errorf(Unavailable, err, "the counts of wraps cannot be kept")
-		}
+	has := r.left > 0 // somebody came between who took the last one and this
+	c.mu.Unlock()
+	if has {
+		return nil
 	}
-	if r.left == 0 {
-		return errorf(KeyUnusable, nil, "version %d of key %s has made all its %d wraps on this host: rotate the key with 'kms-agent hsm rotate %s'", v.Number, v.Key, limit, v.Key)
-	}
-	r.left--
-	if used := r.total - r.left; !r.told && used >= limit/2 {
-		r.told = true
-		c.worn(v, used, limit)
-	}
-	return nil
-}
-
-// reserve reserves a block of what is left of the limit, if anything is.
-func (c *Counter) reserve(id string, r *reserved, limit uint64) error {
+	id := hex.EncodeToString(v.ID[:])
 	var block, total uint64
 	err := c.change(func(wraps map[string]uint64) {
-		block = min(counterBlock, limit-min(wraps[id], limit))
+		block = min(min(max(limit/blocks, 1), maxBlock), limit-min(wraps[id], limit))
 		total = wraps[id] + block
 		wraps[id] = total
 	})
-	if err == nil {
-		r.left, r.total = block, total
+	if err != nil {
+		return errorf(Unavailable, err, "the counts of wraps cannot be kept")
 	}
-	return err
+	if block == 0 {
+		return c.wornOut(v, limit)
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	r.left, r.total = r.left+block, total
+	c.left[v.ID] = r // Close may have forgotten it
+	return nil
+}
+
+func (c *Counter) wornOut(v *Version, limit uint64) error {
+	return errorf(KeyUnusable, nil, "version %d of key %s has made all its %d wraps on this host: rotate the key with 'kms-agent hsm rotate %s'", v.Number, v.Key, limit, v.Key)
 }
 
 // change changes the file, alone among the processes that use it.
 func (c *Counter) change(how func(wraps map[string]uint64)) error {
-	unlock, err := lockFile(c.path + ".lock")
+	unlock, err := lockFile(c.path+".lock", counterPatience)
 	if err != nil {
 		return err
 	}
@@ -151,36 +213,45 @@ func (c *Counter) change(how func(wraps map[string]uint64)) error {
 // Used returns how many wraps of a version were made on this host, at most, and how
 // many there may be; a limit of 0 is none.
 func (c *Counter) Used(v *Version) (used, limit uint64, err error) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
 	file, err := c.read()
 	if err != nil {
 		return 0, 0, err
 	}
 	used = file.Wraps[hex.EncodeToString(v.ID[:])]
+	c.mu.Lock()
+	defer c.mu.Unlock()
 	if r := c.left[v.ID]; r != nil {
 		used -= min(r.left, used)
 	}
-	return used, v.Suite.maxWraps() / c.share, nil
+	return used, c.limit(v), nil
+}
+
+// mayTake tells whether Take would refuse a version for good.
+func (c *Counter) mayTake(v *Version) error {
+	if used, limit, err := c.Used(v); err == nil && limit != 0 && used >= limit {
+		return c.wornOut(v, limit)
+	}
+	return nil
 }
 
 // Close gives back what was reserved and not used.
 func (c *Counter) Close() error {
 	c.mu.Lock()
-	defer c.mu.Unlock()
-	unused := false
-	for _, r := range c.left {
-		unused = unused || r.left > 0
+	unused := map[string]uint64{}
+	for id, r := range c.left {
+		if r.left > 0 {
+			unused[hex.EncodeToString(id[:])] = r.left
+		}
+		r.left = 0
 	}
-	if !unused {
+	clear(c.left)
+	c.mu.Unlock()
+	if len(unused) == 0 {
 		return nil
 	}
-	err := c.change(func(wraps map[string]uint64) {
-		for v, r := range c.left {
-			id := hex.EncodeToString(v[:])
-			wraps[id] -= min(r.left, wraps[id])
+	return c.change(func(wraps map[string]uint64) {
+		for id, n := range unused {
+			wraps[id] -= min(n, wraps[id])
 		}
 	})
-	clear(c.left)
-	return err
 }

@@ -54,24 +54,26 @@ func (t *Token) crypt(ctx context.Context, v *Version, h header, dst, in, iv, aa
 		if a, err = t.attached(ctx); err != nil {
 			return nil, err
 		}
-		keys, err := t.bind(ctx, a, v)
+		keys, err := t.bind(ctx, a, v, !unwrap)
 		if err == nil && !unwrap {
-			if err := v.unfit(a); err != nil {
-				return nil, err
-			}
-			if err := t.count(v); err != nil {
-				return nil, err
-			}
+			err = t.count(v)
 		}
+		theirs := unwrap && err == nil // what fails from here on may be what they sent
 		if err == nil {
 			var out []byte
 			if out, err = t.once(ctx, a, v, h, keys, dst, in, iv, aad, unwrap); err == nil {
 				a.worked.Store(true)
+				if !unwrap {
+					a.wraps.Store(true)
+				}
 				return out, nil
 			}
 		}
+		if !unwrap && stepFor(err) != giveUp {
+			a.failed.Store(true)
+		}
 		var final bool
-		if final, err = t.judge(ctx, a, v, err, unwrap, &doubts); final {
+		if final, err = t.judge(ctx, a, v, err, theirs, &doubts); final {
 			return nil, err
 		}
 		last = err
@@ -140,11 +142,14 @@ func (t *Token) judge(ctx context.Context, a *attachment, v *Version, err error,
 	if ctx.Err() != nil {
 		return true, context.Cause(ctx)
 	}
+	if errors.As(err, new(uncounted)) {
+		return true, err
+	}
 	switch t.stepOf(a, v, err, unwrap) {
 	case newSession:
 		return false, err
 	case fewer:
-		a.shrinks()
+		a.pause(ctx)
 		return false, err
 	case findAgain:
 		v.unbind(a)
@@ -179,7 +184,7 @@ func (t *Token) judge(ctx context.Context, a *attachment, v *Version, err error,
 // of it: where the keys are known only a canary does.
 func (t *Token) stepOf(a *attachment, v *Version, err error, unwrap bool) step {
 	s := stepFor(err)
-	if unwrap && v.bound(a) != nil && (s == reconnect || s == giveUp && errors.As(err, new(cryptoki.Error))) {
+	if unwrap && v.bound(a, false) != nil && (s == reconnect || s == giveUp && errors.As(err, new(cryptoki.Error))) {
 		return askCanary
 	}
 	return s
@@ -199,7 +204,7 @@ func (t *Token) doubt(ctx context.Context, a *attachment, v *Version, err error,
 	if unwrap {
 		return true, errOpen
 	}
-	return true, errorf(Broken, err, "the token does not wrap, and is well otherwise")
+	return true, errorf(Broken, err, "the token does not do this, and is well otherwise")
 }
 
 // refusal is what it means that nothing helps.
@@ -217,11 +222,11 @@ func refusal(err error) error {
 // canary opens what was wrapped when the version was made. Only this tells whether
 // token and key are well. Where they are not, it sees to a new attachment.
 func (t *Token) canary(ctx context.Context, a *attachment, v *Version) error {
-	keys := v.bound(a)
-	if keys == nil {
+	b := v.bound(a, false)
+	if b == nil {
 		return errors.New("the key is not found yet") // it will be, with a canary
 	}
-	err := t.openCanary(ctx, a, v, *keys)
+	err := t.openCanary(ctx, a, v, b.keys)
 	if err == nil || isCallers(err) || ctx.Err() != nil {
 		return err
 	}
@@ -254,74 +259,13 @@ func (t *Token) openCanary(ctx context.Context, a *attachment, v *Version, keys 
 	}
 	sum := sha256.Sum256(out)
 	clear(out)
-	if subtle.ConstantTimeCompare(sum[:], v.canarySum[:]) != 1 {
-		return errOpen
+	switch {
+	case subtle.ConstantTimeCompare(sum[:], v.canarySum[:]) == 1:
+		return nil
+	case v.Suite == GCM, v.Suite == KWP: // no other key opens these
+		return errorf(Broken, nil, "the token says that the canary of version %d of key %s opens, to something else: it must not be used", v.Number, v.Key)
 	}
-	return nil
-}
-
-// examine finds out whether the token is well, and sees to a new attachment where
-// it is not. That a key is not well says nothing of the token.
-func (t *Token) examine(ctx context.Context, a *attachment) error {
-	v := t.used.Load()
-	if v == nil || v.mayUnwrap() != nil {
-		return t.answers(ctx, a)
-	}
-	return t.examineWith(ctx, a, v, false)
-}
-
-// examineWith is examine with a version, which wraps where that is what failed. What
-// neither sessions, handles nor logins cure is cured by another connection, if at all.
-func (t *Token) examineWith(ctx context.Context, a *attachment, v *Version, wrap bool) error {
-	var last error
-	for range attempts {
-		keys, err := t.bind(ctx, a, v)
-		if err != nil {
-			_, err = t.judge(ctx, a, v, err, false, new(int))
-		} else if err = t.canary(ctx, a, v); err == nil && wrap {
-			if err = t.selfTest(ctx, a, v, keys); errors.As(err, new(uncounted)) {
-				err = nil
-			}
-		}
-		known := (*Error)(nil)
-		switch {
-		case err == nil:
-			a.worked.Store(true)
-			return nil
-		case isCallers(err), ctx.Err() != nil, KindOf(err) == Unauthenticated:
-			return err
-		case a.cause() != nil:
-			return errorf(Unavailable, err, "the token is not well")
-		case errors.As(err, &known) && (known.Kind == KeyNotFound || known.Kind == KeyUnusable):
-			t.used.CompareAndSwap(v, nil)
-			return t.answers(ctx, a)
-		}
-		last = err
-	}
-	last = errorf(Unavailable, last, "the token does not open what it has wrapped itself")
-	// Who has no session for us has not lost those that we have.
-	if errors.As(last, new(cryptoki.Error)) && stepFor(last) != fewer {
-		a.breaks(last)
-	}
-	return last
-}
-
-// answers finds out whether the token answers at all.
-func (t *Token) answers(ctx context.Context, a *attachment) error {
-	var err error
-	for range attempts {
-		err = t.do(ctx, a, func(w *worker) error {
-			var b [1]byte
-			return w.session.Random(b[:])
-		})
-		if s := stepFor(err); err == nil || isCallers(err) || s == giveUp || s == fewer {
-			return err
-		} else if s != newSession {
-			break
-		}
-	}
-	a.breaks(errorf(Unavailable, err, "the token does not answer"))
-	return err
+	return errOpen
 }
 
 // do runs a function in a session.
@@ -340,24 +284,4 @@ func (t *Token) do(ctx context.Context, a *attachment, f func(*worker) error) er
 		a.release(w)
 	}
 	return err
-}
-
-// Check asks the token whether it could serve, with a canary where a key is in use.
-// A connection that turns out to be lost is made anew, and one that is lost already is
-// tried again soon.
-func (t *Token) Check(ctx context.Context) error {
-	var last error
-	for range attempts {
-		a, err := t.attachedAgain(ctx)
-		if err != nil {
-			return err
-		}
-		if last = t.examine(ctx, a); last == nil || ctx.Err() != nil || !a.over() {
-			break
-		}
-	}
-	if last == nil || isCallers(last) || errors.As(last, new(*Error)) {
-		return last
-	}
-	return errorf(Unavailable, last, "the token is not well")
 }

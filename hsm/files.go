@@ -47,13 +47,13 @@ func readPrivate(path string, forbidden fs.FileMode, into []byte, what string) (
 	return n, nil
 }
 
-// lockFile keeps other processes away until unlock.
-func lockFile(path string) (unlock func(), err error) {
+// lockFile keeps other processes away until unlock. It waits for them with patience.
+func lockFile(path string, patience time.Duration) (unlock func(), err error) {
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|unix.O_CLOEXEC, 0o600)
 	if err != nil {
 		return nil, err
 	}
-	for deadline := time.Now().Add(lockPatience); ; time.Sleep(10 * time.Millisecond) {
+	for deadline := time.Now().Add(patience); ; time.Sleep(2 * time.Millisecond) {
 		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
 		if err == nil {
 			return func() { _ = f.Close() }, nil

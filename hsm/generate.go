@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/miekg/pkcs11"
 
@@ -80,10 +81,9 @@ func generateSecret(s cryptoki.Session, mechanism, kind uint, id ID, label strin
 		pkcs11.CKA_WRAP, pkcs11.CKA_UNWRAP, pkcs11.CKA_DERIVE)
 	needed := append([]cryptoki.Attribute{
 		cryptoki.Number(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), cryptoki.Number(pkcs11.CKA_KEY_TYPE, kind),
-		cryptoki.Number(pkcs11.CKA_VALUE_LEN, 32), cryptoki.Bool(pkcs11.CKA_TOKEN, onToken), cryptoki.Bool(pkcs11.CKA_PRIVATE, true),
-		cryptoki.Bool(pkcs11.CKA_SENSITIVE, true), cryptoki.Bool(pkcs11.CKA_EXTRACTABLE, false),
+		cryptoki.Number(pkcs11.CKA_VALUE_LEN, 32), cryptoki.Bool(pkcs11.CKA_TOKEN, onToken),
 		cryptoki.Text(pkcs11.CKA_LABEL, label), {Type: pkcs11.CKA_ID, Value: id[:]},
-	}, use...)
+	}, slices.Concat(inside(), use)...)
 	// Not every token knows these.
 	wished := []cryptoki.Attribute{cryptoki.Bool(pkcs11.CKA_COPYABLE, false)}
 	key, err := s.GenerateKey(mechanism, append(needed, wished...))
@@ -93,7 +93,7 @@ func generateSecret(s cryptoki.Session, mechanism, kind uint, id ID, label strin
 	if err != nil {
 		return 0, asRefused(err)
 	}
-	return key, errors.Join(verify(s, key, use))
+	return key, verify(s, key, use)
 }
 
 // asRefused marks what a token answers to a template that it does not take.
@@ -120,20 +120,8 @@ func tooMuch(err error) bool {
 
 // verify reads back that a key stays inside and does only what it is for.
 func verify(s cryptoki.Session, key cryptoki.Object, use []cryptoki.Attribute) error {
-	want := append([]cryptoki.Attribute{
-		cryptoki.Bool(pkcs11.CKA_SENSITIVE, true), cryptoki.Bool(pkcs11.CKA_EXTRACTABLE, false),
-		cryptoki.Bool(pkcs11.CKA_ALWAYS_SENSITIVE, true), cryptoki.Bool(pkcs11.CKA_NEVER_EXTRACTABLE, true),
-	}, use...)
-	for _, a := range want {
-		got, err := s.Attribute(key, a.Type)
-		if err != nil {
-			return fmt.Errorf("read back attribute %#x of the new key: %w", a.Type, err)
-		}
-		if len(got) != 1 || (got[0] != 0) != (a.Value[0] != 0) {
-			return fmt.Errorf("the token made a key with attribute %#x = %v, want %v: it must not be used", a.Type, got, a.Value)
-		}
-	}
-	return nil
+	always := []cryptoki.Attribute{cryptoki.Bool(pkcs11.CKA_ALWAYS_SENSITIVE, true), cryptoki.Bool(pkcs11.CKA_NEVER_EXTRACTABLE, true)}
+	return readBack(s, key, slices.Concat(inside(), always, use))
 }
 
 func generatePair(s cryptoki.Session, v *Version, r recipe) (keys handles, err error) {
@@ -149,16 +137,17 @@ func generatePair(s cryptoki.Session, v *Version, r recipe) (keys handles, err e
 	use := uses(mayPrivate, pkcs11.CKA_DECRYPT, pkcs11.CKA_SIGN, pkcs11.CKA_UNWRAP)
 	private := append([]cryptoki.Attribute{
 		cryptoki.Number(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY), cryptoki.Number(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_RSA),
-		cryptoki.Bool(pkcs11.CKA_TOKEN, r.onToken), cryptoki.Bool(pkcs11.CKA_PRIVATE, true), cryptoki.Bool(pkcs11.CKA_SENSITIVE, true),
-		cryptoki.Bool(pkcs11.CKA_EXTRACTABLE, false), cryptoki.Text(pkcs11.CKA_LABEL, r.label), {Type: pkcs11.CKA_ID, Value: v.ID[:]},
-	}, use...)
+		cryptoki.Bool(pkcs11.CKA_TOKEN, r.onToken), cryptoki.Text(pkcs11.CKA_LABEL, r.label), {Type: pkcs11.CKA_ID, Value: v.ID[:]},
+	}, slices.Concat(inside(), use)...)
 	keys.public, keys.key, err = s.GenerateKeyPair(pkcs11.CKM_RSA_PKCS_KEY_PAIR_GEN, public, private)
 	if err != nil {
 		return keys, asRefused(err)
 	}
-	if keys.modulus, err = modulus(s, keys.public); err != nil {
+	n, err := modulus(s, keys.public)
+	if err != nil {
 		return keys, err
 	}
+	keys.modulus = len(n)
 	return keys, verify(s, keys.key, use)
 }
 
@@ -174,6 +163,20 @@ func destroy(s cryptoki.Session, v *Version) error {
 			err = destroyOne(s, o, p.id)
 		}
 		errs = append(errs, err)
+	}
+	if v.Suite.asymmetric() {
+		errs = append(errs, destroyPublic(s, v.ID))
+	}
+	return errors.Join(errs...)
+}
+
+// destroyPublic destroys the public keys with an ID, those too that somebody else made:
+// they are of no use without the private one.
+func destroyPublic(s cryptoki.Session, id ID) error {
+	found, err := s.Find(publicKeys(id), maxNamesakes)
+	errs := []error{err}
+	for _, o := range found {
+		errs = append(errs, destroyOne(s, o, id))
 	}
 	return errors.Join(errs...)
 }

@@ -68,7 +68,7 @@ type attempt struct {
 
 // Attempt implements Login.
 func (l *Ledger) Attempt(token TokenInfo, log func(pin []byte) error) error {
-	unlock, err := lockFile(l.Path + ".lock")
+	unlock, err := lockFile(l.Path+".lock", lockPatience)
 	if err != nil {
 		return errorf(Unavailable, err, "the ledger of logins %s", l.Path) // nobody refused anything
 	}

@@ -192,12 +192,13 @@ func (t *Token) setCanary(ctx context.Context, v *Version) error {
 	if _, err := rand.Read(secret); err != nil {
 		return err
 	}
+	defer clear(secret)
 	v.canarySum = sha256.Sum256(secret)
 	a, err := t.attached(ctx)
 	if err != nil {
 		return err
 	}
-	keys, err := t.locate(ctx, a, v)
+	keys, err := t.locate(ctx, a, v, v.findAll)
 	if err != nil {
 		return err
 	}
@@ -207,7 +208,6 @@ func (t *Token) setCanary(ctx context.Context, v *Version) error {
 	if v.canary, err = t.once(ctx, a, v, v.header(), keys, nil, secret, nil, v.canaryAAD(), false); err != nil {
 		return err
 	}
-	clear(secret)
 	if err := t.openCanary(ctx, a, v, keys); err != nil {
 		return err
 	}
@@ -326,7 +326,10 @@ func (t *Token) allow(ctx context.Context, v *Version, yes bool) error {
 		if errors.Is(err, errNoKey) && !yes {
 			return nil
 		}
-		if err != nil {
+		if err == nil && v.Suite.asymmetric() {
+			keys, err = v.findPublic(w.session, keys)
+		}
+		if err != nil && (!errors.Is(err, errNoKey) || keys.key == 0) { // without a public key the other one opens
 			return err
 		}
 		var errs []error
@@ -339,7 +342,7 @@ func (t *Token) allow(ctx context.Context, v *Version, yes bool) error {
 			if change.key == 0 {
 				continue
 			}
-			if change.key == keys.key && keys.public == 0 {
+			if change.key == keys.key && !v.Suite.asymmetric() {
 				change.use = append(change.use, pkcs11.CKA_ENCRYPT)
 			}
 			for _, use := range change.use {

@@ -78,6 +78,12 @@ func (t *Token) Probe(ctx context.Context) (Probe, error) {
 		p.Trials = append(p.Trials, trial)
 	}
 	p.Random = t.Random(ctx, make([]byte, 32))
+	if ctx.Err() != nil {
+		return p, context.Cause(ctx)
+	}
+	if p.Random != nil && KindOf(p.Random) == Unavailable {
+		return p, p.Random
+	}
 	return p, nil
 }
 

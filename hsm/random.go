@@ -74,14 +74,14 @@ func (t *Token) judgeRandom(ctx context.Context, a *attachment, err error) (fina
 	if known := (*Error)(nil); errors.As(err, &known) && known.Kind != Unavailable || ctx.Err() != nil {
 		return true, err
 	}
-	if errors.Is(err, cryptoki.Error(pkcs11.CKR_RANDOM_NO_RNG)) || errors.Is(err, cryptoki.Error(pkcs11.CKR_FUNCTION_NOT_SUPPORTED)) {
+	if noGenerator(err) {
 		return true, errorf(Invalid, err, "the token has no random number generator")
 	}
 	switch stepFor(err) {
 	case newSession, askCanary: // what is wrong with a token that wraps is not to be found out here
 		return false, err
 	case fewer:
-		a.shrinks()
+		a.pause(ctx)
 		return false, err
 	case loginAgain:
 		if err := t.relogin(ctx, a); err != nil {
@@ -99,6 +99,11 @@ func (t *Token) judgeRandom(ctx context.Context, a *attachment, err error) (fina
 		return false, err
 	}
 	return true, errorf(Broken, err, "the token gives no random")
+}
+
+// noGenerator tells whether the token says of itself that it gives no random.
+func noGenerator(err error) bool {
+	return errors.Is(err, cryptoki.Error(pkcs11.CKR_RANDOM_NO_RNG)) || errors.Is(err, cryptoki.Error(pkcs11.CKR_FUNCTION_NOT_SUPPORTED))
 }
 
 // generator remembers just enough of a token's random to see that it is stuck.

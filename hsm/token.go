@@ -513,6 +513,7 @@ func (t *Token) watch(ctx context.Context, a *attachment) error {
 			return a.cause()
 		case <-tick.C:
 		}
+		a.regains()
 		if time.Duration(t.now()-t.last.Load()) >= idleCanary {
 			bounded, cancel := context.WithTimeout(ctx, t.cfg.HangAfter)
 			_ = t.examine(bounded, a)

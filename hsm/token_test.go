@@ -252,14 +252,14 @@ func TestSubstitutedKey(t *testing.T) {
 	id := fmt.Sprintf("%x", v.ID)
 	r.tool("--delete-object", "--type", "secrkey", "--id", id)
 	_ = r.fails(v, wrapped, hsm.KeyNotFound)
-	r.tool("--keygen", "--key-type", "AES:32", "--id", id, "--label", "kmsagent/orders/v1", "--sensitive")
+	r.tool("--keygen", "--key-type", "AES:32", "--id", id, "--label", "kmsagent/orders/v1", "--sensitive", "--private")
 	if err := r.fails(v, wrapped, hsm.KeyUnusable); !strings.Contains(err.Error(), "canary") {
 		t.Errorf("error: %v", err)
 	}
 	if _, err := r.Wrap(bounded(t), v, nil, material(32), bound); hsm.KindOf(err) != hsm.KeyUnusable {
 		t.Errorf("Wrap: %v", err)
 	}
-	r.tool("--keygen", "--key-type", "AES:32", "--id", id, "--label", "kmsagent/orders/v1", "--sensitive")
+	r.tool("--keygen", "--key-type", "AES:32", "--id", id, "--label", "kmsagent/orders/v1", "--sensitive", "--private")
 	if err := r.fails(v, wrapped, hsm.KeyUnusable); !strings.Contains(err.Error(), "several keys") {
 		t.Errorf("error with two: %v", err)
 	}

@@ -34,6 +34,7 @@ type worker struct {
 	session cryptoki.Session
 	open    bool
 	spoiled bool // the session is not for others
+	short   bool // the token had no session for it; the attachment's mu guards it
 
 	memory  slab
 	in, out []byte // key material, packed or not
@@ -151,6 +152,9 @@ func (w *worker) cleanAfter(n int) {
 func (w *worker) perform() (int, error) {
 	if !w.open {
 		s, err := w.a.token.module.Open(w.a.slot)
+		if stepFor(err) == fewer {
+			w.a.shrinks(w)
+		}
 		if err != nil {
 			return 0, err
 		}
