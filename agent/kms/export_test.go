@@ -1,4 +1,4 @@
 package kms
 
 // Settle waits for the calls upstream that nobody waits for.
-func (s *Service) Settle() { s.strays.work.Wait() }
+func (s *Service) Settle() { s.strays.wait() }

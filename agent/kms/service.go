@@ -143,7 +143,7 @@ func (s *Service) Run(ctx context.Context) error { return s.cache.Run(ctx) }
 func (s *Service) Close() {
 	s.strays.stop()
 	s.cache.Close()
-	s.strays.work.Wait()
+	s.strays.wait()
 }
 
 // Stats tells the state of the data-key cache.

@@ -13,14 +13,17 @@ type strays struct {
 	life context.Context //nolint:containedctx // the service's own
 	end  context.CancelFunc
 
-	mu     sync.Mutex // guards closed, and work against a Wait that has begun
+	mu     sync.Mutex // guards what follows
 	closed bool
-	work   sync.WaitGroup
+	under  int        // calls under way
+	idle   *sync.Cond // there are none
 }
 
 func newStrays() *strays {
 	life, end := context.WithCancel(context.Background())
-	return &strays{life: life, end: end}
+	s := &strays{life: life, end: end}
+	s.idle = sync.NewCond(&s.mu)
+	return s
 }
 
 // begin detaches a call from the end of who makes it; done must be called after it.
@@ -30,14 +33,27 @@ func (s *strays) begin(ctx context.Context) (detached context.Context, done func
 	if s.closed {
 		return nil, nil, cache.ErrClosed
 	}
-	s.work.Add(1)
+	s.under++
 	detached, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	stop := context.AfterFunc(s.life, cancel)
 	return detached, func() {
 		stop()
 		cancel()
-		s.work.Done()
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if s.under--; s.under == 0 {
+			s.idle.Broadcast()
+		}
 	}, nil
+}
+
+// wait returns when no call is under way.
+func (s *strays) wait() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for s.under > 0 {
+		s.idle.Wait()
+	}
 }
 
 // stop ends the calls under way, and keeps others from being begun.
