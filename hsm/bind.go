@@ -39,13 +39,17 @@ func (v *Version) bound(a *attachment, wrap bool) *binding {
 // lasts as long as the binding, but for two things: who may not wrap may again some day,
 // and a public key opens no canary.
 func (v *Version) proven(a *attachment, wrap bool) *binding {
+	return v.provenWithin(a, wrap, provenFor)
+}
+
+func (v *Version) provenWithin(a *attachment, wrap bool, most time.Duration) *binding {
 	b := v.bound(a, wrap)
 	if b == nil {
 		return nil
 	}
 	now := a.token.now()
 	passes := b.unfit != nil || v.Suite.asymmetric()
-	if time.Duration(now-b.opened) >= provenFor || wrap && passes && time.Duration(now-b.tested) >= provenFor {
+	if time.Duration(now-b.opened) >= most || wrap && passes && time.Duration(now-b.tested) >= most {
 		return nil
 	}
 	return b
@@ -76,8 +80,9 @@ func (t *Token) bind(ctx context.Context, a *attachment, v *Version, wrap bool) 
 	select {
 	case v.search <- struct{}{}:
 	default:
-		if b := v.bound(a, wrap); b != nil {
-			return b.serve(wrap) // somebody else opens the canary just now
+		// Somebody else opens the canary just now. What it said a moment ago will do.
+		if b := v.provenWithin(a, wrap, 2*provenFor); b != nil {
+			return b.serve(wrap)
 		}
 		select {
 		case v.search <- struct{}{}:
@@ -139,6 +144,10 @@ func (t *Token) test(ctx context.Context, a *attachment, v *Version, b *binding)
 	case denied(err):
 		next.unfit = refusal(err) // a key whose CKA_ENCRYPT was taken away opens all the same
 	default:
+		if !isCallers(err) && ctx.Err() == nil && !errors.As(err, new(uncounted)) {
+			next.tested = 0 // nobody wraps with what has just failed
+			v.handles.CompareAndSwap(b, &next)
+		}
 		return nil, err
 	}
 	v.handles.CompareAndSwap(b, &next) // else somebody found them stale meanwhile
@@ -218,7 +227,11 @@ func (t *Token) strange(ctx context.Context, a *attachment, v *Version, keys han
 }
 
 // errUndecided says that nothing tells whether it is the token or the key.
-var errUndecided = errors.New("the token does not open its canary, and whether it is the token or the key cannot be tried")
+var errUndecided = errors.New("the token does not open its canary, and whether it is the token or the key cannot be told")
+
+// Undecided tells of an outage of one version, of which nothing tells whether the token or
+// the key is its cause.
+func Undecided(err error) bool { return errors.Is(err, errUndecided) }
 
 // ill returns why it may be the token's fault that keys do not open their canary; nil
 // where the token is well. It wraps and opens with these keys. Where that may not be, the
@@ -228,23 +241,36 @@ func (t *Token) ill(ctx context.Context, a *attachment, v *Version, keys handles
 	switch {
 	case failed == nil, denied(failed):
 		return nil
-	case isCallers(failed):
+	case isCallers(failed), ctx.Err() != nil:
 		return failed
 	case errors.As(failed, new(uncounted)), errors.Is(failed, errNoPublic):
 		if t.opensAnother(ctx, a, v) {
 			return nil
 		}
 		return errorf(Unavailable, errors.Join(errUndecided, err, failed), "version %d of key %s", v.Number, v.Key)
+	case t.opensAnother(ctx, a, v): // what it says of this one is no reason to leave it
+		return errorf(Unavailable, errors.Join(errUndecided, err, failed), "version %d of key %s", v.Number, v.Key)
 	}
 	a.breaks(errorf(Unavailable, err, "the token neither opens its canary nor anything else"))
 	return errorf(Unavailable, failed, "the token is not well")
 }
 
+// maxWitnesses is how many other versions are asked for their canaries.
+const maxWitnesses = 4
+
 // opensAnother tells whether the token opens the canary of another version in use.
 func (t *Token) opensAnother(ctx context.Context, a *attachment, v *Version) bool {
+	asked := 0
 	for _, o := range t.keys.versions() {
-		if b := o.bound(a, false); b != nil && o.ID != v.ID && o.mayUnwrap() == nil {
-			return t.openCanary(ctx, a, o, b.keys) == nil
+		b := o.bound(a, false)
+		if b == nil || o.ID == v.ID || o.mayUnwrap() != nil {
+			continue
+		}
+		if asked++; asked > maxWitnesses || a.over() || ctx.Err() != nil {
+			break
+		}
+		if t.openCanary(ctx, a, o, b.keys) == nil {
+			return true
 		}
 	}
 	return false

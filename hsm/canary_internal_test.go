@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/kms-agent/kms-agent/hsm/hsmtest"
+	"github.com/kms-agent/kms-agent/hsm/internal/cryptoki"
 )
 
 // soft is a Token of SoftHSM whose catalogue is in a file.
@@ -114,5 +115,46 @@ func TestCanaryCoversTheRecord(t *testing.T) {
 	}
 	if _, err := token.Wrap(t.Context(), v, nil, []byte{1}, nil); err != nil {
 		t.Error(err)
+	}
+}
+
+// Who comes while somebody else looks again at a key that was idle for long waits for what
+// that finds: an old word is none, neither that it is the right key nor that it may not wrap.
+func TestIdleKeysAreLookedAtAgain(t *testing.T) {
+	token := soft(t)
+	v, other := keyOf(t, token, "orders"), keyOf(t, token, "other")
+	m := bytes.Repeat([]byte{7}, 32)
+	for name, c := range map[string]struct {
+		change func(b *binding)
+		want   error
+	}{
+		"another key":        {func(b *binding) { b.keys = other.handles.Load().keys }, errOpen},
+		"refused a day ago":  {func(b *binding) { b.unfit, b.tested = refusal(cryptoki.Error(0x68)), b.opened }, nil},
+		"nothing is changed": {func(*binding) {}, nil},
+	} {
+		for _, version := range []*Version{v, other} {
+			if _, err := token.Wrap(t.Context(), version, nil, m, nil); err != nil {
+				t.Fatal(err)
+			}
+		}
+		b := *v.handles.Load()
+		b.opened -= int64(24 * time.Hour)
+		c.change(&b)
+		v.handles.Store(&b)
+		errs := make(chan error, 16)
+		for range cap(errs) {
+			go func() {
+				wrapped, err := token.Wrap(t.Context(), v, nil, m, nil)
+				if err == nil { // under the right key then
+					_, err = token.Unwrap(t.Context(), v, nil, wrapped, nil)
+				}
+				errs <- err
+			}()
+		}
+		for range cap(errs) {
+			if err := <-errs; err != nil && (c.want == nil || KindOf(err) != KeyUnusable) {
+				t.Errorf("%s: %v", name, err)
+			}
+		}
 	}
 }

@@ -86,7 +86,8 @@ func (c *Counter) read() (counters, error) {
 	}
 	// The format first: the rest may be of another kind there.
 	var mark struct {
-		Format int `json:"format"`
+		Format int             `json:"format"`
+		Wraps  json.RawMessage `json:"wraps"`
 	}
 	err = json.Unmarshal(b, &mark)
 	if err == nil && mark.Format > 1 {
@@ -95,15 +96,12 @@ func (c *Counter) read() (counters, error) {
 	if err == nil {
 		err = json.Unmarshal(b, &file)
 	}
-	if err == nil && mark.Format != 1 {
-		err = errors.New("they have no format")
+	if err == nil && (mark.Format != 1 || len(mark.Wraps) == 0 || string(mark.Wraps) == "null") {
+		err = errors.New("they have no format, or no counts")
 	}
 	if err != nil {
 		return file, fmt.Errorf("the counts of wraps in %s are damaged, so it is not known how much keys were used: "+
 			"rotate the keys of this backend, then remove the file: %w", c.path, err)
-	}
-	if file.Wraps == nil {
-		file.Wraps = map[string]uint64{}
 	}
 	return file, nil
 }

@@ -239,7 +239,9 @@ func (t *Token) canary(ctx context.Context, a *attachment, v *Version) error {
 	case refuse, giveUp:
 		v.unbind(a) // another key has its place, or it may not be used any more
 	default:
-		a.breaks(errorf(Unavailable, err, "the token does not open what it has wrapped itself"))
+		if !t.opensAnother(ctx, a, v) {
+			a.breaks(errorf(Unavailable, err, "the token does not open what it has wrapped itself"))
+		}
 	}
 	return err
 }

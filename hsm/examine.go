@@ -70,7 +70,7 @@ func (t *Token) examineWith(ctx context.Context, a *attachment, v *Version, wrap
 	}
 	last = errorf(Unavailable, last, "the token does not open what it has wrapped itself")
 	// Who has no session for us has not lost those that we have.
-	if errors.As(last, new(cryptoki.Error)) && stepFor(last) != fewer {
+	if errors.As(last, new(cryptoki.Error)) && stepFor(last) != fewer && !t.opensAnother(ctx, a, v) {
 		a.breaks(last)
 	}
 	return last

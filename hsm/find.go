@@ -83,14 +83,35 @@ func (v *Version) findPublic(s cryptoki.Session, keys handles) (handles, error) 
 	}
 	for _, o := range found {
 		n, err := modulus(s, o)
-		if errors.Is(err, cryptoki.ErrNoAttribute) || known && err == nil && !bytes.Equal(n, want) {
+		if errors.Is(err, cryptoki.ErrNoAttribute) || KindOf(err) == KeyUnusable || known && err == nil && !bytes.Equal(n, want) {
 			continue
 		}
-		keys.public, keys.modulus = o, len(n)
-		return keys, err
+		if err != nil {
+			return keys, err
+		}
+		ours, err := hasOurExponent(s, o)
+		if err != nil {
+			return keys, err
+		}
+		if ours {
+			keys.public, keys.modulus = o, len(n)
+			return keys, nil
+		}
 	}
 	return keys, errNoKey
 }
+
+// hasOurExponent tells whether a public key has the exponent that ours are made with, as
+// far as the token tells it.
+func hasOurExponent(s cryptoki.Session, key cryptoki.Object) (bool, error) {
+	e, err := s.Attribute(key, pkcs11.CKA_PUBLIC_EXPONENT)
+	if errors.Is(err, cryptoki.ErrNoAttribute) {
+		return true, nil
+	}
+	return bytes.Equal(bytes.TrimLeft(e, "\x00"), publicExponent()), err
+}
+
+func publicExponent() []byte { return []byte{1, 0, 1} }
 
 func publicKeys(id ID) []cryptoki.Attribute {
 	return []cryptoki.Attribute{

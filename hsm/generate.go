@@ -131,7 +131,7 @@ func generatePair(s cryptoki.Session, v *Version, r recipe) (keys handles, err e
 	}
 	public := append([]cryptoki.Attribute{
 		cryptoki.Number(pkcs11.CKA_CLASS, pkcs11.CKO_PUBLIC_KEY), cryptoki.Number(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_RSA),
-		cryptoki.Number(pkcs11.CKA_MODULUS_BITS, uint(r.rsaBits)), {Type: pkcs11.CKA_PUBLIC_EXPONENT, Value: []byte{1, 0, 1}},
+		cryptoki.Number(pkcs11.CKA_MODULUS_BITS, uint(r.rsaBits)), {Type: pkcs11.CKA_PUBLIC_EXPONENT, Value: publicExponent()},
 		cryptoki.Bool(pkcs11.CKA_TOKEN, r.onToken), cryptoki.Text(pkcs11.CKA_LABEL, r.label), {Type: pkcs11.CKA_ID, Value: v.ID[:]},
 	}, uses(mayPublic, pkcs11.CKA_ENCRYPT, pkcs11.CKA_VERIFY, pkcs11.CKA_WRAP)...)
 	use := uses(mayPrivate, pkcs11.CKA_DECRYPT, pkcs11.CKA_SIGN, pkcs11.CKA_UNWRAP)

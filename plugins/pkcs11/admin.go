@@ -145,7 +145,7 @@ func (r request) serve(ctx context.Context, diagnostics io.Writer) (answer, erro
 	if err != nil {
 		return answer{}, &hsm.Error{Kind: hsm.Unauthenticated, Err: err}
 	}
-	wraps, err := s.counter(diagnostics)
+	wraps, err := s.counter(r.Command, diagnostics)
 	if err != nil {
 		return answer{}, &hsm.Error{Kind: hsm.Invalid, Err: err}
 	}
@@ -195,9 +195,9 @@ func (r request) serve(ctx context.Context, diagnostics io.Writer) (answer, erro
 	return a, err
 }
 
-// counter opens the counts of wraps. Damaged ones are no reason not to administer keys, as
-// their cure is to rotate them.
-func (s settings) counter(diagnostics io.Writer) (*hsm.Counter, error) {
+// counter opens the counts of wraps. Damaged ones are no reason not to make new keys and
+// versions, which is their cure: the wraps of these alone are not counted then.
+func (s settings) counter(command string, diagnostics io.Writer) (*hsm.Counter, error) {
 	dir, err := s.stateDirectory()
 	if err != nil {
 		return nil, err
@@ -205,7 +205,9 @@ func (s settings) counter(diagnostics io.Writer) (*hsm.Counter, error) {
 	c, damage := s.openCounter(dir, nil)
 	if damage != nil {
 		_, _ = fmt.Fprintln(diagnostics, "warning:", damage)
-		return nil, nil //nolint:nilnil // nothing is counted
+		if command == "init-key" || command == "rotate" {
+			return nil, nil //nolint:nilnil // nothing is counted
+		}
 	}
 	return c, nil
 }
@@ -352,7 +354,7 @@ func ofVersion(ctx context.Context, err error) bool {
 	if ctx.Err() != nil || errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) || !errors.As(err, &known) {
 		return false
 	}
-	return known.Kind != hsm.Unavailable && known.Kind != hsm.Unauthenticated
+	return known.Kind != hsm.Unavailable && known.Kind != hsm.Unauthenticated || hsm.Undecided(err)
 }
 
 func wearOf(wraps *hsm.Counter, v *hsm.Version) *wear {

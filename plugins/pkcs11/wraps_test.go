@@ -230,3 +230,33 @@ func TestStateDirectoryMadeAnew(t *testing.T) {
 	}
 	eventually(t, wrap)
 }
+
+// A list makes no wraps that nobody counts, nor under a version that has made all of its.
+func TestListMakesNoWrapTooMany(t *testing.T) {
+	r := newRig(t)
+	id := r.must(request{Command: "init-key", Key: "orders"}).Keys[0].Versions[0].ID
+	fault := hsmtest.NewFault(t, "../../hsm", hsmtest.SoftHSMModule)
+	r.settings["module"] = fault.Module
+	for name, content := range map[string]string{"worn": fmt.Sprintf(`{"format":1,"wraps":{%q:%d}}`, id, uint64(1<<32)), "damaged": "{", "no counts": `{"format":1}`} {
+		r.Write("state/wraps.json", content)
+		fault.Calls()
+		a := r.administer(request{Command: "list"})
+		if n := fault.Calls()["C_Encrypt"]; n != 0 || a.Error != "" || len(a.Keys) != 1 {
+			t.Errorf("%s: %d wraps, %+v", name, n, a)
+		}
+	}
+}
+
+// One version of which nothing tells what ails it does not hide the others.
+func TestListWithAnUndecidedVersion(t *testing.T) {
+	r := newRig(t)
+	id := r.must(request{Command: "init-key", Key: "aaa"}).Keys[0].Versions[0].ID
+	r.must(request{Command: "init-key", Key: "bbb"})
+	r.Write("state/wraps.json", fmt.Sprintf(`{"format":1,"wraps":{%q:%d}}`, id, uint64(1<<32)))
+	r.Tool("--delete-object", "--type", "secrkey", "--id", id)
+	r.Tool("--keygen", "--key-type", "AES:32", "--id", id, "--label", "kmsagent/aaa/v1", "--sensitive", "--private")
+	a := r.must(request{Command: "list"})
+	if len(a.Keys) != 2 || a.Keys[0].Versions[0].Problem == "" || a.Keys[1].Versions[0].Problem != "" {
+		t.Errorf("%+v", a.Keys)
+	}
+}

@@ -26,6 +26,8 @@
 #define CKR_USER_ALREADY_LOGGED_IN 0x100UL
 #define CKR_USER_NOT_LOGGED_IN 0x101UL
 #define CKR_BUFFER_TOO_SMALL 0x150UL
+#define CKR_OF_A_VENDOR 0x80000017UL
+#define CKA_LABEL 3UL
 #define CKM_AES_GCM 0x1087UL
 #define CKS_RW_PUBLIC_SESSION 2UL
 
@@ -211,8 +213,16 @@ static ck_gcm_params *gcm(const struct modes *now, const ck_mechanism *m) {
 	return now->iv[0] && m && m->type == CKM_AES_GCM && m->len == sizeof(ck_gcm_params) ? m->parameter : NULL;
 }
 
+/* ill tells whether a key's label has what ails. */
+static int ill(const struct modes *now, ck_ulong session, ck_ulong key) {
+	char label[256] = {0};
+	ck_attribute a = {CKA_LABEL, label, sizeof label - 1};
+	return now->ill[0] && !real->C_GetAttributeValue(session, key, &a, 1) && strstr(label, now->ill);
+}
+
 static ck_rv fault_EncryptInit(ck_ulong h, ck_mechanism *m, ck_ulong k) {
 	CALL(EncryptInit);
+	if (ill(&now, h, k)) return CKR_OF_A_VENDOR;
 	if (now.logged_out) return CKR_USER_NOT_LOGGED_IN;
 	forget(OF_SESSION, h);
 	ck_gcm_params *given = gcm(&now, m);
@@ -260,6 +270,7 @@ static ck_rv fault_Encrypt(ck_ulong h, ck_byte *in, ck_ulong n, ck_byte *out, ck
 
 static ck_rv fault_DecryptInit(ck_ulong h, ck_mechanism *m, ck_ulong k) {
 	CALL(DecryptInit);
+	if (ill(&now, h, k)) return CKR_OF_A_VENDOR;
 	if (now.logged_out) return CKR_USER_NOT_LOGGED_IN;
 	ck_gcm_params *given = gcm(&now, m);
 	if (!given || strcmp(now.iv, "short-tag")) return real->C_DecryptInit(h, m, k);
