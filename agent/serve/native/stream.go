@@ -169,8 +169,9 @@ func ended(ctx context.Context, err error) error {
 		return context.Canceled
 	case codes.DeadlineExceeded:
 		return context.DeadlineExceeded
+	default:
+		return nil
 	}
-	return nil
 }
 
 // chunkWriter collects ciphertext into answers of chunkSize.
