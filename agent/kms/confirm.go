@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"crypto/rand"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"time"
@@ -73,9 +74,19 @@ func (s *Service) confirmOpening(ctx context.Context, g *group, w *wrapping, ver
 	if refused := w.refusedKey(known.Current); refused != nil {
 		material, err := s.unwrap(ctx, w, *refused)
 		clear(material)
-		return err
+		switch class := plugins.ClassOf(err); {
+		case class == plugins.BadCiphertext || class == plugins.Invalid:
+			w.forgetRefused(known.Current) // it never was the key's
+		case class.Definite() && refused.binding.ContextBound:
+			return s.conclude(ctx, w, *refused, err)
+		default:
+			return err
+		}
 	}
-	if _, err := s.makeCanary(ctx, w, known.Current); err != nil { // whether it opens is not known then
+	if _, ok := w.witness(known.Current); ok {
+		return s.confirmUnwrap(ctx, w, known.Current, nil)
+	}
+	if err := s.makeCanary(ctx, w, known.Current); err != nil { // whether it opens is not known then
 		return plugins.Errorf(plugins.Unavailable, "the agent has nothing to ask backend %s with: %v", w.id.backend, err)
 	}
 	return nil
@@ -131,6 +142,12 @@ func (s *Service) agreed(ctx context.Context, g *group, a cache.Authority, sampl
 
 func (s *Service) confirmNow(ctx context.Context, g *group, a cache.Authority, sample sealedKey) error {
 	began := s.now()
+	if last := g.sureAt.Load(); last != 0 && began-time.Duration(last) < surePause {
+		if err := s.cache.Recheck(a); err != nil {
+			return err // somebody has asked just now
+		}
+	}
+	g.sureAt.Store(int64(began))
 	err := s.confirmGroup(ctx, g, a, sample)
 	s.observe(ctx, g, a, err, began)
 	return err
@@ -200,16 +217,19 @@ func (w *wrapping) made(m *making, version string, canary sealed, now time.Durat
 
 // makeCanary sees to it that a part can be asked about a version, whatever callers bring. A
 // no is none to the key: that an agent may not wrap says nothing of what it may open. The
-// error may be that of the last attempt: tried tells whether there was one now.
-func (s *Service) makeCanary(ctx context.Context, w *wrapping, version string) (tried bool, err error) {
+// error may be that of the last attempt.
+func (s *Service) makeCanary(ctx context.Context, w *wrapping, version string) error {
 	m, err := w.making(version, s.now())
 	if m == nil {
-		return false, err
+		return err
 	}
 	canary, err := s.wrapProbe(ctx, w, version)
 	w.made(m, version, canary, s.now(), err)
-	return true, err
+	return err
 }
+
+// surePause is how often who waits may ask about what is suspended.
+const surePause = time.Second
 
 // leaveCanaries sees to it that each of several parts can be asked about what it has wrapped:
 // exported data keys prove nothing of the key, as only a caller knows their context. Nobody
@@ -302,9 +322,12 @@ func (s *Service) enabled(w *wrapping, d *described, version string, began time.
 
 func (s *Service) confirmUnwrap(ctx context.Context, w *wrapping, version string, sample *sealed) error {
 	probe, ok := w.canary(version)
+	if !ok {
+		probe, ok = w.witness(version)
+	}
 	switch {
 	case ok:
-	case sample == nil:
+	case sample == nil, w.isTainted(*sample, s.now()):
 		return nothingAtHand(w, version, nil)
 	default:
 		probe = *sample
@@ -317,7 +340,7 @@ func (s *Service) confirmUnwrap(ctx context.Context, w *wrapping, version string
 		return nil
 	case !probe.proven && class == plugins.BadCiphertext:
 		return nothingAtHand(w, version, err) // a caller may have made it up
-	case !probe.proven && class.Definite() && probe.binding.ContextBound:
+	case class.Definite() && probe.binding.ContextBound:
 		return s.conclude(ctx, w, probe, err)
 	case class == plugins.BadCiphertext:
 		s.alarm("what opened before no longer opens: the wrapping key may have been replaced", err, w.id.backend, w.id.uri)
@@ -327,8 +350,7 @@ func (s *Service) confirmUnwrap(ctx context.Context, w *wrapping, version string
 }
 
 // conclude finds out what a no means that upstream may have said for the sake of a context,
-// which a caller may have made up: by what upstream tells of the version, and by a canary,
-// which it must have taken before for its no to mean the key.
+// which a caller may have made up: by what upstream tells of the version, and by a canary.
 func (s *Service) conclude(ctx context.Context, w *wrapping, refused sealed, answer error) error {
 	clock := time.Now()
 	d, err := s.askForItself(ctx, w)
@@ -338,26 +360,38 @@ func (s *Service) conclude(ctx context.Context, w *wrapping, refused sealed, ans
 	if class := plugins.ClassOf(err); class.Definite() && class != plugins.KeyNotFound {
 		return err
 	}
-	tried, err := s.makeCanary(ctx, w, refused.version)
-	switch {
-	case err == nil:
+	if err = s.makeCanary(ctx, w, refused.version); err == nil {
 		return nil // it opens, without a context
-	case tried && plugins.ClassOf(err).Definite() && w.hasWrapped(refused.version):
-		s.said(w, question{refused.version, cache.Decrypt}, word{err: answer, began: clock, of: &refused})
-		return answer
 	}
+	w.taint(refused, s.now())
 	return nothingAtHand(w, refused.version, answer)
 }
 
-// hasWrapped tells whether a version has ever wrapped for this agent.
-func (w *wrapping) hasWrapped(version string) bool {
+// witness returns what a version has opened with a context.
+func (w *wrapping) witness(version string) (sealed, bool) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	return !w.yeses[question{version, cache.Encrypt}].IsZero()
+	k, ok := w.witnesses[version]
+	return k, ok
 }
 
-// inconclusive tells of a no that may have been said for the sake of a context. Nobody is
-// served on another's yes meanwhile, and nothing else comes of it.
+// taint remembers what is not to be asked with again, nor to witness.
+func (w *wrapping) taint(k sealed, now time.Duration) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.tainted[k.version] = tainted{ciphertext: sha256.Sum256(k.edk.Ciphertext), at: now}
+	delete(w.witnesses, k.version)
+}
+
+func (w *wrapping) isTainted(k sealed, now time.Duration) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	t, ok := w.tainted[k.version]
+	return ok && now-t.at < refusedPause && t.ciphertext == sha256.Sum256(k.edk.Ciphertext)
+}
+
+// inconclusive tells of a no that may have been said for the sake of a context. Who waits for
+// it is not served on another's yes, and nothing else comes of it.
 func inconclusive(err error) bool {
 	var own *Error
 	class := plugins.ClassOf(err)

@@ -287,6 +287,9 @@ func (t *transaction) unwrapDirect(ctx context.Context, k *key, edks sealedKey) 
 	}
 	v := g.versions(known)
 	authority := g.authority(v, cache.Decrypt)
+	if err := s.sure(t.upstream(ctx), g, authority, known); err != nil {
+		return nil, v, err
+	}
 	began, clock := s.now(), time.Now()
 	plaintext, by, err := s.unwrapGroup(t.upstream(ctx), g, known)
 	s.observeOne(ctx, g, authority, err, began)

@@ -29,6 +29,7 @@ type group struct {
 	least int
 	// lacking: data keys in use, or spares, miss a wrap.
 	lacking atomic.Bool
+	sureAt  atomic.Int64 // when somebody asked past the cache last, as time.Duration
 }
 
 func newGroup(key string, parts []*wrapping, least int) *group {
@@ -147,7 +148,7 @@ func (g *group) partOf(uri string) int {
 // a no where nobody has it who answers. One yes is a yes; what else there is counts
 // where nobody has said more.
 func (s *Service) combine(g *group, errs map[int]error) error {
-	var missing, other error
+	var missing, other, unsure error
 	yes := false
 	for part := range g.parts {
 		err, asked := errs[part]
@@ -157,7 +158,7 @@ func (s *Service) combine(g *group, errs map[int]error) error {
 			yes = true
 		case errors.As(err, new(*Error)):
 			if inconclusive(err) {
-				return err
+				unsure = err
 			}
 			other = cmp.Or(other, err)
 		case plugins.ClassOf(err) == plugins.KeyNotFound:
@@ -172,6 +173,8 @@ func (s *Service) combine(g *group, errs map[int]error) error {
 		}
 	}
 	switch {
+	case unsure != nil:
+		return unsure
 	case yes:
 		return nil
 	case other != nil:

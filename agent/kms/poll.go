@@ -3,6 +3,7 @@ package kms
 import (
 	"cmp"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"maps"
@@ -196,17 +197,18 @@ type question struct {
 type word struct {
 	err   error // nil is a yes
 	began time.Time
-	// told: it was told of the wrapping key, and not in use: so the same is taken back.
-	told bool
+	// told: the version's state says so, and takes it back; denied: nothing at all is told
+	// of the wrapping key, until something is.
+	told, denied bool
 	// of is what it did not open; nil where that is not known.
 	of *sealed
 }
 
 // no is a word that stands until a yes.
 type no struct {
-	at   time.Time // when it was heard
-	told bool
-	of   *sealed
+	at           time.Time // when it was heard
+	told, denied bool
+	of           *sealed
 }
 
 // said notes a part's word: a no stands until a yes to a later call, whatever else the cache
@@ -242,8 +244,12 @@ func (w *wrapping) note(q question, said word) (news bool) {
 	if said.began.Before(w.yeses[q]) {
 		return false // it has said yes since
 	}
-	n := no{at: time.Now(), told: said.told && (!refused || before.told), of: before.of}
-	if said.of != nil {
+	n := no{at: time.Now(), told: said.told, denied: said.denied, of: before.of}
+	if refused && !before.denied && (said.denied || !before.told) {
+		n.told, n.denied = before.told, false // that lasts longer
+	}
+	// What it has opened before is no forgery, and better to ask with.
+	if said.of != nil && (n.of == nil || said.of.proven && !n.of.proven) {
 		clone := said.of.clone()
 		n.of = &clone
 	}
@@ -256,7 +262,8 @@ func (w *wrapping) allowed(d plugins.Description, began time.Time) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	for q, n := range w.noes {
-		if v := findVersion(d, q.version); n.told && v != nil && v.State == plugins.Enabled && !began.Before(n.at) {
+		v := findVersion(d, q.version)
+		if (n.denied || n.told && v != nil && v.State == plugins.Enabled) && !began.Before(n.at) {
 			delete(w.noes, q)
 		}
 	}
@@ -297,6 +304,16 @@ func (w *wrapping) refusedKey(version string) *sealed {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return w.noes[question{version, cache.Decrypt}].of
+}
+
+// forgetRefused forgets it: it is not what the version has wrapped.
+func (w *wrapping) forgetRefused(version string) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if n, ok := w.noes[question{version, cache.Decrypt}]; ok {
+		n.of = nil
+		w.noes[question{version, cache.Decrypt}] = n
+	}
 }
 
 func (w *wrapping) refuses(version string, d cache.Direction) bool {
@@ -354,9 +371,12 @@ func (w *wrapping) refusals() []storedRefusal {
 	defer w.mu.Unlock()
 	var all []storedRefusal
 	for q, n := range w.noes {
-		one := storedRefusal{Version: q.version, Direction: q.direction, Told: n.told}
+		one := storedRefusal{Version: q.version, Direction: q.direction, Told: n.told, Denied: n.denied}
 		if n.of != nil {
-			one.Of = new(n.of.stored())
+			of := n.of.stored()
+			if text, err := json.Marshal(of); err == nil && len(text) <= maxRefused {
+				one.Of = &of
+			}
 		}
 		all = append(all, one)
 	}
@@ -368,7 +388,7 @@ func (w *wrapping) refusedBefore(stored storedWrapping) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	for _, one := range stored.Refused {
-		n := no{at: time.Now(), told: one.Told}
+		n := no{at: time.Now(), told: one.Told, denied: one.Denied}
 		if one.Of != nil {
 			n.of = new(one.Of.sealed())
 		}

@@ -104,12 +104,15 @@ type storedWrapping struct {
 	Refused []storedRefusal `json:"refused,omitempty"`
 	// Denied: it has said that it tells nothing of the key.
 	Denied bool `json:"denied,omitempty"`
+	// Canaries are what the agent can ask about its versions with.
+	Canaries []storedEDK `json:"canaries,omitempty"`
 }
 
 type storedRefusal struct {
 	Version   string          `json:"version"`
 	Direction cache.Direction `json:"direction"`
 	Told      bool            `json:"told,omitempty"`
+	Denied    bool            `json:"denied,omitempty"`
 	Of        *storedEDK      `json:"of,omitempty"`
 }
 
@@ -137,22 +140,47 @@ func (s *Service) notes() []cache.Note {
 		note := storedWrapping{Backend: id.backend, URI: id.uri, Upstream: st.Upstreams[id.backend], Refused: w.refusals(), Denied: w.denied()}
 		switch {
 		case known != nil:
-			note.Current, note.Versions = known.Current, known.Versions
+			note.Current, note.Versions, note.Canaries = known.Current, known.Versions, w.storedCanaries()
 		case len(note.Refused) > 0 || note.Denied:
 			known = &described{at: s.now()}
 		default:
 			continue
 		}
-		if text, err := json.Marshal(note); err == nil && len(text) <= maxNote {
+		if text := note.text(); text != nil {
 			notes = append(notes, cache.Note{Value: text, At: known.at})
 		}
 	}
 	return notes
 }
 
-// maxNote bounds one, in bytes: some hundred versions. A wrapping key with more waits
-// for upstream after a restart.
-const maxNote = 60 << 10
+const (
+	// maxNote bounds one, in bytes: some hundred versions. A wrapping key with more waits
+	// for upstream after a restart.
+	maxNote = 60 << 10
+	// maxRefused bounds what a version did not open, in a note.
+	maxRefused = 4 << 10
+)
+
+// text is the note as it is stored. What does not fit is left out, and what is refused
+// last; nil where that alone is too much.
+func (n storedWrapping) text() []byte {
+	for _, less := range []func(){
+		func() {},
+		func() {
+			for i := range n.Refused {
+				n.Refused[i].Of = nil
+			}
+		},
+		func() { n.Canaries = nil },
+		func() { n.Current, n.Versions = "", nil },
+	} {
+		less()
+		if text, err := json.Marshal(n); err == nil && len(text) <= maxNote {
+			return text
+		}
+	}
+	return nil
+}
 
 // Restore takes in what Options.Store has of the keys of the configuration in use. Call
 // it once, after the first Apply and before any operation. An error means a start
@@ -219,9 +247,32 @@ func (s *Service) recall(notes []cache.Note) map[wrappingID]*wrapping {
 		}
 		d := &described{Description: plugins.Description{Current: stored.Current, Versions: stored.Versions}, at: n.At}
 		w.described.CompareAndSwap(nil, d)
+		w.takeCanaries(stored.Canaries)
 		of[id] = w
 	}
 	return of
+}
+
+func (w *wrapping) storedCanaries() []storedEDK {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	var all []storedEDK
+	for _, k := range w.canaries {
+		all = append(all, k.stored())
+	}
+	return all
+}
+
+func (w *wrapping) takeCanaries(stored []storedEDK) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for _, e := range stored {
+		k := e.sealed()
+		k.proven = true
+		if _, ok := w.canaries[k.version]; !ok {
+			w.canaries[k.version] = k
+		}
+	}
 }
 
 func (s *Service) isDown(g *group) bool {

@@ -129,6 +129,7 @@ func (s *Service) newMessageKey(ctx context.Context, k *key, current versions, p
 	if !all {
 		k.group.lacking.Store(true)
 	}
+	s.leaveCanaries(ctx, k.group, wrapped)
 	if all && s.inUse(k.group) {
 		s.cache.Observe(k.group.authority(current, cache.Decrypt), cache.Yes, began)
 	}
@@ -241,7 +242,7 @@ func (t *transaction) known(ctx context.Context, k *key, edks sealedKey) (sealed
 	var known sealedKey
 	for _, edk := range edks {
 		// One that was refused, and is not told of any more, is refused still.
-		if w := k.group.parts[edk.part]; w.hasToldOf(edk.version) || w.refuses(edk.version, cache.Decrypt) {
+		if w := k.group.parts[edk.part]; w.hasToldOf(edk.version) || len(k.group.parts) > 1 && w.refuses(edk.version, cache.Decrypt) {
 			known = append(known, edk)
 		}
 	}

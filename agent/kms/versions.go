@@ -252,7 +252,7 @@ func (s *Service) descriptionFailed(w *wrapping, err error, began time.Duration,
 		return
 	}
 	if known := w.described.Load(); known != nil {
-		w.refusedAll(known, word{err: err, began: clock, told: true})
+		w.refusedAll(known, word{err: err, began: clock, denied: true})
 	}
 	s.cache.Refuse(g.id.backend, g.id.uri, func(cache.Authority) bool { return true }, began)
 }

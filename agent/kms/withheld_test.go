@@ -329,6 +329,7 @@ func TestANoToBoundKeys(t *testing.T) {
 			return err
 		}
 		q.must()
+		q.Settle() // its canaries
 		if err := use(); err != nil {
 			t.Fatal(err)
 		}

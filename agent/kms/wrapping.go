@@ -3,6 +3,7 @@ package kms
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"sync"
@@ -53,8 +54,19 @@ type wrapping struct {
 	mu       sync.Mutex         // guards canaries and what follows
 	canaries map[string]sealed  // by version
 	makings  map[string]*making // of canaries, by version
-	noes     map[question]no
-	yeses    map[question]time.Time // when the last call began that was answered with yes
+	// witnesses are what a version has opened with a context, where there is no canary;
+	// tainted is what it has refused that may have been for the sake of the context.
+	witnesses map[string]sealed
+	tainted   map[string]tainted
+	noes      map[question]no
+	yeses     map[question]time.Time // when the last call began that was answered with yes
+}
+
+// tainted is what is not to be asked with again for a while: one caller's context must not
+// be every caller's question.
+type tainted struct {
+	ciphertext [sha256.Size]byte
+	at         time.Duration
 }
 
 // refusal is a definite no to the question what the wrapping key is.
@@ -111,7 +123,7 @@ func (s *Service) inUse(g *group) bool {
 }
 
 func newWrapping(id wrappingID, key string, backend plugins.Backend) *wrapping {
-	return &wrapping{id: id, key: key, backend: backend, canaries: map[string]sealed{}, makings: map[string]*making{}, noes: map[question]no{}, yeses: map[question]time.Time{}}
+	return &wrapping{id: id, key: key, backend: backend, canaries: map[string]sealed{}, makings: map[string]*making{}, witnesses: map[string]sealed{}, tainted: map[string]tainted{}, noes: map[question]no{}, yeses: map[question]time.Time{}}
 }
 
 func (w *wrapping) ref(version string) plugins.KeyRef {
@@ -170,7 +182,7 @@ func (s *Service) unwrap(ctx context.Context, w *wrapping, k sealed) ([]byte, er
 		// Who can wrap by himself, as with a public key, can make such EDKs too: it is no outage.
 		err = plugins.Errorf(plugins.BadCiphertext, "it opened to another data key than was wrapped: its key check does not hold")
 	}
-	if err == nil || k.proven || !k.binding.ContextBound {
+	if err == nil || !k.binding.ContextBound {
 		s.said(w, question{k.version, cache.Decrypt}, word{err: err, began: began, of: &k})
 	}
 	w.took(began, hedgeAfter, err)
@@ -183,18 +195,19 @@ func (s *Service) unwrap(ctx context.Context, w *wrapping, k sealed) ([]byte, er
 	return material, nil
 }
 
-// keep makes what was opened the canary of its version, where there is none yet: an agent
-// that only decrypts makes none of its own.
+// keep makes what was opened the canary of its version, where there is none yet, or, with a
+// context, a witness: an agent that only decrypts makes no canary of its own.
 func (w *wrapping) keep(k sealed) {
-	if k.binding.ContextBound {
-		return
-	}
+	probes := w.canaries
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if _, ok := w.canaries[k.version]; !ok {
+	if k.binding.ContextBound {
+		probes = w.witnesses
+	}
+	if _, ok := probes[k.version]; !ok {
 		k = k.clone()
 		k.proven = true
-		w.canaries[k.version] = k
+		probes[k.version] = k
 	}
 }
 
