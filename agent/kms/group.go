@@ -212,6 +212,24 @@ func (s *Service) wrapParts(ctx context.Context, g *group, parts []int, v versio
 		made sealed
 		err  error
 	}
+	wrapBy := func(ctx context.Context, part int) (sealed, error) {
+		one := info
+		one.URI, one.Version = g.parts[part].id.uri, v[part]
+		began := time.Now()
+		made, err := s.wrap(ctx, g.parts[part], material, one, encryptionContext)
+		made.part = part
+		if err != nil && !one.ContextBound {
+			s.said(g.parts[part], question{one.Version, cache.Encrypt}, word{err: err, began: began})
+		}
+		return made, err
+	}
+	if len(parts) == 1 { // as a rule: no goroutine is needed
+		made, err := wrapBy(ctx, parts[0])
+		if err != nil {
+			return nil, map[int]error{parts[0]: err}
+		}
+		return sealedKey{made}, map[int]error{parts[0]: nil}
+	}
 	ctx, cancel := context.WithCancel(ctx)
 	answers := make(chan answer, len(parts))
 	var under sync.WaitGroup
@@ -220,15 +238,8 @@ func (s *Service) wrapParts(ctx context.Context, g *group, parts []int, v versio
 		under.Wait() // they read the material
 	}()
 	for _, part := range parts {
-		one := info
-		one.URI, one.Version = g.parts[part].id.uri, v[part]
 		under.Go(func() {
-			began := time.Now()
-			made, err := s.wrap(ctx, g.parts[part], material, one, encryptionContext)
-			if err != nil && !one.ContextBound {
-				s.said(g.parts[part], question{one.Version, cache.Encrypt}, word{err: err, began: began})
-			}
-			made.part = part
+			made, err := wrapBy(ctx, part)
 			answers <- answer{part, made, err}
 		})
 	}
