@@ -223,6 +223,11 @@ func (s *Service) makeCanary(ctx context.Context, w *wrapping, version string) e
 	if m == nil {
 		return err
 	}
+	return s.attempt(ctx, w, m, version)
+}
+
+// attempt makes a canary, or fails to, in an attempt that has begun.
+func (s *Service) attempt(ctx context.Context, w *wrapping, m *making, version string) error {
 	canary, err := s.wrapProbe(ctx, w, version)
 	w.made(m, version, canary, s.now(), err)
 	return err
@@ -251,8 +256,7 @@ func (s *Service) leaveCanaries(ctx context.Context, g *group, wrapped sealedKey
 		}
 		go func() {
 			defer done()
-			canary, err := s.wrapProbe(detached, w, one.version)
-			w.made(m, one.version, canary, s.now(), err)
+			_ = s.attempt(detached, w, m, one.version) // the next wrap tries again
 		}()
 	}
 }

@@ -2,14 +2,12 @@ package kms_test
 
 import (
 	"bytes"
-	"path/filepath"
 	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/kms-agent/kms-agent/agent/kms"
-	"github.com/kms-agent/kms-agent/cache/seal"
 	"github.com/kms-agent/kms-agent/envelope"
 )
 
@@ -118,17 +116,7 @@ func TestForgedWhileRefused(t *testing.T) {
 func TestStoredRefusalOfALargeContext(t *testing.T) {
 	for name, size := range map[string]int{"small": 10, "large": 14000} {
 		t.Run(name, func(t *testing.T) {
-			p := newPair(t, 1)
-			r := &storeRig{rig: p.rig, dir: t.TempDir(), max: 64, wall: time.Now(), boot: "first"}
-			sealer, err := seal.OpenFile(filepath.Join(r.dir, "sealer"))
-			if err != nil {
-				t.Fatal(err)
-			}
-			t.Cleanup(sealer.Close)
-			r.sealer = sealer
-			r.config.Keys[0].Limits.Store = true
-			r.config.Upstreams = map[string]string{"local": "one", "b": "two"}
-			r.restart()
+			p, r := newStoredPair(t)
 			made, pairs := p.exported(strings.Repeat("<", size))
 			whole := p.must().Message
 			p.Settle()

@@ -236,9 +236,7 @@ func (w *wrapping) note(q question, said word) (news bool) {
 		if refused && !said.began.Before(before.at) {
 			delete(w.noes, q)
 		}
-		if r := w.refused.Load(); r != nil && !said.began.Before(r.at) {
-			w.refused.CompareAndSwap(r, nil)
-		}
+		w.answered(said.began)
 		return false
 	}
 	if said.began.Before(w.yeses[q]) {
@@ -267,6 +265,12 @@ func (w *wrapping) allowed(d plugins.Description, began time.Time) {
 			delete(w.noes, q)
 		}
 	}
+	w.answered(began)
+}
+
+// answered takes back a no to the question what the wrapping key is, which was heard before
+// a call began that had a yes.
+func (w *wrapping) answered(began time.Time) {
 	if r := w.refused.Load(); r != nil && !began.Before(r.at) {
 		w.refused.CompareAndSwap(r, nil)
 	}

@@ -127,8 +127,9 @@ func TestANoCoversWhatOthersWrappedToo(t *testing.T) {
 	}
 }
 
-// What a backend has refused stays refused over a restart, also what it has not wrapped.
-func TestARefusalOutlastsARestart(t *testing.T) {
+// newStoredPair is newPair with a sealed store.
+func newStoredPair(t *testing.T) (*pair, *storeRig) {
+	t.Helper()
 	p := newPair(t, 1)
 	r := &storeRig{rig: p.rig, dir: t.TempDir(), max: 64, wall: time.Now(), boot: "first"}
 	sealer, err := seal.OpenFile(filepath.Join(r.dir, "sealer"))
@@ -140,6 +141,12 @@ func TestARefusalOutlastsARestart(t *testing.T) {
 	r.config.Keys[0].Limits.Store = true
 	r.config.Upstreams = map[string]string{"local": "one", "b": "two"}
 	r.restart()
+	return p, r
+}
+
+// What a backend has refused stays refused over a restart, also what it has not wrapped.
+func TestARefusalOutlastsARestart(t *testing.T) {
+	p, r := newStoredPair(t)
 	partial, whole := p.partial(), p.must().Message
 	p.clock.Advance(6 * time.Minute)
 	p.must()
