@@ -37,6 +37,15 @@ func (f *flaky) WhoAmI(context.Context, *kmsagentv1.WhoAmIRequest) (*kmsagentv1.
 	return &kmsagentv1.WhoAmIResponse{SpiffeId: "spiffe://dev.local/orders"}, nil
 }
 
+// fails has it fail the next calls, and tells how many came before.
+func (f *flaky) fails(failures ...error) int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	before := f.calls
+	f.failures, f.calls = failures, 0
+	return before
+}
+
 func soon(t testing.TB, code codes.Code, reason string, after time.Duration) error {
 	t.Helper()
 	return detailed(t, code, "not now", &errdetails.ErrorInfo{Domain: "kms-agent", Reason: reason}, &errdetails.RetryInfo{RetryDelay: durationpb.New(after)})
@@ -64,8 +73,8 @@ func TestWhatIsRetried(t *testing.T) {
 			f := &flaky{failures: c.failures}
 			path := serveFlaky(t, f)
 			_, err := dial(t, client.Options{Socket: path, Retry: c.retry}).WhoAmI(patiently(t))
-			if !errors.Is(err, c.want) || f.calls != c.calls {
-				t.Errorf("got %v after %d calls, want %v after %d", err, f.calls, c.want, c.calls)
+			if calls := f.fails(); !errors.Is(err, c.want) || calls != c.calls {
+				t.Errorf("got %v after %d calls, want %v after %d", err, calls, c.want, c.calls)
 			}
 		})
 	}
@@ -78,8 +87,9 @@ func TestRetryIsBounded(t *testing.T) {
 	}
 	path := serveFlaky(t, f)
 	c := dial(t, client.Options{Socket: path, Retry: time.Second})
-	if _, err := c.WhoAmI(patiently(t)); !errors.Is(err, client.ErrBackendUnavailable) || f.calls < 2 || f.calls > 101 {
-		t.Errorf("by Retry: %v after %d calls", err, f.calls)
+	_, err := c.WhoAmI(patiently(t))
+	if calls := f.fails(f.failures...); !errors.Is(err, client.ErrBackendUnavailable) || calls < 2 || calls > 101 {
+		t.Errorf("by Retry: %v after %d calls", err, calls)
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
 	defer cancel()
@@ -87,8 +97,7 @@ func TestRetryIsBounded(t *testing.T) {
 	if _, err := c.WhoAmI(ctx); !errors.Is(err, client.ErrBackendUnavailable) && !errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("by the deadline: %v", err)
 	}
-	f.failures = []error{soon(t, codes.Unavailable, "BACKEND_UNAVAILABLE", time.Minute)}
-	f.calls = 0
+	f.fails(soon(t, codes.Unavailable, "BACKEND_UNAVAILABLE", time.Minute))
 	ctx, stop := context.WithCancel(t.Context())
 	done := make(chan error, 1)
 	go func() { _, err := c.WhoAmI(ctx); done <- err }()
