@@ -9,6 +9,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/durationpb"
 
 	pluginv1 "github.com/kms-agent/kms-agent/api/plugin/v1"
 )
@@ -48,6 +49,7 @@ func (s *server) Calls(stream grpc.BidiStreamingServer[pluginv1.CallsRequest, pl
 	defer sender.Wait()
 	defer a.under.Wait()
 	defer cancel()
+	context.AfterFunc(ctx, a.cancelAll)
 	for {
 		calls, err := stream.Recv()
 		if err != nil {
@@ -75,10 +77,10 @@ func (a *answering) take(ctx context.Context, call *pluginv1.Call) error {
 	if known || len(a.cancels) >= maxCalls {
 		return status.Errorf(codes.InvalidArgument, "call %d: its number is in use, or more than %d calls are under way", call.GetId(), maxCalls)
 	}
-	own, cancel := context.WithCancel(ctx)
-	if call.GetTimeout() != nil {
-		own, cancel = context.WithTimeout(ctx, call.GetTimeout().AsDuration())
+	if err := ctx.Err(); err != nil {
+		return status.FromContextError(err).Err() // cancelAll does not come twice
 	}
+	own, cancel := lifetime(ctx, call.GetTimeout())
 	a.cancels[call.GetId()] = cancel
 	t := task{own, cancel, call}
 	select {
@@ -87,6 +89,27 @@ func (a *answering) take(ctx context.Context, call *pluginv1.Call) error {
 		a.under.Go(func() { a.serve(ctx, t) })
 	}
 	return nil
+}
+
+// lifetime returns the context of one call, with what ctx says of the stream. It ends
+// after timeout, a little before its caller gives up, or by hand: answering has all
+// of them in its table, ctx need not have another.
+func lifetime(ctx context.Context, timeout *durationpb.Duration) (context.Context, context.CancelFunc) {
+	own := context.WithoutCancel(ctx)
+	if timeout == nil {
+		return context.WithCancel(own)
+	}
+	has := timeout.AsDuration()
+	return context.WithTimeout(own, has-AnswerMargin(has))
+}
+
+// cancelAll ends the calls under way.
+func (a *answering) cancelAll() {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for _, cancel := range a.cancels {
+		cancel()
+	}
 }
 
 // serve makes a call and then those that come while few others wait for them, until

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"runtime"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -383,5 +384,43 @@ func TestCallsDoNotWaitForAStream(t *testing.T) {
 	case <-calls.stream().ended:
 	case <-time.After(10 * time.Second):
 		t.Error("the stream does not end with its connection")
+	}
+}
+
+// A call leaves nothing behind on its stream, which lives as long as the plugin.
+func TestCallsAreForgotten(t *testing.T) {
+	w := wire(t, &odd{}, nil)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	objects := func() uint64 {
+		for range 2000 {
+			if _, err := w.Wrap(ctx, KeyRef{URI: "good", Version: "1"}, []byte("m"), Binding{}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		var m runtime.MemStats
+		runtime.GC()
+		runtime.GC() // what pools keep lives through one
+		runtime.ReadMemStats(&m)
+		return m.HeapObjects
+	}
+	before := objects()
+	if after := objects(); after > before+500 {
+		t.Errorf("2000 calls leave %d objects behind", after-before)
+	}
+}
+
+// A backend's time is up before its caller's: the caller learns which of them hangs.
+func TestCallsAnswerInTime(t *testing.T) {
+	o := &odd{started: make(chan struct{}, 1), ended: make(chan error, 1)}
+	w := wire(t, o, nil)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+	defer cancel()
+	_, err := w.Wrap(ctx, KeyRef{URI: "wait", Version: "1"}, []byte("m"), Binding{})
+	if err == nil || ctx.Err() != nil {
+		t.Errorf("%v, and the caller's time: %v", err, ctx.Err())
+	}
+	if ended := <-o.ended; !errors.Is(ended, context.DeadlineExceeded) {
+		t.Errorf("the backend's call ended by %v", ended)
 	}
 }

@@ -87,16 +87,13 @@ func Serve(b Backend) error {
 	}
 	stderr := os.Stderr // go-plugin replaces the variable
 	go closeOnTerm(b, stderr)
-	recovers := recoverPanics(stderr)
-	each := func(ctx context.Context, request any, info *grpc.UnaryServerInfo, method grpc.UnaryHandler) (any, error) {
-		return recovers(ctx, request, info, func(ctx context.Context, request any) (any, error) { return answerInTime(ctx, request, info, method) })
-	}
+	each := recoverPanics(stderr)
 	plugin.Serve(&plugin.ServeConfig{
 		HandshakeConfig:  h,
 		VersionedPlugins: sets(b, each),
 		GRPCServer: func(o []grpc.ServerOption) *grpc.Server {
 			return grpc.NewServer(append(o, grpc.MaxRecvMsgSize(MaxMessageSize), grpc.MaxSendMsgSize(MaxMessageSize),
-				grpc.UnaryInterceptor(each))...)
+				grpc.ChainUnaryInterceptor(each, answerInTime))...)
 		},
 		Logger: hclog.New(&hclog.LoggerOptions{Level: hclog.Warn, Output: stderr, JSONFormat: true}),
 	})

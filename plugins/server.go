@@ -21,7 +21,8 @@ type server struct {
 	// random is written before session, and read after it; nil without the
 	// capability.
 	random RandomSource
-	// each is around every call that comes by the stream. It may be nil.
+	// each is around every call that comes by the stream, but for what sees to its time.
+	// It may be nil.
 	each grpc.UnaryServerInterceptor
 
 	mu     sync.Mutex
