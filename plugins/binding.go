@@ -28,9 +28,9 @@ type Binding struct {
 // the context is bound, else 0), and where it is bound the number of pairs as
 // 64 bits and each key and value, ordered by key.
 func (b Binding) AAD() []byte {
-	out := appendField(make([]byte, 0, 64+len(b.ProviderInfo)), bindingVersion)
-	out = appendField(out, b.Purpose)
-	out = appendField(out, string(b.ProviderInfo))
+	out := make([]byte, 0, 4*fieldOverhead+len(bindingVersion)+len(b.Purpose)+len(b.ProviderInfo)+1)
+	out = appendField(appendField(out, bindingVersion), b.Purpose)
+	out = appendField(out, b.ProviderInfo)
 	if !b.ContextBound {
 		return appendField(out, "\x00")
 	}
@@ -42,6 +42,9 @@ func (b Binding) AAD() []byte {
 	return out
 }
 
-func appendField(out []byte, field string) []byte {
+// fieldOverhead is how many bytes a field takes beside its own.
+const fieldOverhead = 8
+
+func appendField[T string | []byte](out []byte, field T) []byte {
 	return append(binary.BigEndian.AppendUint64(out, uint64(len(field))), field...)
 }

@@ -119,9 +119,9 @@ func sessionAAD(method string, key KeyRef, ciphertext []byte, b Binding) []byte 
 	if method == "Unwrap" {
 		direction = sessionToHost
 	}
-	out := appendField(nil, direction)
-	out = appendField(out, method)
+	bound := b.AAD()
+	out := make([]byte, 0, 6*fieldOverhead+len(direction)+len(method)+len(key.URI)+len(key.Version)+len(ciphertext)+len(bound))
+	out = appendField(appendField(out, direction), method)
 	out = appendField(appendField(out, key.URI), key.Version)
-	out = appendField(out, string(ciphertext))
-	return appendField(out, string(b.AAD()))
+	return appendField(appendField(out, ciphertext), bound)
 }
