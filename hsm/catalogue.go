@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -316,9 +317,19 @@ func entriesOnce(w *worker, name string) ([]entry, error) {
 		}
 		k, err := parseKey(value)
 		if err != nil {
-			return nil, errorf(Broken, err, "a record of kms-agent on the token")
+			return nil, errorf(Broken, err, "the private data object %s of application %s on the token is no record that this release can read (restore it, or destroy it if it is not the agent's)",
+				labelOf(w.session, o), application)
 		}
 		list = append(list, entry{key: k, object: o, value: value})
 	}
 	return list, nil
+}
+
+// labelOf is how a message names an object on the token.
+func labelOf(s cryptoki.Session, o cryptoki.Object) string {
+	label, err := s.Attribute(o, pkcs11.CKA_LABEL)
+	if err != nil {
+		return "without a label"
+	}
+	return strconv.Quote(string(label))
 }

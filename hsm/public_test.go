@@ -57,6 +57,17 @@ func TestPublicRecord(t *testing.T) {
 	r.opens(k.Versions[0], wrapped, m)
 }
 
+// A record that cannot be read is named, with what to do about it.
+func TestDamagedRecord(t *testing.T) {
+	r := newRig(t)
+	r.write("rubbish", "rubbish")
+	r.tool("--write-object", r.path("rubbish"), "--type", "data", "--private", "--label", "kmsagent/orders", "--application-label", "kms-agent")
+	_, err := r.Keys(bounded(t))
+	if hsm.KindOf(err) != hsm.Broken || !strings.Contains(err.Error(), `"kmsagent/orders"`) || !strings.Contains(err.Error(), "restore it") {
+		t.Errorf("Keys: %v", err)
+	}
+}
+
 // A public secret key with the ID of a version is none of its keys, whether that is there
 // or not.
 func TestPublicSecretKey(t *testing.T) {
