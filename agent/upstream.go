@@ -66,6 +66,9 @@ func (u *upstream) Check(ctx context.Context) (plugins.Health, error) {
 	return through(u, func(s *host.Supervisor) (plugins.Health, error) { return s.Check(ctx) })
 }
 
+// SeesContext implements plugins.ContextAware.
+func (u *upstream) SeesContext() bool { return u.current.Load().SeesContext() }
+
 // Close implements plugins.Backend; backend.stop ends the process.
 func (u *upstream) Close() error { return nil }
 

@@ -15,6 +15,9 @@ const (
 	// maxAsking bounds the confirmations of one backend in flight that no
 	// request waits for.
 	maxAsking = 8
+	// maxContexts is how many authorities of contexts may be remembered that cover nothing:
+	// anybody can make contexts up.
+	maxContexts = 4096
 )
 
 // standing is what upstream's last definite word makes of an authority.
@@ -77,12 +80,34 @@ type authority struct {
 func (c *Cache) authorityLocked(name Authority) *authority {
 	a := c.authorities[name]
 	if a == nil {
+		if name.Context != "" {
+			c.newContextLocked()
+		}
 		a = &authority{Authority: name, reach: c.reachLocked(name)}
 		a.reach.authorities++
 		c.authorities[name] = a
 	}
 	a.touched = c.cfg.Now()
 	return a
+}
+
+// newContextLocked counts one more context, and forgets those that cover nothing
+// where there are too many.
+func (c *Cache) newContextLocked() {
+	if c.contexts++; c.contexts <= maxContexts+len(c.entries)+c.spares {
+		return
+	}
+	for name, a := range c.authorities {
+		if name.Context != "" && a.idle() {
+			c.forgetLocked(name, a)
+		}
+	}
+}
+
+// idle tells whether nothing depends on what is known of an authority. That upstream has
+// said no is asked for again.
+func (a *authority) idle() bool {
+	return len(a.entries) == 0 && a.fills == 0 && a.flight == nil && (!a.kept || a.standing == good)
 }
 
 // confirmLocked notes a yes to a call that began then. A yes from before a no
@@ -165,10 +190,18 @@ func (c *Cache) Observe(a Authority, v Verdict, began time.Duration) {
 		return
 	}
 	switch v {
-	case Yes:
-		c.confirmLocked(c.authorityLocked(a), began)
-	case No:
+	case Yes, No:
+		if a.Context != "" && c.authorities[a] == nil {
+			if r := c.reaches[a.span()]; r != nil {
+				r.answeredLocked(began) // beside that it concerns what is not cached
+			}
+			return
+		}
 		known := c.authorityLocked(a)
+		if v == Yes {
+			c.confirmLocked(known, began)
+			return
+		}
 		known.reach.answeredLocked(began)
 		c.refuseLocked(known, nil)
 	case Unreachable:
@@ -177,6 +210,33 @@ func (c *Cache) Observe(a Authority, v Verdict, began time.Duration) {
 		}
 	case Other:
 	}
+}
+
+// Ask has an Authority that covers something asked about, unless that was done just now:
+// what a call past the cache has heard may concern it too.
+func (c *Cache) Ask(name Authority) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	a := c.authorities[name]
+	if a != nil && len(a.entries) > 0 && c.asking[a.Backend] < maxAsking {
+		c.probeLocked(context.Background(), a)
+	}
+}
+
+// Turn tells whether somebody may ask upstream past the cache about an Authority that it
+// has said no to: one at a time, and not too often.
+func (c *Cache) Turn(name Authority) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	a, now := c.authorities[name], c.cfg.Now()
+	switch {
+	case a == nil || a.standing == good:
+		return true
+	case now < a.nextProbe:
+		return false
+	}
+	a.nextProbe = now + probePause
+	return true
 }
 
 // errObserved: the error is known to who made the call.

@@ -39,6 +39,9 @@ func (d Direction) String() string {
 type Authority struct {
 	Backend, WrappingKey, Version string
 	Direction                     Direction
+	// Context stands for the encryption context where upstream's own policy sees it: a no
+	// to one says nothing of the others. "" is for whatever it does not see.
+	Context string
 }
 
 // Verdict is what an answer from upstream means for the Authority behind it.
@@ -244,6 +247,7 @@ type Cache struct {
 	fills       map[place]*flight    // that more requests may wait for
 	filling     map[*flight]struct{} // all that are under way
 	authorities map[Authority]*authority
+	contexts    int // authorities that have one
 	reaches     map[span]*reach
 	upstreams   map[string]*upstream
 	pools       map[place]*pool

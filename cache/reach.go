@@ -18,6 +18,8 @@ type span struct {
 	direction            Direction
 }
 
+func (a Authority) span() span { return span{a.Backend, a.WrappingKey, a.Direction} }
+
 // reach is whether upstream answers for a span. Its fields are guarded by Cache.mu.
 type reach struct {
 	upstream *upstream
@@ -60,7 +62,7 @@ type Outage struct {
 const outageAfter = 2 * time.Second
 
 func (c *Cache) reachLocked(a Authority) *reach {
-	name := span{a.Backend, a.WrappingKey, a.Direction}
+	name := a.span()
 	r := c.reaches[name]
 	if r == nil {
 		r = &reach{upstream: c.upstreamLocked(a.Backend)}

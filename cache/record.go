@@ -13,7 +13,9 @@ import (
 // its layout's version. A data key's secret is at the end of its record.
 const (
 	recordVersion = 1
-	maxOrigin     = 32 << 10
+	// contextVersion is that of records whose authority has a context.
+	contextVersion = 2
+	maxOrigin      = 32 << 10
 )
 
 type encoder struct{ out []byte }
@@ -29,8 +31,12 @@ func (e *encoder) time(d time.Duration) { e.number(uint64(d)) }
 func (e *encoder) octet(b byte)         { e.out = append(e.out, b) }
 func (e *encoder) truth(b bool)         { e.octet(map[bool]byte{true: 1}[b]) }
 func (e *encoder) authority(a *Authority) {
-	e.span(span{a.Backend, a.WrappingKey, a.Direction})
+	e.span(a.span())
 	e.text(a.Version)
+	if a.Context != "" {
+		e.out[0] = contextVersion
+		e.text(a.Context)
+	}
 }
 func (e *encoder) span(s span) {
 	e.text(s.backend)
@@ -40,14 +46,16 @@ func (e *encoder) span(s span) {
 
 // decoder reads what encoder wrote; the first fault makes everything zero.
 type decoder struct {
-	rest []byte
-	err  error
+	version byte
+	rest    []byte
+	err     error
 }
 
-func newDecoder(value []byte) *decoder {
+// newDecoder reads records up to the layout latest.
+func newDecoder(value []byte, latest byte) *decoder {
 	d := &decoder{rest: value}
-	if v := d.octet(); d.err == nil && v != recordVersion {
-		d.err = fmt.Errorf("%w: a record has layout %d, this program knows %d", seal.ErrNewer, v, recordVersion)
+	if d.version = d.octet(); d.err == nil && (d.version < recordVersion || d.version > latest) {
+		d.err = fmt.Errorf("%w: a record has layout %d, this program knows %d", seal.ErrNewer, d.version, latest)
 	}
 	return d
 }
@@ -109,7 +117,14 @@ func (d *decoder) span() span {
 
 func (d *decoder) authority() Authority {
 	s := d.span()
-	return Authority{Backend: s.backend, WrappingKey: s.wrappingKey, Direction: s.direction, Version: d.text()}
+	a := Authority{Backend: s.backend, WrappingKey: s.wrappingKey, Direction: s.direction, Version: d.text()}
+	if d.version < contextVersion {
+		return a
+	}
+	if a.Context = d.text(); d.err == nil && a.Context == "" {
+		d.err = fmt.Errorf("%w: a record of layout %d has no context", seal.ErrDamaged, d.version)
+	}
+	return a
 }
 
 // end returns the first fault; what is left over is one.
@@ -138,7 +153,7 @@ func (k *keyRecord) encode() []byte {
 
 // decodeKey returns the secret as a part of value.
 func decodeKey(value []byte) (k keyRecord, secret []byte, err error) {
-	d := newDecoder(value)
+	d := newDecoder(value, contextVersion)
 	k.place.Key, k.place.Authority, k.place.Partition = d.text(), d.authority(), d.text()
 	if id := d.bytes(); copy(k.place.id[:], id) != len(id) || d.err == nil && len(id) != len(k.place.id) {
 		d.err = fmt.Errorf("%w: an identifier of %d bytes", seal.ErrDamaged, len(id))
@@ -166,7 +181,7 @@ func (r *standingRecord) encode() []byte {
 const maxRefusal = 1024
 
 func decodeStanding(value []byte) (standingRecord, error) {
-	d := newDecoder(value)
+	d := newDecoder(value, contextVersion)
 	r := standingRecord{
 		Authority: d.authority(), known: d.truth(), confirmed: d.time(), standing: standing(d.oneOf(0, byte(revoked))),
 		suspendedAt: d.time(), refusedAt: d.time(), refusal: d.text(),
@@ -182,7 +197,7 @@ func (n *Note) encode() []byte {
 }
 
 func decodeNote(value []byte) (Note, error) {
-	d := newDecoder(value)
+	d := newDecoder(value, recordVersion)
 	n := Note{At: d.time(), Value: d.bytes()}
 	return n, d.end()
 }
@@ -203,7 +218,7 @@ func (c *clockRecord) encode() []byte {
 }
 
 func decodeClock(value []byte) (clockRecord, error) {
-	d := newDecoder(value)
+	d := newDecoder(value, recordVersion)
 	c := clockRecord{boot: d.text(), now: d.time(), wall: int64(d.number()), highWater: int64(d.number())}
 	for n := d.number(); n > 0 && d.err == nil; n-- {
 		c.outages = append(c.outages, outageRecord{d.span(), d.time(), d.time()})

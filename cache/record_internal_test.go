@@ -11,9 +11,11 @@ import (
 	"github.com/kms-agent/kms-agent/cache/seal"
 )
 
-// These are the layouts of version 1: stores that exist have them.
+// These are the layouts of version 1, and of 2, which records with a context have: stores
+// that exist have them.
 const (
-	keyVector = "01000000066f726465727300000001620000000" + "36b656b010000000131" + "00000005616c696365" +
+	contextVector = "0200000001620000" + "00036b656b020000000131" + "0000000163" + "010000000000000009" + "02" + "000000000000000a000000000000000b" + "000000026e6f"
+	keyVector     = "01000000066f726465727300000001620000000" + "36b656b010000000131" + "00000005616c696365" +
 		"000000200102000000000000000000000000000000000000000000000000000000000000" + "01" + "00000003626f62" +
 		"00000000000000050000000000000006" + "00000000000000070000000000000008" + "000000066f726967696e"
 	standingVector = "0100000001620000" + "00036b656b020000000131" + "010000000000000009" + "02" + "000000000000000a000000000000000b" + "000000026e6f"
@@ -24,10 +26,11 @@ const (
 
 var (
 	keyExample = keyRecord{
-		place: place{Slot{"orders", Authority{"b", "kek", "1", Encrypt}, "alice"}, DecryptID{1, 2}}, spare: true, caller: "bob",
+		place: place{Slot{"orders", Authority{"b", "kek", "1", Encrypt, ""}, "alice"}, DecryptID{1, 2}}, spare: true, caller: "bob",
 		created: 5, used: 6, uses: amount{7, 8}, origin: []byte("origin"),
 	}
-	standingExample = standingRecord{Authority{"b", "kek", "1", Decrypt}, true, 9, revoked, 10, 11, "no"}
+	standingExample = standingRecord{Authority{"b", "kek", "1", Decrypt, ""}, true, 9, revoked, 10, 11, "no"}
+	contextExample  = standingRecord{Authority{"b", "kek", "1", Decrypt, "c"}, true, 9, revoked, 10, 11, "no"}
 	noteExample     = Note{[]byte("v"), -12}
 	clockExample    = clockRecord{"boot", 13, 14, 15, []outageRecord{{span{"b", "kek", Encrypt}, 16, 17}}}
 )
@@ -38,7 +41,8 @@ func TestRecords(t *testing.T) {
 		want string
 	}{
 		"data key": {keyExample.encode(), keyVector}, "standing": {standingExample.encode(), standingVector},
-		"note": {noteExample.encode(), noteVector}, "clock": {clockExample.encode(), clockVector},
+		"of a context": {contextExample.encode(), contextVector},
+		"note":         {noteExample.encode(), noteVector}, "clock": {clockExample.encode(), clockVector},
 	} {
 		if got := hex.EncodeToString(c.got); got != c.want {
 			t.Errorf("%s is\n%s, want\n%s", name, got, c.want)
@@ -49,8 +53,15 @@ func TestRecords(t *testing.T) {
 	if err != nil || !reflect.DeepEqual(k, keyExample) || !bytes.Equal(s, secret) {
 		t.Errorf("data key: %+v, %x, %v", k, s, err)
 	}
-	if r, err := decodeStanding(standingExample.encode()); err != nil || r != standingExample {
-		t.Errorf("standing: %+v, %v", r, err)
+	for _, want := range []standingRecord{standingExample, contextExample} {
+		if r, err := decodeStanding(want.encode()); err != nil || r != want {
+			t.Errorf("standing: %+v, %v", r, err)
+		}
+	}
+	bound := keyExample
+	bound.place.Authority.Context = "c"
+	if k, _, err := decodeKey(append(bound.encode(), secret...)); err != nil || !reflect.DeepEqual(k, bound) {
+		t.Errorf("data key of a context: %+v, %v", k, err)
 	}
 	if n, err := decodeNote(noteExample.encode()); err != nil || !reflect.DeepEqual(n, noteExample) {
 		t.Errorf("note: %+v, %v", n, err)
@@ -84,9 +95,13 @@ func TestBadRecords(t *testing.T) {
 		if _, err := decoders[i](append(bytes.Clone(good), 0)); !errors.Is(err, seal.ErrDamaged) {
 			t.Errorf("kind %d with one byte more: %v, want ErrDamaged", i, err)
 		}
-		if _, err := decoders[i](append([]byte{2}, good[1:]...)); !errors.Is(err, seal.ErrNewer) {
-			t.Errorf("kind %d of layout 2: %v, want ErrNewer", i, err)
+		if _, err := decoders[i](append([]byte{3}, good[1:]...)); !errors.Is(err, seal.ErrNewer) {
+			t.Errorf("kind %d of layout 3: %v, want ErrNewer", i, err)
 		}
+	}
+	without := bytes.Replace(contextExample.encode(), []byte{0, 0, 0, 1, 'c'}, make([]byte, 4), 1)
+	if _, err := decodeStanding(without); !errors.Is(err, seal.ErrDamaged) {
+		t.Errorf("layout 2 without a context: %v, want ErrDamaged", err)
 	}
 	if _, err := (&disk{}).decode(nil); !errors.Is(err, seal.ErrDamaged) {
 		t.Errorf("a store without a clock: %v, want ErrDamaged", err)
@@ -96,6 +111,7 @@ func TestBadRecords(t *testing.T) {
 func FuzzRecords(f *testing.F) {
 	f.Add(append(keyExample.encode(), make([]byte, DataKeySize)...))
 	f.Add(standingExample.encode())
+	f.Add(contextExample.encode())
 	f.Add(noteExample.encode())
 	f.Add(clockExample.encode())
 	f.Fuzz(func(t *testing.T, b []byte) {

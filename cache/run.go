@@ -87,8 +87,11 @@ func (c *Cache) sweep() []Outage {
 // upstream can be reached for it.
 func (c *Cache) forgetLocked(name Authority, a *authority) {
 	delete(c.authorities, name)
+	if name.Context != "" {
+		c.contexts--
+	}
 	if a.reach.authorities--; a.reach.authorities == 0 {
-		delete(c.reaches, span{name.Backend, name.WrappingKey, name.Direction})
+		delete(c.reaches, name.span())
 	}
 }
 
@@ -136,7 +139,7 @@ func refreshPause(maxAge time.Duration, tries int, jitter float64) time.Duration
 
 // forgettable tells whether an authority is not worth remembering.
 func (a *authority) forgettable(now time.Duration) bool {
-	if len(a.entries) > 0 || a.fills > 0 || a.flight != nil || a.kept && a.standing != good {
+	if !a.idle() {
 		return false // a tombstone lasts until a yes
 	}
 	if now-a.touched > max(a.maxAge, forgetAfter) {

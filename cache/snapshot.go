@@ -13,6 +13,11 @@ import (
 const (
 	maxStored     = seal.MaxContent - 2<<20
 	maxStoredKeys = seal.MaxRecords - 1<<14
+	// maxStanding is what there is room for beside the data keys in any case, in bytes:
+	// where each is of a context of its own, their standings take more.
+	maxStanding = 1 << 20
+	// recordHeader is what a record takes beside its value, in bytes.
+	recordHeader = 5
 )
 
 // stored tells whether an entry is for the store.
@@ -161,13 +166,13 @@ func (s *snapshot) release() {
 func (s *snapshot) encode() [][]byte {
 	slices.SortFunc(s.items, func(a, b item) int { return cmp.Compare(b.public.used, a.public.used) })
 	var public [][]byte
-	kept, size := s.items[:0:0], 0
+	kept, size := s.items[:0:0], max(0, s.standingSize()-maxStanding)
+	most := min(maxStoredKeys, seal.MaxRecords-len(s.standing)-len(s.notes)-1)
 	for _, i := range s.items {
 		p := i.public.encode()
-		const header = 5
-		size += len(p) + DataKeySize + header
-		if len(p) > seal.MaxValue-DataKeySize || size > maxStored || len(kept) == maxStoredKeys {
-			size -= len(p) + DataKeySize + header
+		size += len(p) + DataKeySize + recordHeader
+		if len(p) > seal.MaxValue-DataKeySize || size > maxStored || len(kept) >= most {
+			size -= len(p) + DataKeySize + recordHeader
 			i.secret.release()
 			s.left = append(s.left, i.entry)
 			continue
@@ -176,6 +181,15 @@ func (s *snapshot) encode() [][]byte {
 	}
 	s.items = kept
 	return public
+}
+
+// standingSize is what the standings take, in bytes.
+func (s *snapshot) standingSize() int {
+	size := 0
+	for _, r := range s.standing {
+		size += len(r.encode()) + recordHeader
+	}
+	return size
 }
 
 // records are those without secrets.

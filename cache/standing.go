@@ -23,7 +23,7 @@ type Standing struct {
 func (c *Cache) Standing(name Authority, l Limits) Standing {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	a := c.authorities[name]
+	a := c.standingLocked(name)
 	if a == nil {
 		return Standing{}
 	}
@@ -45,6 +45,23 @@ func (c *Cache) Standing(name Authority, l Limits) Standing {
 		}
 	}
 	return s
+}
+
+// standingLocked returns what stands for an Authority in all contexts: where nothing
+// without one is in use, the context that lasts the shortest.
+func (c *Cache) standingLocked(name Authority) *authority {
+	a := c.authorities[name]
+	if c.contexts == 0 || name.Context != "" || a != nil && len(a.entries) > 0 {
+		return a
+	}
+	least := a
+	for other, bound := range c.authorities {
+		other.Context = ""
+		if other == name && len(bound.entries) > 0 && (least == a || bound.confirmed < least.confirmed) {
+			least = bound
+		}
+	}
+	return least
 }
 
 // SparesOf returns how many data keys of a logical key stand ready, and how many of

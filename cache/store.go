@@ -167,6 +167,17 @@ func (c *Cache) changedLocked(u urgency) {
 	}
 }
 
+// NotesChanged has the notes saved: soon where what is on disk would allow more.
+func (c *Cache) NotesChanged(stricter bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if stricter {
+		c.changedLocked(soon)
+	} else {
+		c.changedLocked(ordinary)
+	}
+}
+
 // sweepStoreLocked has saved what has waited for long enough.
 func (c *Cache) sweepStoreLocked(now time.Duration) {
 	d := c.disk

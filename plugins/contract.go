@@ -82,11 +82,21 @@ type Description struct {
 // Info tells what a backend is.
 type Info struct {
 	Name, Version string
-	// Capabilities name optional services: CapabilityRandom.
+	// Capabilities name optional services, and what is special: CapabilityRandom,
+	// CapabilityContext.
 	Capabilities []string
 	// FIPS140 is Go's FIPS 140-3 module of the process: NoFIPS140 or its version.
 	FIPS140 string
 }
+
+// CapabilityContext is the capability of a backend whose upstream sees the encryption
+// context where one is bound, so that it may deny one context and allow another. What such a
+// backend says to one is no word on the others. Without it each no is one to the key.
+const CapabilityContext = "context"
+
+// ContextAware is what a Backend is besides that may have CapabilityContext; it is false
+// until that is known.
+type ContextAware interface{ SeesContext() bool }
 
 // NoFIPS140 stands where no FIPS 140-3 module is in force.
 const NoFIPS140 = "off"

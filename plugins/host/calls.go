@@ -60,6 +60,9 @@ func (s *Supervisor) Random(ctx context.Context, dst []byte) error {
 	return err
 }
 
+// SeesContext implements plugins.ContextAware, by the word of the last process.
+func (s *Supervisor) SeesContext() bool { return s.seesContext.Load() }
+
 // Close implements plugins.Backend; the end of Run's context ends the process.
 func (s *Supervisor) Close() error { return nil }
 

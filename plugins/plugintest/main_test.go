@@ -73,3 +73,23 @@ func TestMemoryOverTheWire(t *testing.T) {
 		return instance(plugintest.OverTheWire(t, "memory", settings), disable)
 	})
 }
+
+// A backend that says that it sees contexts is known to, once its process is up.
+func TestMemoryThatSeesContexts(t *testing.T) {
+	settings, err := json.Marshal(plugintest.MemorySettings{Keys: map[string]int{"memory:orders": 1}, DeniedTenant: "evil"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := plugintest.OverTheWire(t, "memory", settings)
+	if aware, ok := b.(plugins.ContextAware); !ok || !aware.SeesContext() {
+		t.Errorf("%T does not say that its backend sees contexts", b)
+	}
+	_, err = b.Wrap(t.Context(), plugins.KeyRef{URI: "memory:orders", Version: "1"}, []byte("m"), plugins.Binding{ContextBound: true, Context: map[string]string{"tenant": "evil"}})
+	if plugins.ClassOf(err) != plugins.Denied {
+		t.Errorf("the tenant that is denied: %v", err)
+	}
+	settings, _ = memorySettings(t)
+	if aware, ok := plugintest.OverTheWire(t, "memory", settings).(plugins.ContextAware); !ok || aware.SeesContext() {
+		t.Error("one without the capability sees contexts")
+	}
+}

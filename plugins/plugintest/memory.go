@@ -26,6 +26,8 @@ type MemorySettings struct {
 	DisabledBy string `json:"disabled_by"`
 	// NoRandom leaves out plugins.CapabilityRandom.
 	NoRandom bool `json:"no_random"`
+	// DeniedTenant is the value of tenant that is denied where a context is bound.
+	DeniedTenant string `json:"denied_tenant"`
 }
 
 // Open implements plugins.Backend.
@@ -37,6 +39,9 @@ func (m *Memory) Open(_ context.Context, config json.RawMessage) (plugins.Info, 
 	if m.settings.NoRandom {
 		info.Capabilities = nil
 	}
+	if m.settings.DeniedTenant != "" {
+		info.Capabilities = append(info.Capabilities, plugins.CapabilityContext)
+	}
 	return info, nil
 }
 
@@ -45,7 +50,7 @@ func (m *Memory) Wrap(ctx context.Context, key plugins.KeyRef, plaintext []byte,
 	if len(plaintext) == 0 || len(plaintext) > plugins.MaxMaterialSize {
 		return nil, plugins.Errorf(plugins.Invalid, "%d bytes of key material", len(plaintext))
 	}
-	aead, err := m.aead(ctx, key)
+	aead, err := m.aead(ctx, key, b)
 	if err != nil {
 		return nil, err
 	}
@@ -54,7 +59,7 @@ func (m *Memory) Wrap(ctx context.Context, key plugins.KeyRef, plaintext []byte,
 
 // Unwrap implements plugins.Backend.
 func (m *Memory) Unwrap(ctx context.Context, key plugins.KeyRef, ciphertext []byte, b plugins.Binding) ([]byte, error) {
-	aead, err := m.aead(ctx, key)
+	aead, err := m.aead(ctx, key, b)
 	if err != nil {
 		return nil, err
 	}
@@ -110,7 +115,7 @@ func (m *Memory) disabled() bool {
 	return m.settings.DisabledBy != "" && err == nil
 }
 
-func (m *Memory) aead(ctx context.Context, key plugins.KeyRef) (cipher.AEAD, error) {
+func (m *Memory) aead(ctx context.Context, key plugins.KeyRef, b plugins.Binding) (cipher.AEAD, error) {
 	d, err := m.Describe(ctx, key.URI)
 	if err != nil {
 		return nil, err
@@ -121,6 +126,9 @@ func (m *Memory) aead(ctx context.Context, key plugins.KeyRef) (cipher.AEAD, err
 	}
 	if d.Versions[i].State != plugins.Enabled {
 		return nil, plugins.Errorf(plugins.KeyUnusable, "version %s of %s is %s", key.Version, key.URI, d.Versions[i].State)
+	}
+	if b.ContextBound && m.settings.DeniedTenant != "" && b.Context["tenant"] == m.settings.DeniedTenant {
+		return nil, plugins.Errorf(plugins.Denied, "tenant %s may not", m.settings.DeniedTenant)
 	}
 	material := sha256.Sum256([]byte(key.URI + "\x00" + key.Version))
 	block, err := aes.NewCipher(material[:])
