@@ -51,6 +51,8 @@ type authority struct {
 	// nextProbe and nextSweepProbe are when a request and the sweep may have it
 	// asked about again.
 	nextProbe, nextSweepProbe time.Duration
+	// nextAsked is when Ask may have it asked about again.
+	nextAsked time.Duration
 
 	// used since the last confirmation, last at usedAt: only those are refreshed
 	// ahead. maxAge is the smallest of the limits they were used with, jitter
@@ -217,10 +219,12 @@ func (c *Cache) Observe(a Authority, v Verdict, began time.Duration) {
 func (c *Cache) Ask(name Authority) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	a := c.authorities[name]
-	if a != nil && len(a.entries) > 0 && c.asking[a.Backend] < maxAsking {
-		c.probeLocked(context.Background(), a)
+	a, now := c.authorities[name], c.cfg.Now()
+	if a == nil || c.closed || len(a.entries) == 0 || now < a.nextAsked || c.asking[a.Backend] >= maxAsking {
+		return
 	}
+	a.nextAsked = now + probePause
+	c.askLocked(context.Background(), a)
 }
 
 // Turn tells whether somebody may ask upstream past the cache about an Authority that it

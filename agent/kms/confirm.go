@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"context"
 	"crypto/rand"
-	"crypto/sha256"
 	"errors"
 	"fmt"
 	"time"
@@ -32,12 +31,22 @@ func (s *Service) confirmGroup(ctx context.Context, g *group, a cache.Authority,
 	errs := s.poll(ctx, g, parts, polling{
 		allowance: confirmStragglers,
 		// Of one that refused the key nobody knows more until it answers.
-		must: func(part int) bool { return g.parts[part].withholds(v[part], a.Direction) },
+		must: func(part int) bool { return g.parts[part].withholds(v[part], a.Direction, a.Context) },
 		ask: func(ctx context.Context, part int) error {
-			if a.Direction == cache.Encrypt {
-				return s.confirmWrap(ctx, g.parts[part], v[part])
+			switch {
+			case a.Direction == cache.Encrypt:
+				return s.confirmWrap(ctx, g.parts[part], v[part], a.Context, known)
+			case len(g.parts) > 1 && g.parts[part].denied():
+				// A question of its own: one that others wait for may have been answered with the
+				// very no that is to be made sure of.
+				if _, err := s.askForItself(ctx, g.parts[part]); err != nil {
+					return err
+				}
 			}
-			return s.confirmOpening(ctx, g, g.parts[part], v[part], known.of(part))
+			if v[part] == "" {
+				return s.confirmAbsent(ctx, g.parts[part], a.Context)
+			}
+			return s.confirmUnwrap(ctx, g.parts[part], v[part], a.Context, known.of(part))
 		},
 		late: func(_ int, err error) {
 			if g.refuses(err) && s.inUse(g) {
@@ -45,52 +54,95 @@ func (s *Service) confirmGroup(ctx context.Context, g *group, a cache.Authority,
 			}
 		},
 	})
-	if err = cmp.Or(s.combine(g, errs), s.unrevoked(g, a, v)); err == nil && a.Direction == cache.Encrypt {
+	if err = cmp.Or(s.combine(g, errs), s.unrevoked(g, a, v, errs)); err == nil && a.Direction == cache.Encrypt {
 		s.retireLacking(g, errs)
 	}
 	return err
 }
 
-// confirmOpening asks a part whether it opens what was wrapped under a version of its own;
-// "" is what it has not wrapped.
-func (s *Service) confirmOpening(ctx context.Context, g *group, w *wrapping, version string, sample *sealed) error {
-	if len(g.parts) > 1 && w.denied() {
-		// A question of its own: one that others wait for may have been answered with the
-		// very no that is to be made sure of.
-		if _, err := s.askForItself(ctx, w); err != nil {
-			return err
+// opens asks a part to open something.
+func (s *Service) opens(ctx context.Context, w *wrapping, probe sealed) error {
+	material, err := s.unwrap(ctx, w, probe)
+	clear(material)
+	if probe.proven && plugins.ClassOf(err) == plugins.BadCiphertext {
+		s.alarm("what opened before no longer opens: the wrapping key may have been replaced", err, w.id.backend, w.id.uri)
+		return plugins.Errorf(plugins.Internal, "version %s of %s no longer opens what it opened before", probe.version, w.id.uri)
+	}
+	return err
+}
+
+// confirmUnwrap asks a part whether it opens what it has wrapped under a version: with the
+// agent's own canary, or with what is to be confirmed where a context may decide.
+func (s *Service) confirmUnwrap(ctx context.Context, w *wrapping, version, inContext string, sample *sealed) error {
+	if canary, ok := w.canary(version); ok && inContext == "" {
+		return s.opens(ctx, w, canary)
+	}
+	var answer error
+	if sample != nil {
+		answer = s.opens(ctx, w, *sample)
+		if answer == nil || sample.proven || !isWord(answer) {
+			return answer
 		}
 	}
-	if version != "" {
-		return s.confirmUnwrap(ctx, w, version, sample)
+	// There is nothing to ask with, or it may be a forgery.
+	clock := time.Now()
+	d, err := s.askForItself(ctx, w)
+	if err == nil {
+		err = s.enabled(w, d, version, clock)
 	}
+	switch class := plugins.ClassOf(err); {
+	case class.Definite() && class != plugins.KeyNotFound:
+		return err
+	case inContext == "" && s.makeCanary(ctx, w, version) == nil:
+		return nil
+	case plugins.ClassOf(answer).Definite():
+		return answer
+	}
+	return nothingAtHand(w, version, answer)
+}
+
+// isWord tells whether an error is what a backend says of the key, or of what it was given.
+func isWord(err error) bool {
+	class := plugins.ClassOf(err)
+	return class.Definite() || class == plugins.BadCiphertext || class == plugins.Invalid
+}
+
+// confirmAbsent asks a part about what it has not wrapped: it would open that under its
+// current version.
+func (s *Service) confirmAbsent(ctx context.Context, w *wrapping, inContext string) error {
 	known, err := s.absent(ctx, w)
 	if err != nil {
 		return err
 	}
-	if _, ok := w.canary(known.Current); ok {
-		return s.confirmUnwrap(ctx, w, known.Current, nil)
+	if canary, ok := w.canary(known.Current); ok {
+		return s.opens(ctx, w, canary)
 	}
-	if refused := w.refusedKey(known.Current); refused != nil {
-		material, err := s.unwrap(ctx, w, *refused)
-		clear(material)
-		switch class := plugins.ClassOf(err); {
-		case class == plugins.BadCiphertext || class == plugins.Invalid:
-			w.forgetRefused(known.Current) // it never was the key's
-		case class.Definite() && refused.binding.ContextBound:
-			return s.conclude(ctx, w, *refused, err)
-		default:
+	for range maxAsked {
+		q, refused, ok := w.askable(cache.Decrypt, inContext)
+		if !ok {
+			break
+		}
+		clock := time.Now()
+		if err = s.opens(ctx, w, refused); err != nil && !isWord(err) {
 			return err
 		}
-	}
-	if _, ok := w.witness(known.Current); ok {
-		return s.confirmUnwrap(ctx, w, known.Current, nil)
+		if err != nil && plugins.ClassOf(err).Definite() {
+			if s.makeCanary(ctx, w, known.Current) == nil {
+				return nil // it was a word on that alone
+			}
+			return err
+		}
+		// It does not refuse that any more, even if it does not open it, as it is a forgery.
+		s.unrefused(w, w.allows(q, clock))
 	}
 	if err := s.makeCanary(ctx, w, known.Current); err != nil { // whether it opens is not known then
 		return plugins.Errorf(plugins.Unavailable, "the agent has nothing to ask backend %s with: %v", w.id.backend, err)
 	}
 	return nil
 }
+
+// maxAsked bounds how many noes a part is asked about at once.
+const maxAsked = 4
 
 // absent returns what is known of a part that has not wrapped what it is asked about. That
 // its current version is not enabled is a no, once it has been asked for this.
@@ -100,7 +152,7 @@ func (s *Service) absent(ctx context.Context, w *wrapping) (*described, error) {
 	switch {
 	case known == nil:
 		known, err = s.describePart(ctx, w, absentAge, false)
-	case began-known.at > absentAge, w.withholds("", cache.Decrypt):
+	case began-known.at > absentAge, w.withholds("", cache.Decrypt, ""):
 		known, err = s.askForItself(ctx, w)
 	}
 	if err != nil {
@@ -140,14 +192,15 @@ func (s *Service) agreed(ctx context.Context, g *group, a cache.Authority, sampl
 	return s.confirmNow(ctx, g, a, sample)
 }
 
+// confirmNow asks, unless somebody has just asked about what is refused: what that came to
+// is told, which is no new word of upstream's.
 func (s *Service) confirmNow(ctx context.Context, g *group, a cache.Authority, sample sealedKey) error {
-	began := s.now()
-	if last := g.sureAt.Load(); last != 0 && began-time.Duration(last) < surePause {
+	if !s.cache.Turn(a) {
 		if err := s.cache.Recheck(a); err != nil {
-			return err // somebody has asked just now
+			return failure(ctx, g.key, err)
 		}
 	}
-	g.sureAt.Store(int64(began))
+	began := s.now()
 	err := s.confirmGroup(ctx, g, a, sample)
 	s.observe(ctx, g, a, err, began)
 	return err
@@ -179,7 +232,7 @@ func (w *wrapping) canary(version string) (sealed, bool) {
 // making returns an attempt that may begin now, or the error of the last one, or nothing
 // where there is a canary.
 func (w *wrapping) making(version string, now time.Duration) (*making, error) {
-	withheld := w.withholds(version, cache.Decrypt)
+	withheld := w.withholds(version, cache.Decrypt, "")
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if _, ok := w.canaries[version]; ok {
@@ -228,13 +281,10 @@ func (s *Service) makeCanary(ctx context.Context, w *wrapping, version string) e
 
 // attempt makes a canary, or fails to, in an attempt that has begun.
 func (s *Service) attempt(ctx context.Context, w *wrapping, m *making, version string) error {
-	canary, err := s.wrapProbe(ctx, w, version)
+	canary, err := s.wrapProbe(ctx, w, version, false, nil)
 	w.made(m, version, canary, s.now(), err)
 	return err
 }
-
-// surePause is how often who waits may ask about what is suspended.
-const surePause = time.Second
 
 // leaveCanaries sees to it that each of several parts can be asked about what it has wrapped:
 // exported data keys prove nothing of the key, as only a caller knows their context. Nobody
@@ -262,14 +312,14 @@ func (s *Service) leaveCanaries(ctx context.Context, g *group, wrapped sealedKey
 }
 
 // wrapProbe has random bytes of the agent's own wrapped, and opened.
-func (s *Service) wrapProbe(ctx context.Context, w *wrapping, version string) (canary sealed, err error) {
+func (s *Service) wrapProbe(ctx context.Context, w *wrapping, version string, bound bool, encryptionContext map[string]string) (canary sealed, err error) {
 	material := make([]byte, envelope.DataKeySize)
 	_, _ = rand.Read(material) // never fails: crypto/rand
-	info := envelope.ProviderInfo{Purpose: envelope.PurposeProbe, Key: w.key, URI: w.id.uri, Version: version}
+	info := envelope.ProviderInfo{Purpose: envelope.PurposeProbe, Key: w.key, URI: w.id.uri, Version: version, ContextBound: bound}
 	if info.Check, err = envelope.NewKeyCheck(material); err != nil {
 		return sealed{}, err
 	}
-	return s.wrap(ctx, w, material, info, nil)
+	return s.wrap(ctx, w, material, info, encryptionContext)
 }
 
 // confirm asks upstream whether it still says yes: with a canary of the
@@ -284,7 +334,9 @@ func (s *Service) confirm(ctx context.Context, a cache.Authority, sample any) er
 	return s.confirmGroup(forAll(ctx), g, a, sample)
 }
 
-func (s *Service) confirmWrap(ctx context.Context, w *wrapping, version string) error {
+// confirmWrap asks a part whether it wraps under a version: in a context with that of what is
+// to be confirmed.
+func (s *Service) confirmWrap(ctx context.Context, w *wrapping, version, inContext string, sample sealedKey) error {
 	// Not the question that others wait for: a no to that one may be what has to
 	// be made sure of.
 	clock := time.Now()
@@ -295,15 +347,26 @@ func (s *Service) confirmWrap(ctx context.Context, w *wrapping, version string) 
 	if err := s.enabled(w, d, version, clock); err != nil {
 		return err
 	}
+	var pairs map[string]string
+	switch {
+	case inContext == "":
+	case len(sample) == 0:
+		return nothingAtHand(w, version, nil)
+	default:
+		pairs = sample[0].binding.Context
+	}
 	began := time.Now()
-	canary, err := s.wrapProbe(ctx, w, version)
+	canary, err := s.wrapProbe(ctx, w, version, inContext != "", pairs)
 	if err != nil {
-		s.said(w, question{version, cache.Encrypt}, word{err: err, began: began})
+		q := question{version, cache.Encrypt, w.contextOf(plugins.Binding{ContextBound: inContext != "", Context: pairs})}
+		s.said(w, q, word{err: err, began: began})
 		return err
 	}
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	w.canaries[version] = canary
+	if w.contextOf(canary.binding) == "" {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		w.canaries[version] = canary
+	}
 	return nil
 }
 
@@ -319,100 +382,18 @@ func (s *Service) enabled(w *wrapping, d *described, version string, began time.
 	}
 	err := plugins.Errorf(plugins.KeyUnusable, "version %s of %s is %s", version, w.id.uri, v.State)
 	for _, direction := range []cache.Direction{cache.Encrypt, cache.Decrypt} {
-		s.said(w, question{version, direction}, word{err: err, began: began, told: true})
+		s.said(w, question{version, direction, ""}, word{err: err, began: began, told: true})
 	}
 	return err
-}
-
-func (s *Service) confirmUnwrap(ctx context.Context, w *wrapping, version string, sample *sealed) error {
-	probe, ok := w.canary(version)
-	if !ok {
-		probe, ok = w.witness(version)
-	}
-	switch {
-	case ok:
-	case sample == nil, w.isTainted(*sample, s.now()):
-		return nothingAtHand(w, version, nil)
-	default:
-		probe = *sample
-	}
-	material, err := s.unwrap(ctx, w, probe)
-	clear(material)
-	class := plugins.ClassOf(err)
-	switch {
-	case err == nil:
-		return nil
-	case !probe.proven && class == plugins.BadCiphertext:
-		return nothingAtHand(w, version, err) // a caller may have made it up
-	case class.Definite() && probe.binding.ContextBound:
-		return s.conclude(ctx, w, probe, err)
-	case class == plugins.BadCiphertext:
-		s.alarm("what opened before no longer opens: the wrapping key may have been replaced", err, w.id.backend, w.id.uri)
-		return plugins.Errorf(plugins.Internal, "version %s of %s no longer opens what it opened before", version, w.id.uri)
-	}
-	return err
-}
-
-// conclude finds out what a no means that upstream may have said for the sake of a context,
-// which a caller may have made up: by what upstream tells of the version, and by a canary.
-func (s *Service) conclude(ctx context.Context, w *wrapping, refused sealed, answer error) error {
-	clock := time.Now()
-	d, err := s.askForItself(ctx, w)
-	if err == nil {
-		err = s.enabled(w, d, refused.version, clock)
-	}
-	if class := plugins.ClassOf(err); class.Definite() && class != plugins.KeyNotFound {
-		return err
-	}
-	if err = s.makeCanary(ctx, w, refused.version); err == nil {
-		return nil // it opens, without a context
-	}
-	w.taint(refused, s.now())
-	return nothingAtHand(w, refused.version, answer)
-}
-
-// witness returns what a version has opened with a context.
-func (w *wrapping) witness(version string) (sealed, bool) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	k, ok := w.witnesses[version]
-	return k, ok
-}
-
-// taint remembers what is not to be asked with again, nor to witness.
-func (w *wrapping) taint(k sealed, now time.Duration) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	w.tainted[k.version] = tainted{ciphertext: sha256.Sum256(k.edk.Ciphertext), at: now}
-	delete(w.witnesses, k.version)
-}
-
-func (w *wrapping) isTainted(k sealed, now time.Duration) bool {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	t, ok := w.tainted[k.version]
-	return ok && now-t.at < refusedPause && t.ciphertext == sha256.Sum256(k.edk.Ciphertext)
-}
-
-// inconclusive tells of a no that may have been said for the sake of a context. Who waits for
-// it is not served on another's yes, and nothing else comes of it.
-func inconclusive(err error) bool {
-	var own *Error
-	class := plugins.ClassOf(err)
-	return errors.As(err, &own) && class.Definite() && class != plugins.KeyNotFound
 }
 
 // nothingAtHand says that a version cannot be asked about. Upstream has said nothing,
 // which is no outage.
 func nothingAtHand(w *wrapping, version string, err error) error {
-	message := "the agent has nothing at hand to ask the backend with whether it still allows this key; retry"
-	if plugins.ClassOf(err).Definite() {
-		message = "a backend refuses what it was asked to open, and the agent has nothing else at hand to learn whether it refuses the key; " +
-			"retry, and if it stays so have the key looked at upstream"
-	}
 	return &Error{
-		Reason: ReasonKeySuspended, Key: w.key, RetryAfter: time.Second, Message: message,
-		Cause: fmt.Errorf("nothing at hand to prove version %s of %s with: %w", version, w.id.uri, cmp.Or(err, errNoSample)),
+		Reason: ReasonKeySuspended, Key: w.key, RetryAfter: time.Second,
+		Message: "the agent has nothing at hand to ask the backend with whether it still allows this key; retry",
+		Cause:   fmt.Errorf("nothing at hand to prove version %s of %s with: %w", version, w.id.uri, cmp.Or(err, errNoSample)),
 	}
 }
 

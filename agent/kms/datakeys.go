@@ -91,7 +91,7 @@ func (t *transaction) wrapBound(ctx context.Context, k *key, material []byte, pu
 			return nil, KeyUse{}, err
 		}
 	}
-	authority := g.authority(current, cache.Encrypt)
+	authority := g.authorityIn(current, cache.Encrypt, true, encryptionContext)
 	clock, began := time.Now(), s.now()
 	wrapped, err := s.wrapGroup(t.upstream(ctx), g, current, material, info, encryptionContext)
 	all := len(wrapped) == len(g.parts)
@@ -122,7 +122,12 @@ func (s *Service) observe(ctx context.Context, g *group, a cache.Authority, err 
 	if ended || !s.inUse(g) {
 		return
 	}
-	s.cache.Observe(a, verdictOf(err), began)
+	verdict := verdictOf(err)
+	s.cache.Observe(a, verdict, began)
+	if verdict == cache.No && a.Context != "" {
+		a.Context = "" // it may be more than a word on the context
+		s.cache.Ask(a)
+	}
 }
 
 // observeOne is observe for what one of the parts has said: of several it is no yes.
@@ -286,7 +291,7 @@ func (t *transaction) unwrapDirect(ctx context.Context, k *key, edks sealedKey) 
 		return nil, nil, err
 	}
 	v := g.versions(known)
-	authority := g.authority(v, cache.Decrypt)
+	authority := g.authorityOf(known)
 	if err := s.sure(t.upstream(ctx), g, authority, known); err != nil {
 		return nil, v, err
 	}

@@ -106,6 +106,7 @@ func TestNoesAreTakenBack(t *testing.T) {
 // only decrypt, however often it is tried, and also once the backend is away.
 func TestDeniedContextOfAnother(t *testing.T) {
 	p := newPair(t, 1)
+	p.b.seesContexts()
 	ctx, c := t.Context(), caller(t, orders)
 	evil := map[string]string{"tenant": "evil"}
 	bad, err := p.GenerateDataKey(ctx, c, kms.GenerateDataKeyRequest{Key: "orders", Context: evil})

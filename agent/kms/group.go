@@ -29,7 +29,6 @@ type group struct {
 	least int
 	// lacking: data keys in use, or spares, miss a wrap.
 	lacking atomic.Bool
-	sureAt  atomic.Int64 // when somebody asked past the cache last, as time.Duration
 }
 
 func newGroup(key string, parts []*wrapping, least int) *group {
@@ -85,6 +84,25 @@ func (g *group) parseVersions(name string) (versions, error) {
 
 func (g *group) authority(v versions, d cache.Direction) cache.Authority {
 	return cache.Authority{Backend: g.id.backend, WrappingKey: g.id.uri, Version: v.name(), Direction: d}
+}
+
+// authorityIn is the authority of what is bound to a context, where bound says so.
+func (g *group) authorityIn(v versions, d cache.Direction, bound bool, encryptionContext map[string]string) cache.Authority {
+	a := g.authority(v, d)
+	if bound && slices.ContainsFunc(g.parts, (*wrapping).seesContext) {
+		a.Context = contextName(encryptionContext)
+	}
+	return a
+}
+
+// authorityOf is the authority that opens EDKs.
+func (g *group) authorityOf(k sealedKey) cache.Authority {
+	for _, one := range k {
+		if one.binding.ContextBound {
+			return g.authorityIn(g.versions(k), cache.Decrypt, true, one.binding.Context)
+		}
+	}
+	return g.authority(g.versions(k), cache.Decrypt)
 }
 
 // sealedKey is one data key, wrapped by some parts of a group: no two elements are of
@@ -148,7 +166,7 @@ func (g *group) partOf(uri string) int {
 // a no where nobody has it who answers. One yes is a yes; what else there is counts
 // where nobody has said more.
 func (s *Service) combine(g *group, errs map[int]error) error {
-	var missing, other, unsure error
+	var missing, other error
 	yes := false
 	for part := range g.parts {
 		err, asked := errs[part]
@@ -157,9 +175,6 @@ func (s *Service) combine(g *group, errs map[int]error) error {
 		case err == nil:
 			yes = true
 		case errors.As(err, new(*Error)):
-			if inconclusive(err) {
-				unsure = err
-			}
 			other = cmp.Or(other, err)
 		case plugins.ClassOf(err) == plugins.KeyNotFound:
 			missing = err
@@ -173,8 +188,6 @@ func (s *Service) combine(g *group, errs map[int]error) error {
 		}
 	}
 	switch {
-	case unsure != nil:
-		return unsure
 	case yes:
 		return nil
 	case other != nil:
@@ -195,7 +208,8 @@ func (s *Service) wrapGroup(ctx context.Context, g *group, v versions, material 
 		}
 	}
 	made, errs := s.wrapParts(ctx, g, parts, v, material, info, encryptionContext)
-	switch err := cmp.Or(s.combine(g, errs), s.unrevoked(g, g.authority(v, cache.Encrypt), v)); {
+	a := g.authorityIn(v, cache.Encrypt, info.ContextBound, encryptionContext)
+	switch err := cmp.Or(s.combine(g, errs), s.unrevoked(g, a, v, errs)); {
 	case err != nil:
 		return nil, err
 	case len(made) < g.least:
@@ -218,8 +232,9 @@ func (s *Service) wrapParts(ctx context.Context, g *group, parts []int, v versio
 		began := time.Now()
 		made, err := s.wrap(ctx, g.parts[part], material, one, encryptionContext)
 		made.part = part
-		if err != nil && !one.ContextBound {
-			s.said(g.parts[part], question{one.Version, cache.Encrypt}, word{err: err, began: began})
+		if err != nil {
+			inContext := g.parts[part].contextOf(plugins.Binding{ContextBound: info.ContextBound, Context: encryptionContext})
+			s.said(g.parts[part], question{one.Version, cache.Encrypt, inContext}, word{err: err, began: began})
 		}
 		return made, err
 	}

@@ -147,7 +147,7 @@ func (h *herdOf) lives(long time.Duration) (refused int) {
 // twice as many as usual in each minute after it.
 func TestNoHerdOfAnyCall(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHerd(t, 100, 2)
+		h := newHerd(t, 200, 2)
 		ctx, stop := context.WithCancel(t.Context())
 		done := make(chan error)
 		go func() { done <- h.Run(ctx) }()

@@ -86,6 +86,21 @@ type troubled struct {
 	refuses  func(ciphertext []byte) error
 	wraps    int
 	unwraps  int
+	sees     bool // its policy sees contexts
+}
+
+// SeesContext implements plugins.ContextAware.
+func (b *troubled) SeesContext() bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.sees
+}
+
+// seesContexts gives a backend a policy that sees contexts.
+func (b *troubled) seesContexts() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.sees = true
 }
 
 // forever is longer than anybody waits.

@@ -167,7 +167,7 @@ func (s *Service) groupOf(next *state, used map[wrappingID]*wrapping, k Key) (*g
 		w := s.wrappings[id]
 		if before := w; w == nil || w.backend != backend || w.key != k.Name {
 			if w = newWrapping(id, k.Name, backend); before != nil {
-				w.inherit(before)
+				w.verdicts = before.verdicts // that the configuration of the backend has changed is no yes
 			}
 		}
 		used[id], parts[i] = w, w

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"slices"
 	"time"
 
 	"github.com/kms-agent/kms-agent/cache"
@@ -102,7 +103,8 @@ type storedWrapping struct {
 	Versions []plugins.KeyVersion `json:"versions"`
 	// Refused are the versions that it has refused and not allowed since.
 	Refused []storedRefusal `json:"refused,omitempty"`
-	// Denied: it has said that it tells nothing of the key.
+	// Denied: it has said that it tells nothing of the key, or more is refused than there
+	// is room for.
 	Denied bool `json:"denied,omitempty"`
 	// Canaries are what the agent can ask about its versions with.
 	Canaries []storedEDK `json:"canaries,omitempty"`
@@ -111,8 +113,9 @@ type storedWrapping struct {
 type storedRefusal struct {
 	Version   string          `json:"version"`
 	Direction cache.Direction `json:"direction"`
+	Context   string          `json:"context,omitempty"`
 	Told      bool            `json:"told,omitempty"`
-	Denied    bool            `json:"denied,omitempty"`
+	Policy    bool            `json:"policy,omitempty"`
 	Of        *storedEDK      `json:"of,omitempty"`
 }
 
@@ -157,12 +160,13 @@ const (
 	// maxNote bounds one, in bytes: some hundred versions. A wrapping key with more waits
 	// for upstream after a restart.
 	maxNote = 60 << 10
-	// maxRefused bounds what a version did not open, in a note.
-	maxRefused = 4 << 10
+	// maxProbe bounds what a version can be asked with, in a note: one with a large context
+	// is left out.
+	maxProbe = 4 << 10
 )
 
 // text is the note as it is stored. What does not fit is left out, and what is refused
-// last; nil where that alone is too much.
+// last: the whole key stands for it then.
 func (n storedWrapping) text() []byte {
 	for _, less := range []func(){
 		func() {},
@@ -173,6 +177,10 @@ func (n storedWrapping) text() []byte {
 		},
 		func() { n.Canaries = nil },
 		func() { n.Current, n.Versions = "", nil },
+		func() {
+			n.Refused = slices.DeleteFunc(n.Refused, func(r storedRefusal) bool { return r.Context != "" })
+		},
+		func() { n.Denied, n.Refused = true, nil },
 	} {
 		less()
 		if text, err := json.Marshal(n); err == nil && len(text) <= maxNote {
@@ -258,7 +266,9 @@ func (w *wrapping) storedCanaries() []storedEDK {
 	defer w.mu.Unlock()
 	var all []storedEDK
 	for _, k := range w.canaries {
-		all = append(all, k.stored())
+		if stored := k.storedSmall(); stored != nil {
+			all = append(all, *stored)
+		}
 	}
 	return all
 }

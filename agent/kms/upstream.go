@@ -97,7 +97,7 @@ func (t *transaction) encryptionKey(ctx context.Context, k *key, encryptionConte
 	use, err := t.service.cache.Encrypt(t.upstream(ctx), cache.EncryptRequest{
 		Caller: t.call.Caller.ID.String(),
 		Slot: cache.Slot{
-			Key: k.Name, Authority: k.group.authority(current, cache.Encrypt), Partition: partition,
+			Key: k.Name, Authority: k.group.authorityIn(current, cache.Encrypt, k.BindContext, encryptionContext), Partition: partition,
 		},
 		Limits: k.limits(cache.Encrypt), Bytes: bytes, Reserve: reserve, MaxStale: t.maxStale, Arrived: t.arrived,
 		Fill: func(ctx context.Context) (cache.Material, error) {
@@ -131,7 +131,7 @@ func (s *Service) newMessageKey(ctx context.Context, k *key, current versions, p
 	}
 	s.leaveCanaries(ctx, k.group, wrapped)
 	if all && s.inUse(k.group) {
-		s.cache.Observe(k.group.authority(current, cache.Decrypt), cache.Yes, began)
+		s.cache.Observe(k.group.authorityIn(current, cache.Decrypt, k.BindContext, encryptionContext), cache.Yes, began)
 	}
 	return cache.Material{DataKey: material, Origin: k.group.made(wrapped), Unconfirmed: !all}, nil
 }
@@ -212,7 +212,7 @@ func (t *transaction) decryptionKey(ctx context.Context, k *key, edks sealedKey)
 		return nil, nil, failure(ctx, k.Name, err)
 	}
 	v := k.group.versions(known)
-	authority := k.group.authority(v, cache.Decrypt)
+	authority := k.group.authorityOf(known)
 	t.record.KeyVersion = v.String()
 	began := time.Now()
 	use, err := t.service.cache.Decrypt(t.upstream(ctx), cache.DecryptRequest{

@@ -202,10 +202,10 @@ func (s *Service) askForItself(ctx context.Context, w *wrapping) (*described, er
 			w.failures.Add(1)
 			w.jitter.Store(mathrand.Uint32()) //nolint:gosec // no secret
 		}
-		s.descriptionFailed(w, err, began, clock)
+		s.descriptionFailed(w, err, began)
 		return nil, fmt.Errorf("describe %s: %w", w.id.uri, err)
 	}
-	w.allowed(d, clock)
+	s.unrefused(w, w.told(d, clock))
 	w.missing.Store(false)
 	w.failures.Store(0)
 	fresh := &described{Description: d, at: began}
@@ -240,7 +240,7 @@ func (s *Service) rotated(w *wrapping) {
 
 // descriptionFailed lets the cache suspend, and ask for itself, when upstream
 // says that the wrapping key is gone, or denied.
-func (s *Service) descriptionFailed(w *wrapping, err error, began time.Duration, clock time.Time) {
+func (s *Service) descriptionFailed(w *wrapping, err error, began time.Duration) {
 	if !plugins.ClassOf(err).Definite() {
 		return
 	}
@@ -251,10 +251,8 @@ func (s *Service) descriptionFailed(w *wrapping, err error, began time.Duration,
 	if g == nil || !g.refuses(err) {
 		return
 	}
-	if known := w.described.Load(); known != nil {
-		w.refusedAll(known, word{err: err, began: clock, denied: true})
-	}
 	s.cache.Refuse(g.id.backend, g.id.uri, func(cache.Authority) bool { return true }, began)
+	s.cache.NotesChanged(true)
 }
 
 // refuses tells whether what one part says is a no for the whole group: that only one

@@ -3,7 +3,7 @@ package kms
 import (
 	"bytes"
 	"context"
-	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"sync"
@@ -33,14 +33,15 @@ type wrappingID struct{ backend, uri string }
 // wrapping is a wrapping key in its backend and what is known of it. It lives
 // as long as the configuration names it.
 type wrapping struct {
+	*verdicts
+
 	id      wrappingID
 	key     string // logical key
 	backend plugins.Backend
 
 	described atomic.Pointer[described]
-	refused   atomic.Pointer[refusal] // nil where the last question was not answered by a definite no
-	asked     atomic.Int64            // time of the last question, as time.Duration
-	failures  atomic.Int64            // questions in a row that had no answer
+	asked     atomic.Int64 // time of the last question, as time.Duration
+	failures  atomic.Int64 // questions in a row that had no answer
 	// jitter is drawn with each failure: drawn with each request, the least would count.
 	jitter atomic.Uint32
 	// failing is 1 while the last call was not answered, or slowly.
@@ -51,29 +52,9 @@ type wrapping struct {
 	group  atomic.Pointer[group]
 	flight singleflight.Group
 
-	mu       sync.Mutex         // guards canaries and what follows
+	mu       sync.Mutex         // guards canaries and makings
 	canaries map[string]sealed  // by version
 	makings  map[string]*making // of canaries, by version
-	// witnesses are what a version has opened with a context, where there is no canary;
-	// tainted is what it has refused that may have been for the sake of the context.
-	witnesses map[string]sealed
-	tainted   map[string]tainted
-	noes      map[question]no
-	yeses     map[question]time.Time // when the last call began that was answered with yes
-}
-
-// tainted is what is not to be asked with again for a while: one caller's context must not
-// be every caller's question.
-type tainted struct {
-	ciphertext [sha256.Size]byte
-	at         time.Duration
-}
-
-// refusal is a definite no to the question what the wrapping key is.
-type refusal struct {
-	why   string
-	class plugins.Class
-	at    time.Time
 }
 
 // sealed is an encrypted data key with all that is needed to open it.
@@ -123,7 +104,27 @@ func (s *Service) inUse(g *group) bool {
 }
 
 func newWrapping(id wrappingID, key string, backend plugins.Backend) *wrapping {
-	return &wrapping{id: id, key: key, backend: backend, canaries: map[string]sealed{}, makings: map[string]*making{}, witnesses: map[string]sealed{}, tainted: map[string]tainted{}, noes: map[question]no{}, yeses: map[question]time.Time{}}
+	return &wrapping{id: id, key: key, backend: backend, verdicts: newVerdicts(), canaries: map[string]sealed{}, makings: map[string]*making{}}
+}
+
+// seesContext tells whether the backend's policy sees the encryption context.
+func (w *wrapping) seesContext() bool {
+	aware, ok := w.backend.(plugins.ContextAware)
+	return ok && aware.SeesContext()
+}
+
+// contextOf is what the backend sees of a binding's context, as cache.Authority has it.
+func (w *wrapping) contextOf(b plugins.Binding) string {
+	if !b.ContextBound || !w.seesContext() {
+		return ""
+	}
+	return contextName(b.Context)
+}
+
+// contextName stands for an encryption context.
+func contextName(encryptionContext map[string]string) string {
+	sum := contextHash(encryptionContext)
+	return hex.EncodeToString(sum[:])
 }
 
 func (w *wrapping) ref(version string) plugins.KeyRef {
@@ -157,8 +158,8 @@ func (s *Service) wrap(ctx context.Context, w *wrapping, material []byte, info e
 	began := time.Now()
 	ciphertext, err := plugins.WrapProven(ctx, w.backend, w.ref(info.Version), material, b)
 	if err == nil { // it has opened it as well
-		s.said(w, question{info.Version, cache.Encrypt}, word{began: began})
-		s.said(w, question{info.Version, cache.Decrypt}, word{began: began})
+		s.said(w, question{info.Version, cache.Encrypt, w.contextOf(b)}, word{began: began})
+		s.said(w, question{info.Version, cache.Decrypt, w.contextOf(b)}, word{began: began})
 	}
 	w.took(began, stragglers, err)
 	if errors.Is(err, plugins.ErrUnproven) {
@@ -182,9 +183,7 @@ func (s *Service) unwrap(ctx context.Context, w *wrapping, k sealed) ([]byte, er
 		// Who can wrap by himself, as with a public key, can make such EDKs too: it is no outage.
 		err = plugins.Errorf(plugins.BadCiphertext, "it opened to another data key than was wrapped: its key check does not hold")
 	}
-	if err == nil || !k.binding.ContextBound {
-		s.said(w, question{k.version, cache.Decrypt}, word{err: err, began: began, of: &k})
-	}
+	s.said(w, question{k.version, cache.Decrypt, w.contextOf(k.binding)}, word{err: err, began: began, of: &k})
 	w.took(began, hedgeAfter, err)
 	if err == nil {
 		w.keep(k)
@@ -195,19 +194,18 @@ func (s *Service) unwrap(ctx context.Context, w *wrapping, k sealed) ([]byte, er
 	return material, nil
 }
 
-// keep makes what was opened the canary of its version, where there is none yet, or, with a
-// context, a witness: an agent that only decrypts makes no canary of its own.
+// keep makes what was opened the canary of its version, where there is none yet: an agent
+// that only decrypts makes none of its own. What a context may decide is none.
 func (w *wrapping) keep(k sealed) {
-	probes := w.canaries
+	if w.contextOf(k.binding) != "" {
+		return
+	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if k.binding.ContextBound {
-		probes = w.witnesses
-	}
-	if _, ok := probes[k.version]; !ok {
+	if _, ok := w.canaries[k.version]; !ok {
 		k = k.clone()
 		k.proven = true
-		probes[k.version] = k
+		w.canaries[k.version] = k
 	}
 }
 

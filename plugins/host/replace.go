@@ -7,6 +7,8 @@ import (
 	"time"
 
 	"go.uber.org/zap"
+
+	"github.com/kms-agent/kms-agent/plugins"
 )
 
 // request asks Run for a new process; done has room for the one answer.

@@ -81,15 +81,15 @@ func TestMemoryThatSeesContexts(t *testing.T) {
 		t.Fatal(err)
 	}
 	b := plugintest.OverTheWire(t, "memory", settings)
-	if aware, ok := b.(plugins.ContextAware); !ok || !aware.SeesContext() {
-		t.Errorf("%T does not say that its backend sees contexts", b)
+	if !b.SeesContext() {
+		t.Error("the backend sees contexts, and is not known to")
 	}
 	_, err = b.Wrap(t.Context(), plugins.KeyRef{URI: "memory:orders", Version: "1"}, []byte("m"), plugins.Binding{ContextBound: true, Context: map[string]string{"tenant": "evil"}})
 	if plugins.ClassOf(err) != plugins.Denied {
 		t.Errorf("the tenant that is denied: %v", err)
 	}
 	settings, _ = memorySettings(t)
-	if aware, ok := plugintest.OverTheWire(t, "memory", settings).(plugins.ContextAware); !ok || aware.SeesContext() {
+	if plugintest.OverTheWire(t, "memory", settings).SeesContext() {
 		t.Error("one without the capability sees contexts")
 	}
 }

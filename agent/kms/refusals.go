@@ -1,0 +1,323 @@
+package kms
+
+import (
+	"cmp"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/kms-agent/kms-agent/cache"
+	"github.com/kms-agent/kms-agent/plugins"
+)
+
+// question is what a part says yes or no to.
+type question struct {
+	version   string
+	direction cache.Direction
+	// context is that of cache.Authority: "" where the backend does not see it.
+	context string
+}
+
+// word is what a part answered to a call.
+type word struct {
+	err   error // nil is a yes
+	began time.Time
+	// told: the version's state says so, and takes it back.
+	told bool
+	// of is what it did not open; nil where that is not known.
+	of *sealed
+}
+
+// no is a word that stands until a yes.
+type no struct {
+	at   time.Time // when it was heard
+	told bool
+	// policy: upstream's policy said so, which is a word on other versions too.
+	policy bool
+	of     *sealed
+}
+
+// refusal is a definite no to the question what the wrapping key is.
+type refusal struct {
+	why   string
+	class plugins.Class
+	at    time.Time
+}
+
+// verdicts are what the backend of a wrapping key has said no to, and not taken back. They
+// outlive the configuration: a call that began under another one is heard too.
+type verdicts struct {
+	refused atomic.Pointer[refusal] // nil where the last question was not answered by a definite no
+
+	mu    sync.Mutex // guards noes and yeses
+	noes  map[question]no
+	bound int                  // noes to a context
+	yeses map[string]time.Time // by version without a context: when the last call began that it opened
+}
+
+// maxContextNoes is how many contexts are remembered that a backend refuses: anybody can
+// make contexts up. One that is forgotten is asked about again.
+const maxContextNoes = 1024
+
+func newVerdicts() *verdicts {
+	return &verdicts{noes: map[question]no{}, yeses: map[string]time.Time{}}
+}
+
+// said notes a part's word: a no stands until a yes to a later call, whatever else the cache
+// covers with the same version.
+func (s *Service) said(w *wrapping, q question, said word) {
+	class := plugins.ClassOf(said.err)
+	if said.err != nil && (!class.Definite() || class == plugins.KeyNotFound) {
+		return
+	}
+	if said.err == nil {
+		s.unrefused(w, w.allows(q, said.began))
+		return
+	}
+	if w.notes(q, said) {
+		s.refused(w, q, said)
+	}
+}
+
+// unrefused has it saved that something was taken back.
+func (s *Service) unrefused(w *wrapping, changed bool) {
+	if g := w.group.Load(); changed && g != nil && len(g.parts) > 1 {
+		s.cache.NotesChanged(false)
+	}
+}
+
+// allows notes a yes. It tells whether it takes something back.
+func (v *verdicts) allows(q question, began time.Time) (changed bool) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if q.context == "" && q.direction == cache.Decrypt && began.After(v.yeses[q.version]) {
+		v.yeses[q.version] = began
+	}
+	if n, refused := v.noes[q]; refused && !began.Before(n.at) {
+		v.takeBack(q)
+		changed = true
+	}
+	return v.answered(began) || changed
+}
+
+// takeBack requires v.mu.
+func (v *verdicts) takeBack(q question) {
+	if q.context != "" {
+		v.bound--
+	}
+	delete(v.noes, q)
+}
+
+// notes notes a no. It tells whether that is news.
+func (v *verdicts) notes(q question, said word) (news bool) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	before, refused := v.noes[q]
+	n := no{at: time.Now(), told: said.told, policy: before.policy || plugins.ClassOf(said.err) == plugins.Denied, of: before.of}
+	if refused && !before.told {
+		n.told = false // that lasts longer
+	}
+	// What it has opened before is no forgery, and better to ask with.
+	if said.of != nil && (n.of == nil || said.of.proven && !n.of.proven) {
+		clone := said.of.clone()
+		n.of = &clone
+	}
+	if !refused && q.context != "" {
+		v.oneContextMore()
+	}
+	v.noes[q] = n
+	return !refused
+}
+
+// oneContextMore forgets the oldest no to a context where there are too many. It requires
+// v.mu.
+func (v *verdicts) oneContextMore() {
+	if v.bound++; v.bound <= maxContextNoes {
+		return
+	}
+	var oldest question
+	for q := range v.noes {
+		if q.context != "" && (oldest.context == "" || v.noes[q].at.Before(v.noes[oldest].at)) {
+			oldest = q
+		}
+	}
+	v.takeBack(oldest)
+}
+
+// told takes back what the backend told of versions that it now tells are enabled. It
+// tells whether there was such.
+func (v *verdicts) told(d plugins.Description, began time.Time) (changed bool) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	for q, n := range v.noes {
+		one := findVersion(d, q.version)
+		if n.told && one != nil && one.State == plugins.Enabled && !began.Before(n.at) {
+			v.takeBack(q)
+			changed = true
+		}
+	}
+	return v.answered(began) || changed
+}
+
+// answered takes back a no to the question what the wrapping key is, which was heard before
+// a call began that had a yes.
+func (v *verdicts) answered(began time.Time) (changed bool) {
+	r := v.refused.Load()
+	return r != nil && !began.Before(r.at) && v.refused.CompareAndSwap(r, nil)
+}
+
+// refused suspends what a no covers beside that which was asked about: what others have
+// wrapped too, and what it has not wrapped itself.
+func (s *Service) refused(w *wrapping, q question, said word) {
+	g := w.group.Load()
+	if g == nil || len(g.parts) == 1 {
+		return
+	}
+	part := g.partOf(w.id.uri)
+	s.cache.Refuse(g.id.backend, g.id.uri, func(a cache.Authority) bool {
+		v, err := g.parseVersions(a.Version)
+		return err == nil && a.Direction == q.direction && (q.context == "" || q.context == a.Context) &&
+			(v[part] == q.version || v[part] == "" && w.withholds("", q.direction, a.Context))
+	}, s.now()-time.Since(said.began))
+	s.cache.NotesChanged(true)
+}
+
+// refuses tells whether a version has been refused without regard to a context.
+func (v *verdicts) refuses(version string, d cache.Direction) bool {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	_, refused := v.noes[question{version, d, ""}]
+	return refused
+}
+
+// denied tells whether the backend, when it was asked last what the wrapping key is, said
+// that this is nobody's business. That it does not have it is another matter.
+func (v *verdicts) denied() bool {
+	r := v.refused.Load()
+	return r != nil && r.class != plugins.KeyNotFound
+}
+
+// withholds tells whether a part has refused a version and has not said yes since. What it
+// has not wrapped, "", it would open under its current version; where nobody knows which
+// that is, each no counts.
+func (w *wrapping) withholds(version string, d cache.Direction, inContext string) bool {
+	if w.denied() {
+		return true
+	}
+	w.verdicts.mu.Lock()
+	defer w.verdicts.mu.Unlock()
+	if version == "" {
+		_, _, found := w.standing(d, inContext)
+		return found
+	}
+	_, refused := w.noes[question{version, d, ""}]
+	if !refused && inContext != "" {
+		_, refused = w.noes[question{version, d, inContext}]
+	}
+	return refused
+}
+
+// standing returns a no that concerns what a part has not wrapped; one that can be asked
+// about, if there is one. It requires w.verdicts.mu.
+func (w *wrapping) standing(d cache.Direction, inContext string) (q question, n no, found bool) {
+	if len(w.noes) == 0 {
+		return q, n, false
+	}
+	current := ""
+	if known := w.described.Load(); known != nil {
+		current = known.Current
+	}
+	for question, one := range w.noes {
+		switch {
+		case question.direction != d || question.context != "" && question.context != inContext:
+		case current != "" && question.version != current && (one.told || !one.policy || !w.yeses[current].Before(one.at)):
+		case !found || n.of == nil && one.of != nil:
+			q, n, found = question, one, true
+		}
+	}
+	return q, n, found
+}
+
+// askable returns a no that concerns what a part has not wrapped, with what it did not open.
+func (w *wrapping) askable(d cache.Direction, inContext string) (question, sealed, bool) {
+	w.verdicts.mu.Lock()
+	defer w.verdicts.mu.Unlock()
+	q, n, found := w.standing(d, inContext)
+	if !found || n.of == nil {
+		return question{}, sealed{}, false
+	}
+	return q, *n.of, true
+}
+
+// refusals are what is refused, for the store.
+func (v *verdicts) refusals() []storedRefusal {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	var all []storedRefusal
+	for q, n := range v.noes {
+		one := storedRefusal{Version: q.version, Direction: q.direction, Context: q.context, Told: n.told, Policy: n.policy}
+		if n.of != nil {
+			one.Of = n.of.storedSmall()
+		}
+		all = append(all, one)
+	}
+	return all
+}
+
+// storedSmall is stored where that is no more than maxProbe bytes, else nil.
+func (k sealed) storedSmall() *storedEDK {
+	stored := k.stored()
+	if text, err := json.Marshal(stored); err != nil || len(text) > maxProbe {
+		return nil
+	}
+	return &stored
+}
+
+// refusedBefore takes in what was refused before a restart.
+func (v *verdicts) refusedBefore(stored storedWrapping) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	for _, one := range stored.Refused {
+		n := no{at: time.Now(), told: one.Told, policy: one.Policy}
+		if one.Of != nil {
+			n.of = new(one.Of.sealed())
+		}
+		q := question{one.Version, one.Direction, one.Context}
+		if _, known := v.noes[q]; !known && q.context != "" {
+			v.oneContextMore()
+		}
+		v.noes[q] = n
+	}
+	if stored.Denied {
+		v.refused.CompareAndSwap(nil, &refusal{why: "before the restart", class: plugins.Denied, at: time.Now()})
+	}
+}
+
+var errRefusedBefore = errors.New("until it does, or is taken out of the key's configuration, the key's other backends do not count")
+
+// unrevoked returns an error, and has the cache suspend what it is about, where one of
+// several parts has refused the key and has not said yes since: that another says yes
+// proves nothing of it. errs are what was said just now: a yes in the very context is one.
+func (s *Service) unrevoked(g *group, a cache.Authority, v versions, errs map[int]error) error {
+	if len(g.parts) == 1 {
+		return nil
+	}
+	for part, version := range v {
+		w := g.parts[part]
+		if err, asked := errs[part]; asked && err == nil && version != "" && a.Context != "" || !w.withholds(version, a.Direction, a.Context) {
+			continue
+		}
+		if s.inUse(g) {
+			s.cache.Withhold(a)
+		}
+		return &Error{
+			Reason: ReasonKeySuspended, Key: g.key, RetryAfter: time.Second,
+			Message: "one of the key's backends has refused it and has not allowed it since; the others do not count until it does",
+			Cause:   fmt.Errorf("backend %s refused %s (version %s) and has not said yes since: %w", w.id.backend, w.id.uri, cmp.Or(version, "-"), errRefusedBefore),
+		}
+	}
+	return nil
+}
