@@ -269,24 +269,28 @@ type plain struct{ error }
 func (p *plain) Error() string { return told(p.error) }
 func (p *plain) Unwrap() error { return p.error }
 
-// explained names the cure of what confinement forbids.
+// explained names the cures of what confinement forbids, in few words: the agent shortens
+// long errors. dlopen gives text alone, and a library that may not open its tokens says
+// anything: SoftHSM says CKR_GENERAL_ERROR.
 func explained(err error) error {
-	err = hinted(err)
-	if strings.Contains(err.Error(), "ermission denied") { // dlopen gives text alone
-		return fmt.Errorf("%w (a confined plugin reaches what access in its backend's configuration names: name the directory there. "+
-			"Where it is named, or is the plugin's own for its state, it was made anew since the process began: kms-agent plugin restart BACKEND)", err)
-	}
-	return err
-}
-
-// hinted adds where a library that does not begin, or shows no token at all, may be
-// looking for them.
-func hinted(err error) error {
-	text := err.Error()
-	none := strings.Contains(text, noToken) && !strings.Contains(text, "(serial ")
-	if !none && !strings.Contains(text, "the module shows no token") && !strings.Contains(text, "C_Initialize") {
+	if !astray(err) && !strings.Contains(err.Error(), "ermission denied") {
 		return err
 	}
-	return fmt.Errorf("%w (a library finds its tokens by a configuration of its own, which mostly an environment variable names, as SOFTHSM2_CONF for SoftHSM: "+
-		"is it set, and is what it names there? A confined plugin has the environment that env of its backend in the agent's configuration has, and reaches what access names)", err)
+	return fmt.Errorf("%w (a confined plugin reaches what access of its backend names, and writes, as SoftHSM to its tokens, what is under write: name the directory. "+
+		"If it is named, was it replaced, as by a restore? kms-agent plugin restart BACKEND)", hinted(err))
+}
+
+// hinted adds where a library that is astray may be looking for its tokens.
+func hinted(err error) error {
+	if !astray(err) {
+		return err
+	}
+	return fmt.Errorf("%w (the library looks where its own configuration says, mostly by a variable, as SOFTHSM2_CONF: is it set, in env of its backend?)", err)
+}
+
+// astray tells whether a library does not begin, or shows no token at all.
+func astray(err error) bool {
+	text := err.Error()
+	none := strings.Contains(text, noToken) && !strings.Contains(text, "(serial ")
+	return none || strings.Contains(text, "the module shows no token") || strings.Contains(text, "C_Initialize")
 }
