@@ -254,7 +254,8 @@ func TestSettingsFaultsAreToldTogether(t *testing.T) {
 		`{"pinfile": "pin"}`:                          {"settings.pinfile: there is no such setting"},
 		`{"sessions": "many"}`:                        {"settings.sessions: must be of type int, not string"},
 		``:                                            {"settings: are missing"},
-		`{"fleet_size": 1000001, "hang_after": "5s"}`: {"settings.fleet_size: 0 or 1 to 1000000"},
+		`{"fleet_size": 1000001, "hang_after": "5s"}`: {"settings.fleet_size: 1 to 1000000"},
+		`{"fleet_size": 0}`:                           {"settings.fleet_size: 1 to 1000000"},
 	} {
 		_, _, err := parseSettings(json.RawMessage(raw))
 		for _, part := range want {

@@ -38,8 +38,14 @@ func TestCheck(t *testing.T) {
 		{setting: "unknown", value: 1, want: "unknown: there is no such setting"},
 		{setting: "pin_file", value: empty, want: "pin_file: the PIN is empty: " + empty, warning: true},
 		{setting: "pin_file", value: r.Path("missing"), want: "pin_file: the PIN: open", warning: true},
-		{key: "pkcs11:token=kms", want: "pkcs11:token=kms: the URI", warning: true},
-		{key: "pkcs11:token=other;object=orders", want: "pkcs11:token=other;object=orders: names the token", warning: true},
+		{key: "pkcs11:token=kms", want: "pkcs11:token=kms: the URI"},
+		{key: "pkcs11:token=other;object=orders", want: "pkcs11:token=other;object=orders: names the token"},
+		{
+			setting: "token", value: "pkcs11:token=kms;serial=1", key: "pkcs11:token=kms;serial=2;object=orders",
+			want: "pkcs11:token=kms;serial=2;object=orders: names the token with serial",
+		},
+		{setting: "token", value: "pkcs11:serial=1"},
+		{setting: "fleet_size", value: 0, want: "fleet_size: 1 to 1000000"},
 	} {
 		before := r.settings[c.setting]
 		if c.setting != "" {
