@@ -126,7 +126,7 @@ func (b *backend) Describe(ctx context.Context, uri string) (plugins.Description
 	}
 	k, err := b.token.Key(ctx, name)
 	if err != nil {
-		return plugins.Description{}, classified(err)
+		return plugins.Description{}, classified(makable(err, name))
 	}
 	d := plugins.Description{Current: number(k.Current)}
 	for _, v := range k.Versions {
@@ -167,7 +167,18 @@ func (b *backend) version(ctx context.Context, key plugins.KeyRef) (*hsm.Version
 	if err != nil || number(uint32(n)) != key.Version {
 		return nil, &hsm.Error{Kind: hsm.KeyNotFound, Detail: fmt.Sprintf("no version %.40q: versions are numbers", key.Version)}
 	}
-	return b.token.Version(ctx, name, uint32(n))
+	v, err := b.token.Version(ctx, name, uint32(n))
+	return v, makable(err, name)
+}
+
+// makable is err with the key's name in the command that makes it, so that it can be run
+// as it stands.
+func makable(err error, name string) error {
+	const command = "'kms-agent hsm init-key'"
+	if hsm.KindOf(err) != hsm.KeyNotFound || !strings.Contains(err.Error(), command) {
+		return err
+	}
+	return &hsm.Error{Kind: hsm.KeyNotFound, Detail: strings.Replace(told(err), command, "kms-agent hsm init-key "+name, 1)}
 }
 
 // name returns the name of the key that a URI means.
