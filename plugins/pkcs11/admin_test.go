@@ -100,6 +100,21 @@ func TestNoTokenAtAll(t *testing.T) {
 	}
 }
 
+// A module that is none is told in the words of check, with the cure.
+func TestModuleThatIsNone(t *testing.T) {
+	r := newRig(t)
+	r.Write("notes", "no library")
+	for module, want := range map[string]string{
+		"/usr/lib/missing.so": "settings.module: /usr/lib/missing.so does not exist; name the vendor's PKCS#11 library",
+		r.Path("notes"):       "settings.module: " + r.Path("notes") + " is no shared library",
+	} {
+		r.settings["module"] = module
+		if a := r.administer(request{Command: "probe"}); a.Error != want || a.Class != "invalid" {
+			t.Errorf("%+v, want %q, invalid", a, want)
+		}
+	}
+}
+
 func TestClasses(t *testing.T) {
 	r := newRig(t)
 	for want, q := range map[string]request{

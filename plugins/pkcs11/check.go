@@ -135,6 +135,15 @@ func moduleFault(path string) error {
 	return fmt.Errorf("%s exports no C_GetFunctionList, so it is no PKCS#11 module", path)
 }
 
+// unloaded is why a module was not loaded: what its file says, where that says it, and
+// else err, the loader's word.
+func (s settings) unloaded(err error) error {
+	if fault := moduleFault(s.Module); fault != nil {
+		return fmt.Errorf("settings.module: %w", fault)
+	}
+	return err
+}
+
 // unreadable says what is wrong with settings that are not read at all.
 func unreadable(raw json.RawMessage, err error) error {
 	if name, ok := strings.CutPrefix(err.Error(), "json: unknown field "); ok {
