@@ -14,10 +14,10 @@ func (f *hsmFlags) hint(c *cobra.Command, r hsmRequest, answer string) string {
 	if f.module != "" {
 		pin = "--pin-file"
 	}
-	retry := "if the token was given this PIN meanwhile, " + sameToken(c, "probe --retry-pin") + " tries it again"
+	retry := sameToken(c, "probe --retry-pin") + " tries this PIN again: make sure first that it is right"
 	for _, known := range []struct{ said, hint string }{
 		{"'kms-agent hsm probe --retry-pin'", retry},
-		{"the token refuses the PIN", "put the right PIN in its place; " + retry},
+		{"the token refuses the PIN", "put the right PIN in its place; or, if it is right by now, " + sameToken(c, "probe --retry-pin")},
 		{"the PIN: open ", "write the PIN into that file, for this user alone to read, or name the one that has it: " + pin},
 		{"'kms-agent hsm init-key'", sameToken(c, "init-key "+r.Key) + " makes it"},
 		{"the token cannot do this suite", sameToken(c, "probe") + " lists the suites that work"},
