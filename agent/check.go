@@ -21,7 +21,7 @@ type Check struct {
 	// was checked for another host is not to be run: its users and groups may be
 	// others here.
 	Config *Config
-	// Faults keep the agent, or one of its backends, from starting.
+	// Faults keep the agent, or one of its backends, from starting, or can never work.
 	Faults Faults
 	// Warnings do not, but something will not work, or is not as safe as meant.
 	Warnings Faults

@@ -75,6 +75,37 @@ func (h *hostCheck) reach(at string, b *BackendConfig) {
 			h.reaches(join(at+".env", variable), b.Env[variable], named)
 		}
 	}
+	if tokens := softHSMTokens(b.Env[softHSMVariable]); tokens != "" && !within(tokens, named) {
+		h.warn(join(at+".env", softHSMVariable), "has its tokens in %s, which is out of the confined plugin's reach; name that in access.write", tokens)
+	}
+}
+
+// softHSMVariable names the configuration of SoftHSM, with which many begin: the one
+// library whose files are known.
+const softHSMVariable = "SOFTHSM2_CONF"
+
+// softHSMTokens is the directory of tokens that a configuration of SoftHSM names, "" where
+// that is not known.
+func softHSMTokens(config string) string {
+	text, err := os.ReadFile(config)
+	if err != nil {
+		return ""
+	}
+	for line := range strings.Lines(string(text)) {
+		name, value, _ := strings.Cut(line, "=")
+		if dir := strings.TrimSpace(value); strings.TrimSpace(name) == "directories.tokendir" && filepath.IsAbs(dir) {
+			return filepath.Clean(dir)
+		}
+	}
+	return ""
+}
+
+// within tells whether a path is one of those that are named, or below one.
+func within(path string, named []string) bool {
+	return slices.ContainsFunc(named, func(dir string) bool {
+		dir = strings.TrimSuffix(dir, "/")
+		return path == dir || strings.HasPrefix(path, dir+"/")
+	})
 }
 
 // reaches warns where a path is not, or not for long, in what access names.
@@ -87,7 +118,7 @@ func (h *hostCheck) reaches(at, path string, named []string) {
 	case slices.Contains(named, path) && err == nil && !info.IsDir():
 		h.warn(at, "access names the file %s alone: once it is replaced, as editors and Kubernetes do, it is out of the running plugin's reach; "+
 			"put it into a directory of its own and name that", path)
-	case !slices.ContainsFunc(named, func(dir string) bool { return path == dir || strings.HasPrefix(path, strings.TrimSuffix(dir, "/")+"/") }):
+	case !within(path, named):
 		h.warn(at, "%s is out of the confined plugin's reach; name its directory in access.read", path)
 	}
 }

@@ -90,6 +90,11 @@ func TestCheckConfigOfAHostThatLacks(t *testing.T) {
 	mode := func(name string, mode os.FileMode) func(string) error {
 		return func(dir string) error { return os.Chmod(filepath.Join(dir, name), mode) }
 	}
+	tokens := func(name string) func(string) error { // of SoftHSM
+		return func(dir string) error {
+			return content("vendor/softhsm2.conf", "log.level = ERROR\ndirectories.tokendir = "+filepath.Join(dir, name)+"\n")(dir)
+		}
+	}
 	cases := []struct {
 		name, config string // config replaces "old|new" in checkedConfig
 		spoil        func(dir string) error
@@ -133,6 +138,11 @@ func TestCheckConfigOfAHostThatLacks(t *testing.T) {
 		{name: "nothing to read", spoil: remove("vendor.conf"), warning: "backends[1].access.read[0]: DIR/vendor.conf does not exist"},
 		{name: "settings out of reach", config: "module: /usr/lib|module: DIR/lib", warning: "backends[1].settings.module: DIR/lib/module.so is out of the confined plugin's reach; name its directory in access.read"},
 		{name: "environment out of reach", config: "    env_from_files|    env: { VENDOR_CONF: DIR/token, LIST: /a:/b, NONE: /not/there }\n    env_from_files", warning: "backends[1].env.VENDOR_CONF: DIR/token is out of the confined plugin's reach; name its directory in access.read"},
+		{name: "tokens out of reach", config: "    env_from_files|    env: { SOFTHSM2_CONF: DIR/vendor/softhsm2.conf }\n    env_from_files", spoil: tokens("tokens"),
+			warning: "backends[1].env.SOFTHSM2_CONF: has its tokens in DIR/tokens, which is out of the confined plugin's reach; name that in access.write"},
+		{name: "tokens within reach", config: "    env_from_files|    env: { SOFTHSM2_CONF: DIR/vendor/softhsm2.conf }\n    env_from_files", spoil: tokens("vendor/tokens/")},
+		{name: "tokens that are named", config: "access: { read: [DIR/vendor.conf, DIR/vendor] }|access: { read: [DIR/vendor.conf, DIR/vendor], write: [DIR/log/] }\n    env: { SOFTHSM2_CONF: DIR/vendor/softhsm2.conf }", spoil: tokens("log")},
+		{name: "tokens of a plugin without confinement", config: "    env_from_files|    confine: off\n    env: { SOFTHSM2_CONF: DIR/vendor/softhsm2.conf }\n    env_from_files", spoil: tokens("tokens")},
 		{name: "settings without confinement", config: "module: /usr/lib/module.so|module: /opt/module.so }\n    confine: off #"},
 		{name: "a file that may be replaced", config: "conf: DIR/vendor/conf|conf: DIR/vendor.conf", warning: "backends[1].settings.conf: access names the file DIR/vendor.conf alone"},
 		{name: "no Workload API", spoil: remove("api.sock"), warning: ":6:17: identity.workload_api: DIR/api.sock is not there"},

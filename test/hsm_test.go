@@ -27,7 +27,7 @@ func TestQuickstartWithHSM(t *testing.T) {
 	if err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
-	for _, want := range []string{"aes-gcm          CKM_AES_GCM: works", "encrypted under orders version 1", "encrypted under orders version 2", "of hsm mixed with the system's", "stopped cleanly"} {
+	for _, want := range []string{"aes-gcm          CKM_AES_GCM: works", "encrypted under orders version 1", "encrypted under orders version 2", "of hsm mixed with the system's", "config.yaml: no faults (", "stopped cleanly"} {
 		if !strings.Contains(string(out), want) {
 			t.Errorf("the output has no %q:\n%s", want, out)
 		}

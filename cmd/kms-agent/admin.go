@@ -252,9 +252,20 @@ func keysRows(t *table, r *adminv1.StatusResponse) {
 		t.row("outage of "+o.GetBackend(), fmt.Sprintf("for %s, %d requests served in grace, %d not served",
 			o.GetLasts().AsDuration().Round(time.Second), o.GetInGrace(), o.GetUnserved()))
 		if o.GetLastError() != "" {
-			t.row("", "last error: "+o.GetLastError())
+			t.row("", outageError(o, r.GetBackends()))
 		}
 	}
+}
+
+// outageError says why calls fail. What the backend says of itself, where it is not well,
+// is newer and nearer to the cause than the last of the calls.
+func outageError(o *adminv1.Outage, backends []*adminv1.BackendStatus) string {
+	for _, b := range backends {
+		if b.GetName() == o.GetBackend() && b.GetState() != "up" && b.GetLastError() != "" {
+			return "the backend is " + b.GetState() + ": its last error, above, says why"
+		}
+	}
+	return "last error: " + o.GetLastError()
 }
 
 func randomRows(t *table, r *adminv1.RandomStatus) {
@@ -328,7 +339,7 @@ func backendLine(b *adminv1.BackendStatus) string {
 	if b.GetPid() != 0 {
 		process = fmt.Sprintf("process %d", b.GetPid())
 	}
-	return fmt.Sprintf("%s (%s %s, %s since %s), %d calls, %d failures, %d retries, %d restarts", b.GetState(), b.GetPlugin(),
+	return fmt.Sprintf("%s (%s %s, %s) since %s, %d calls, %d failures, %d retries, %d restarts", b.GetState(), b.GetPlugin(),
 		b.GetPluginVersion(), process, when(b.GetSince().AsTime()), b.GetCalls(), b.GetFailures(), b.GetRetries(), b.GetRestarts())
 }
 

@@ -107,10 +107,11 @@ func newCheck(a *app) *cobra.Command {
 fault at once with file, line, column and path. Where the file has none it looks
 at what the file names on this host: directories, sockets, keystore and seal,
 plugins and their digests, the settings of PKCS#11 backends (which it asks their
-plugin about; the vendor's library is not loaded), files with secrets, the audit log and its key. Faults
-keep the agent or a backend from starting, or are damage; warnings do not, and
-leave the exit code at 0. It changes nothing, and touches neither the network nor
-a running agent. FILE, or --config FILE as with other commands, is
+plugin about; the vendor's library is not loaded), files with secrets, the audit
+log and its key. Faults keep the agent or a backend from starting, are damage, or
+can never work, as the URI of another token; warnings leave the exit code at 0. It
+changes nothing, and touches neither the network nor a running agent. FILE, or
+--config FILE as with other commands, is
 ` + defaultConfigPath + ` unless given; - is standard input, and then relative
 paths are relative to the working directory.
 

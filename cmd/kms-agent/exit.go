@@ -219,9 +219,9 @@ func codeOf(code codes.Code) exitCode {
 func hintFor(reason kms.Reason) string {
 	switch reason {
 	case kms.ReasonUnidentified:
-		return "kms-agent whoami shows who the agent takes you for; a workload needs SPIFFE_ENDPOINT_SOCKET, another process a static peer in the agent's configuration"
+		return "a workload needs SPIFFE_ENDPOINT_SOCKET, another process an entry in identity.static_peers of the agent's configuration"
 	case kms.ReasonAccessDenied:
-		return "kms-agent whoami shows who you are, kms-agent keys list what you may use; the agent's audit log names the rule"
+		return "kms-agent whoami shows who you are, kms-agent keys list what you may use; on the agent's host, kms-agent policy explain --caller ID --proof PROOF --operation OPERATION --key KEY tells of each rule why it does not let you"
 	case kms.ReasonInvalidRequest:
 		return "the message above says what to change"
 	case kms.ReasonInvalidMessage:

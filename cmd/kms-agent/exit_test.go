@@ -70,6 +70,30 @@ func TestEveryReasonHasAHint(t *testing.T) {
 	}
 }
 
+// Who is refused is not sent to what refuses as well, or does not know: whoami answers
+// nobody whom the agent cannot identify, and a denial by default names no rule.
+func TestHintsLeadOn(t *testing.T) {
+	if got := hintFor(kms.ReasonUnidentified); strings.Contains(got, "whoami") || !strings.Contains(got, "identity.static_peers") {
+		t.Errorf("of a caller without an identity: %q", got)
+	}
+	if got := hintFor(kms.ReasonAccessDenied); strings.Contains(got, "audit log") {
+		t.Errorf("of a denial: %q", got)
+	}
+	_, explain, ok := strings.Cut(hintFor(kms.ReasonAccessDenied), "kms-agent policy explain ")
+	if !ok {
+		t.Fatalf("of a denial: %q, want kms-agent policy explain", hintFor(kms.ReasonAccessDenied))
+	}
+	explained, _, err := newRoot(newApp(os.Stdin, os.Stdout, os.Stderr, os.Getenv)).Find([]string{"policy", "explain"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for word := range strings.FieldsSeq(explain) {
+		if name, ok := strings.CutPrefix(word, "--"); ok && explained.Flags().Lookup(name) == nil {
+			t.Errorf("kms-agent policy explain has no --%s", name)
+		}
+	}
+}
+
 // TestExitCodesAreDocumented holds docs/cli.md to the table in the code.
 func TestExitCodesAreDocumented(t *testing.T) {
 	page := read(t, "../../docs/cli.md")

@@ -64,7 +64,7 @@ func (a *app) askToken(c *cobra.Command, f *hsmFlags, r hsmRequest) (hsmAnswer, 
 		return answer, pluginUnanswered(cmd, errors.Join(failed, err), diagnostics.Bytes())
 	}
 	if answer.Error != "" {
-		return answer, &codedError{code: hsmCode(answer.Class), err: errors.New(f.named(answer.Error))}
+		return answer, &codedError{code: hsmCode(answer.Class), hint: f.hint(c, r, answer.Error), err: errors.New(f.named(answer.Error))}
 	}
 	if cmd.ProcessState != nil && cmd.ProcessState.Success() {
 		return answer, nil // interrupted or not: it is done

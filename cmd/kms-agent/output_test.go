@@ -224,6 +224,33 @@ func TestVersionIsJSON(t *testing.T) {
 	}
 }
 
+// Status tells since when a backend is in its state, which is not since when its process
+// runs; and of a backend that is not well, what it says itself and not what the last of
+// the calls met.
+func TestStatusOfBackends(t *testing.T) {
+	const met = "backend hsm: it answers Check, but not calls, the last: Unauthenticated: PIN"
+	for _, c := range []struct{ state, reason, want string }{
+		{"degraded", "the token refuses the PIN", "the backend is degraded: its last error, above, says why"},
+		{"up", "", "last error: " + met},
+		{"down", "", "last error: " + met},
+	} {
+		shown := &table{}
+		statusTable(shown, &adminv1.StatusResponse{
+			Backends: []*adminv1.BackendStatus{{
+				Name: "hsm", State: c.state, Plugin: "pkcs11", PluginVersion: "1", Pid: 7, LastError: c.reason, Since: timestamppb.New(time.Unix(1764391776, 0)),
+			}},
+			Outages: []*adminv1.Outage{{Backend: "hsm", LastError: met}},
+		})
+		got := shown.render(false)
+		if line := "\nbackend hsm    " + c.state + " (pkcs11 1, process 7) since 2025-11-29 04:49:36Z, 0 calls"; !strings.Contains(got, line) {
+			t.Errorf("%s has no %q", got, line)
+		}
+		if line := "0 not served\n               " + c.want + "\n"; !strings.Contains(got, line) {
+			t.Errorf("%s has no %q", got, line)
+		}
+	}
+}
+
 // locked is a buffer that one goroutine reads while another writes.
 type locked struct {
 	mu sync.Mutex // guards b

@@ -2,6 +2,9 @@ package main
 
 import (
 	"errors"
+	"io/fs"
+	"os"
+	"regexp"
 	"strings"
 
 	"google.golang.org/grpc/codes"
@@ -13,8 +16,12 @@ const (
 	hintForbidden   = "this user may not connect: see the modes of the socket (listen.native in the agent's configuration) and of its directory"
 	hintWorkloadAPI = "is the SPIRE agent running, and is this its socket? Name it with --workload-api or SPIFFE_ENDPOINT_SOCKET; --identity peer does without"
 	hintHandshake   = "agent and caller must trust each other's identities: compare --agent-id, the Workload API and the agent's trust domain"
+	hintNoSocket    = "name the agent's socket with --socket or KMS_AGENT_SOCKET, of an administrator's command with --admin-socket or KMS_AGENT_ADMIN_SOCKET"
 	hintOtherDoor   = "this is not the socket for this command: workloads use the one of listen.native (--socket), administrators that of admin (--admin-socket)"
 )
+
+// noAgent begins what is said of an agent that is out of reach.
+const noAgent = "cannot reach the agent: "
 
 // handshakeFailed is what gRPC writes before the reason of a failed handshake.
 const handshakeFailed = "authentication handshake failed: "
@@ -23,7 +30,10 @@ const handshakeFailed = "authentication handshake failed: "
 // the connection's, message gRPC's. Other codes leave f
 // as it is.
 func unanswered(f failure, code codes.Code, message string) failure {
+	what := noSocket(message)
 	switch {
+	case code == codes.Unavailable && what != "":
+		f.code, f.message, f.hint = exitInvalid, noAgent+what, hintNoSocket
 	case code == codes.Unavailable && strings.Contains(message, "connect: permission denied"):
 		f.code, f.message, f.hint = exitDenied, unreachable(message), hintForbidden
 	case code == codes.Unavailable && strings.Contains(message, handshakeFailed):
@@ -39,10 +49,32 @@ func unanswered(f failure, code codes.Code, message string) failure {
 	return f
 }
 
+// refusedDial is what a connection says that a path refused: a socket to which nobody
+// listens, or what is no socket at all.
+var refusedDial = regexp.MustCompile(`dial unix (.+): connect: connection refused`)
+
+// noSocket says what a path is that refused a connection and is no socket, else "".
+func noSocket(message string) string {
+	found := refusedDial.FindStringSubmatch(message)
+	if found == nil {
+		return ""
+	}
+	info, err := os.Stat(found[1])
+	switch {
+	case err != nil || info.Mode().Type() == fs.ModeSocket:
+		return ""
+	case info.IsDir():
+		return found[1] + " is a directory, and no socket"
+	case info.Mode().IsRegular():
+		return found[1] + " is a plain file, and no socket"
+	}
+	return found[1] + " is no socket"
+}
+
 // unreachable leaves out what gRPC says about its own workings.
 func unreachable(message string) string {
 	if i := strings.Index(message, "dial unix "); i >= 0 {
-		return "cannot reach the agent: " + strings.TrimSuffix(message[i:], `"`)
+		return noAgent + strings.TrimSuffix(message[i:], `"`)
 	}
 	return message
 }
@@ -51,10 +83,10 @@ func unreachable(message string) string {
 // of reach.
 func (a *app) blame(f failure) failure {
 	path, ok := strings.CutPrefix(a.workloadAPI, "unix://")
-	if !ok || !strings.Contains(f.message, "dial unix "+path+":") {
+	if !ok || !strings.Contains(f.message, "dial unix "+path+":") && !strings.HasPrefix(f.message, noAgent+path+" is ") {
 		return f
 	}
-	f.message = strings.Replace(f.message, "cannot reach the agent: ", "cannot reach the Workload API: ", 1)
+	f.message = strings.Replace(f.message, noAgent, "cannot reach the Workload API: ", 1)
 	f.hint = hintWorkloadAPI
 	return f
 }

@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kms-agent/kms-agent/agent"
+	"github.com/kms-agent/kms-agent/agent/audit"
 )
 
 func newRunCommand(a *app) *cobra.Command {
@@ -114,13 +115,17 @@ func (a *app) runAgent(ctx context.Context, path string) error {
 	return checkHint(withoutEnd(group.Wait()), path)
 }
 
-// checkHint says how to learn everything that keeps the agent from running.
+// checkHint says how to learn what keeps the agent from running: another one, or all that
+// is missing.
 func checkHint(err error, config string) error {
 	if err == nil {
 		return nil
 	}
 	f := classify(err)
-	if f.hint == "" {
+	switch {
+	case errors.Is(err, audit.ErrInUse):
+		f.hint = "does an agent run already? kms-agent status --config " + config + " asks it"
+	case f.hint == "":
 		f.hint = "kms-agent check " + config + " tells, as this user, all that is missing on this host"
 	}
 	return &codedError{code: f.code, hint: f.hint, err: err}

@@ -233,7 +233,7 @@ func (s settings) load(ctx context.Context, uri hsm.URI, pin hsm.PINSource, wrap
 	select {
 	case o := <-done:
 		if o.err != nil {
-			return nil, &hsm.Error{Kind: hsm.Invalid, Err: o.err}
+			return nil, &hsm.Error{Kind: hsm.Invalid, Err: s.unloaded(o.err)}
 		}
 		return o.token, nil
 	case <-ctx.Done():

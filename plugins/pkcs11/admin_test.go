@@ -100,6 +100,21 @@ func TestNoTokenAtAll(t *testing.T) {
 	}
 }
 
+// A module that is none is told in the words of check, with the cure.
+func TestModuleThatIsNone(t *testing.T) {
+	r := newRig(t)
+	r.Write("notes", "no library")
+	for module, want := range map[string]string{
+		"/usr/lib/missing.so": "settings.module: /usr/lib/missing.so does not exist; name the vendor's PKCS#11 library",
+		r.Path("notes"):       "settings.module: " + r.Path("notes") + " is no shared library",
+	} {
+		r.settings["module"] = module
+		if a := r.administer(request{Command: "probe"}); a.Error != want || a.Class != "invalid" {
+			t.Errorf("%+v, want %q, invalid", a, want)
+		}
+	}
+}
+
 func TestClasses(t *testing.T) {
 	r := newRig(t)
 	for want, q := range map[string]request{
@@ -254,7 +269,8 @@ func TestSettingsFaultsAreToldTogether(t *testing.T) {
 		`{"pinfile": "pin"}`:                          {"settings.pinfile: there is no such setting"},
 		`{"sessions": "many"}`:                        {"settings.sessions: must be of type int, not string"},
 		``:                                            {"settings: are missing"},
-		`{"fleet_size": 1000001, "hang_after": "5s"}`: {"settings.fleet_size: 0 or 1 to 1000000"},
+		`{"fleet_size": 1000001, "hang_after": "5s"}`: {"settings.fleet_size: 1 to 1000000"},
+		`{"fleet_size": 0}`:                           {"settings.fleet_size: 1 to 1000000"},
 	} {
 		_, _, err := parseSettings(json.RawMessage(raw))
 		for _, part := range want {

@@ -126,7 +126,7 @@ func (b *backend) Describe(ctx context.Context, uri string) (plugins.Description
 	}
 	k, err := b.token.Key(ctx, name)
 	if err != nil {
-		return plugins.Description{}, classified(err)
+		return plugins.Description{}, classified(makable(err, name))
 	}
 	d := plugins.Description{Current: number(k.Current)}
 	for _, v := range k.Versions {
@@ -167,7 +167,18 @@ func (b *backend) version(ctx context.Context, key plugins.KeyRef) (*hsm.Version
 	if err != nil || number(uint32(n)) != key.Version {
 		return nil, &hsm.Error{Kind: hsm.KeyNotFound, Detail: fmt.Sprintf("no version %.40q: versions are numbers", key.Version)}
 	}
-	return b.token.Version(ctx, name, uint32(n))
+	v, err := b.token.Version(ctx, name, uint32(n))
+	return v, makable(err, name)
+}
+
+// makable is err with the key's name in the command that makes it, so that it can be run
+// as it stands.
+func makable(err error, name string) error {
+	const command = "'kms-agent hsm init-key'"
+	if hsm.KindOf(err) != hsm.KeyNotFound || !strings.Contains(err.Error(), command) {
+		return err
+	}
+	return &hsm.Error{Kind: hsm.KeyNotFound, Detail: strings.Replace(told(err), command, "kms-agent hsm init-key "+name, 1)}
 }
 
 // name returns the name of the key that a URI means.
@@ -269,24 +280,28 @@ type plain struct{ error }
 func (p *plain) Error() string { return told(p.error) }
 func (p *plain) Unwrap() error { return p.error }
 
-// explained names the cure of what confinement forbids.
+// explained names the cures of what confinement forbids, in few words: the agent shortens
+// long errors. dlopen gives text alone, and a library that may not open its tokens says
+// anything: SoftHSM says CKR_GENERAL_ERROR.
 func explained(err error) error {
-	err = hinted(err)
-	if strings.Contains(err.Error(), "ermission denied") { // dlopen gives text alone
-		return fmt.Errorf("%w (a confined plugin reaches what access in its backend's configuration names: name the directory there. "+
-			"Where it is named, or is the plugin's own for its state, it was made anew since the process began: kms-agent plugin restart BACKEND)", err)
-	}
-	return err
-}
-
-// hinted adds where a library that does not begin, or shows no token at all, may be
-// looking for them.
-func hinted(err error) error {
-	text := err.Error()
-	none := strings.Contains(text, noToken) && !strings.Contains(text, "(serial ")
-	if !none && !strings.Contains(text, "the module shows no token") && !strings.Contains(text, "C_Initialize") {
+	if !astray(err) && !strings.Contains(err.Error(), "ermission denied") {
 		return err
 	}
-	return fmt.Errorf("%w (a library finds its tokens by a configuration of its own, which mostly an environment variable names, as SOFTHSM2_CONF for SoftHSM: "+
-		"is it set, and is what it names there? A confined plugin has the environment that env of its backend in the agent's configuration has, and reaches what access names)", err)
+	return fmt.Errorf("%w (a confined plugin reaches what access of its backend names, and writes, as SoftHSM to its tokens, what is under write: name the directory. "+
+		"If it is named, was it replaced, as by a restore? kms-agent plugin restart BACKEND)", hinted(err))
+}
+
+// hinted adds where a library that is astray may be looking for its tokens.
+func hinted(err error) error {
+	if !astray(err) {
+		return err
+	}
+	return fmt.Errorf("%w (the library looks where its own configuration says, mostly by a variable, as SOFTHSM2_CONF: is it set, in env of its backend?)", err)
+}
+
+// astray tells whether a library does not begin, or shows no token at all.
+func astray(err error) bool {
+	text := err.Error()
+	none := strings.Contains(text, noToken) && !strings.Contains(text, "(serial ")
+	return none || strings.Contains(text, "the module shows no token") || strings.Contains(text, "C_Initialize")
 }

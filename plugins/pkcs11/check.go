@@ -10,6 +10,8 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+
+	"github.com/kms-agent/kms-agent/hsm"
 )
 
 // fault is what is wrong with the settings, or with what they name on this host.
@@ -19,7 +21,7 @@ type fault struct {
 	// WrappingKey is the URI that is wrong, where it is one.
 	WrappingKey string `json:"wrapping_key,omitempty"`
 	Message     string `json:"message"`
-	// Warning: the backend starts, and does not work.
+	// Warning: the backend starts, and does not work as long as it is so.
 	Warning bool `json:"warning,omitempty"`
 }
 
@@ -35,11 +37,11 @@ func (r request) check() []fault {
 	}
 	for _, uri := range r.WrappingKeys {
 		u, err := keyURI(uri)
-		if err == nil && token.Token != "" && u.Token != "" && token.Token != u.Token {
-			err = fmt.Errorf("names the token %q, and the settings of its backend %q", u.Token, token.Token)
+		if err == nil {
+			err = otherToken(u, token)
 		}
 		if err != nil {
-			faults = append(faults, fault{WrappingKey: uri, Message: told(err), Warning: true})
+			faults = append(faults, fault{WrappingKey: uri, Message: told(err)})
 		}
 	}
 	if err == nil && s.PINDescr == "" { // that of the agent is not here
@@ -56,6 +58,20 @@ func (r request) check() []fault {
 		faults = append(faults, f)
 	}
 	return faults
+}
+
+// otherToken tells why a key's URI can mean no key on the token of the settings, whatever
+// that token is.
+func otherToken(key, token hsm.URI) error {
+	for _, part := range []struct{ name, key, token string }{
+		{"token", key.Token, token.Token}, {"token with serial", key.Serial, token.Serial},
+		{"token with manufacturer", key.Manufacturer, token.Manufacturer}, {"token with model", key.Model, token.Model},
+	} {
+		if part.key != "" && part.token != "" && part.key != part.token {
+			return fmt.Errorf("names the %s %q, and the settings of its backend %q: nothing can be wrapped or opened with it", part.name, part.key, part.token)
+		}
+	}
+	return nil
 }
 
 // damagedCounts says what is wrong with the counts of wraps, if they are there. Nothing
@@ -117,6 +133,15 @@ func moduleFault(path string) error {
 		}
 	}
 	return fmt.Errorf("%s exports no C_GetFunctionList, so it is no PKCS#11 module", path)
+}
+
+// unloaded is why a module was not loaded: what its file says, where that says it, and
+// else err, the loader's word.
+func (s settings) unloaded(err error) error {
+	if fault := moduleFault(s.Module); fault != nil {
+		return fmt.Errorf("settings.module: %w", fault)
+	}
+	return err
 }
 
 // unreadable says what is wrong with settings that are not read at all.

@@ -38,8 +38,14 @@ func TestCheck(t *testing.T) {
 		{setting: "unknown", value: 1, want: "unknown: there is no such setting"},
 		{setting: "pin_file", value: empty, want: "pin_file: the PIN is empty: " + empty, warning: true},
 		{setting: "pin_file", value: r.Path("missing"), want: "pin_file: the PIN: open", warning: true},
-		{key: "pkcs11:token=kms", want: "pkcs11:token=kms: the URI", warning: true},
-		{key: "pkcs11:token=other;object=orders", want: "pkcs11:token=other;object=orders: names the token", warning: true},
+		{key: "pkcs11:token=kms", want: "pkcs11:token=kms: the URI"},
+		{key: "pkcs11:token=other;object=orders", want: "pkcs11:token=other;object=orders: names the token"},
+		{
+			setting: "token", value: "pkcs11:token=kms;serial=1", key: "pkcs11:token=kms;serial=2;object=orders",
+			want: "pkcs11:token=kms;serial=2;object=orders: names the token with serial",
+		},
+		{setting: "token", value: "pkcs11:serial=1"},
+		{setting: "fleet_size", value: 0, want: "fleet_size: 1 to 1000000"},
 	} {
 		before := r.settings[c.setting]
 		if c.setting != "" {
@@ -178,14 +184,59 @@ func TestAnotherTokenTakesThePlace(t *testing.T) {
 	}
 }
 
-// The agent's log has both cures of what the confinement forbids.
+// The agent's log has both cures of what the confinement forbids, whatever the library
+// makes of that.
 func TestCureOfConfinement(t *testing.T) {
-	err := classified(&hsm.Error{Kind: hsm.Unavailable, Err: errors.New("open /var/lib/kms-agent/plugins/hsm/logins.json: permission denied")})
-	for _, part := range []string{"access in its backend's configuration", "kms-agent plugin restart"} {
-		if !strings.Contains(err.Error(), part) {
-			t.Errorf("%v has no %q", err, part)
+	for _, cause := range []string{
+		"open /var/lib/kms-agent/plugins/hsm/logins.json: permission denied",
+		"the token is not attached: initialise the module: can it read and write what its own configuration names?: C_Initialize: CKR_GENERAL_ERROR (0x5)",
+		"the module shows no token",
+	} {
+		err := classified(&hsm.Error{Kind: hsm.Unavailable, Err: errors.New(cause)})
+		for _, part := range []string{"access of its backend", "under write", "kms-agent plugin restart"} {
+			if n := strings.Count(err.Error(), part); n != 1 {
+				t.Errorf("%v has %q %d times", err, part, n)
+			}
+		}
+		if n := len(err.Error()); n > 512 {
+			t.Errorf("%d bytes, of which the agent shows 512: %v", n, err)
 		}
 	}
+	if err := classified(&hsm.Error{Kind: hsm.Unavailable, Err: errors.New("C_OpenSession: CKR_DEVICE_ERROR")}); strings.Contains(err.Error(), "access") {
+		t.Errorf("what has another cause has these cures: %v", err)
+	}
+}
+
+// A directory of tokens that was replaced by a copy of it is out of a running process's
+// reach: its error names what the next process shows to be the cure.
+func TestReplacedTokens(t *testing.T) {
+	r := newRig(t)
+	r.must(request{Command: "init-key", Key: "orders"})
+	cfg := plugintest.Config(t, "pkcs11", r.json())
+	cfg.Env = append(cfg.Env, r.Env()...)
+	cfg.Access.Read, cfg.Access.Write = []string{r.Path("softhsm2.conf"), r.PINFile()}, []string{r.Tokens(), r.state()}
+	s := plugintest.Start(t, cfg)
+	wrap := func() error {
+		_, err := s.Wrap(bounded(t), orders, make([]byte, 32), plugins.Binding{Purpose: "message"})
+		return err
+	}
+	eventually(t, wrap)
+	if err := os.CopyFS(r.Path("copy"), os.DirFS(r.Tokens())); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(os.Rename(r.Tokens(), r.Path("away")), os.Rename(r.Path("copy"), r.Tokens()), os.RemoveAll(r.Path("away"))); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, func() error {
+		if err := wrap(); err == nil || !strings.Contains(err.Error(), "kms-agent plugin restart") {
+			return fmt.Errorf("without its tokens: %w", errors.Join(err, errors.New("want the cure")))
+		}
+		return nil
+	})
+	if err := s.Replace(bounded(t)); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, wrap)
 }
 
 // An operator who waits is told why once, not with each attempt.

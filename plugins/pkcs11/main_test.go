@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"os"
 	"os/exec"
+	"strings"
 	"testing"
 	"time"
 
@@ -149,4 +150,22 @@ func TestConformanceOverTheWire(t *testing.T) {
 		cfg.Access.Read, cfg.Access.Write = []string{r.Dir()}, []string{r.Tokens(), r.state()}
 		return plugintest.Start(t, cfg)
 	})
+}
+
+// The command that makes a key that is not there can be run as it stands.
+func TestMissingKeyNamesItsCommand(t *testing.T) {
+	r := newRig(t)
+	b := newBackend()
+	t.Cleanup(func() { _ = b.Close() })
+	if _, err := b.Open(bounded(t), r.json()); err != nil {
+		t.Fatal(err)
+	}
+	const uri = "pkcs11:token=kms;object=orders"
+	_, described := b.Describe(bounded(t), uri)
+	_, wrapped := b.Wrap(bounded(t), plugins.KeyRef{URI: uri, Version: "1"}, make([]byte, 32), plugins.Binding{Purpose: "message"})
+	for _, err := range []error{described, wrapped} {
+		if plugins.ClassOf(err) != plugins.KeyNotFound || !strings.HasSuffix(err.Error(), "create it with kms-agent hsm init-key orders") {
+			t.Errorf("%v, want KeyNotFound and kms-agent hsm init-key orders", err)
+		}
+	}
 }

@@ -73,7 +73,7 @@ const maxFleet = 1_000_000
 
 // parseSettings reads settings strictly and reports every fault at once.
 func parseSettings(raw json.RawMessage) (settings, hsm.URI, error) {
-	var s settings
+	s := settings{FleetSize: 1}
 	d := json.NewDecoder(bytes.NewReader(raw))
 	d.DisallowUnknownFields()
 	if err := d.Decode(&s); err != nil {
@@ -106,8 +106,8 @@ func parseSettings(raw json.RawMessage) (settings, hsm.URI, error) {
 	} else if d := time.Duration(s.HangAfter); d != 0 && (d < 100*time.Millisecond || d > 10*time.Minute) {
 		fault("hang_after: 100ms to 10m")
 	}
-	if s.FleetSize > maxFleet {
-		fault("fleet_size: 0 or 1 to %d", maxFleet)
+	if s.FleetSize < 1 || s.FleetSize > maxFleet {
+		fault("fleet_size: 1 to %d; it is 1 where it is left out", maxFleet)
 	}
 	if s.Catalogue != "" || s.CatalogueKey != "" {
 		if !filepath.IsAbs(s.Catalogue) || !filepath.IsAbs(s.CatalogueKey) || s.Catalogue == s.CatalogueKey {
