@@ -18,6 +18,8 @@ const (
 	// maxContexts is how many authorities of contexts may be remembered that cover nothing:
 	// anybody can make contexts up.
 	maxContexts = 4096
+	// maxTurns is how many callers are remembered that ask about what is refused.
+	maxTurns = 1024
 )
 
 // standing is what upstream's last definite word makes of an authority.
@@ -53,6 +55,8 @@ type authority struct {
 	nextProbe, nextSweepProbe time.Duration
 	// nextAsked is when Ask may have it asked about again.
 	nextAsked time.Duration
+	// turns are when callers may ask for themselves again, while it is refused.
+	turns map[string]time.Duration
 
 	// used since the last confirmation, last at usedAt: only those are refreshed
 	// ahead. maxAge is the smallest of the limits they were used with, jitter
@@ -106,10 +110,11 @@ func (c *Cache) newContextLocked() {
 	}
 }
 
-// idle tells whether nothing depends on what is known of an authority. That upstream has
-// said no is asked for again.
+// idle tells whether nothing depends on what is known of an authority. A tombstone lasts
+// until a yes; one of a context, of which there may be any number, while it is used:
+// upstream is asked anyway where nothing is cached.
 func (a *authority) idle() bool {
-	return len(a.entries) == 0 && a.fills == 0 && a.flight == nil && (!a.kept || a.standing == good)
+	return len(a.entries) == 0 && a.fills == 0 && a.flight == nil && (!a.kept || a.standing == good || a.Context != "")
 }
 
 // confirmLocked notes a yes to a call that began then. A yes from before a no
@@ -119,7 +124,7 @@ func (c *Cache) confirmLocked(a *authority, began time.Duration) {
 		return
 	}
 	a.reach.answeredLocked(began)
-	a.standing, a.refusal, a.nextProbe = good, nil, 0
+	a.standing, a.refusal, a.nextProbe, a.turns = good, nil, 0, nil
 	c.keptLocked(a, ordinary)
 	if a.doubted && began < a.unconfirmed {
 		return
@@ -150,7 +155,7 @@ func (c *Cache) refuseLocked(a *authority, err error) {
 	if err != nil {
 		a.refusal = err
 	}
-	if c.asking[a.Backend] < maxAsking {
+	if c.asking[a.Backend] < maxAsking && (a.Context == "" || len(a.entries) > 0) {
 		c.probeLocked(context.Background(), a)
 	}
 }
@@ -227,19 +232,21 @@ func (c *Cache) Ask(name Authority) {
 	c.askLocked(context.Background(), a)
 }
 
-// Turn tells whether somebody may ask upstream past the cache about an Authority that it
-// has said no to: one at a time, and not too often.
-func (c *Cache) Turn(name Authority) bool {
+// Turn tells whether a caller may ask upstream past the cache about an Authority that it
+// has said no to: not too often. Each has its own turns, as with fills.
+func (c *Cache) Turn(name Authority, caller string) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	a, now := c.authorities[name], c.cfg.Now()
 	switch {
 	case a == nil || a.standing == good:
 		return true
-	case now < a.nextProbe:
+	case now < a.turns[caller]:
 		return false
+	case a.turns == nil || len(a.turns) >= maxTurns:
+		a.turns = map[string]time.Duration{}
 	}
-	a.nextProbe = now + probePause
+	a.turns[caller] = now + probePause
 	return true
 }
 

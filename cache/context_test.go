@@ -86,22 +86,25 @@ func TestPastTheCacheInAContext(t *testing.T) {
 	})
 }
 
-// Who asks past the cache about what is refused takes turns.
+// Who asks past the cache about what is refused does so once a second, and takes nobody
+// else's turn.
 func TestTurns(t *testing.T) {
 	bubble(t, func(r *rig) {
-		if !r.Turn(unwraps) || !r.Turn(unwraps) {
-			r.t.Error("of what is not refused everybody may ask")
+		for range 2 {
+			if !r.Turn(unwraps, "a") {
+				r.t.Error("of what is not refused everybody may ask")
+			}
 		}
 		r.up.say(nil, errNo)
-		r.Observe(unwraps, cache.No, r.Now()) // is made sure of at once
+		r.Observe(unwraps, cache.No, r.Now())
 		synctest.Wait()
-		for i, want := range []bool{false, true, false} {
-			if got := r.Turn(unwraps); got != want {
-				r.t.Errorf("turn %d: %v, want %v", i, got, want)
+		for range 3 {
+			for _, caller := range []string{"a", "b"} {
+				if !r.Turn(unwraps, caller) || r.Turn(unwraps, caller) {
+					r.t.Errorf("%s may not ask once", caller)
+				}
 			}
-			if !want {
-				time.Sleep(time.Second)
-			}
+			time.Sleep(time.Second)
 		}
 	})
 }

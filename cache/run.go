@@ -140,7 +140,7 @@ func refreshPause(maxAge time.Duration, tries int, jitter float64) time.Duration
 // forgettable tells whether an authority is not worth remembering.
 func (a *authority) forgettable(now time.Duration) bool {
 	if !a.idle() {
-		return false // a tombstone lasts until a yes
+		return false
 	}
 	if now-a.touched > max(a.maxAge, forgetAfter) {
 		return true

@@ -16,6 +16,9 @@ const (
 	// maxStanding is what there is room for beside the data keys in any case, in bytes:
 	// where each is of a context of its own, their standings take more.
 	maxStanding = 1 << 20
+	// maxStoredContexts is how many contexts are stored: the data keys of more are not found
+	// in the store.
+	maxStoredContexts = 1 << 15
 	// recordHeader is what a record takes beside its value, in bytes.
 	recordHeader = 5
 )
@@ -62,8 +65,14 @@ func (c *Cache) snapshotLocked(notes []Note, exact bool) *snapshot {
 	wall := d.Wall().UnixNano()
 	d.highWater, d.began, d.pending = max(d.highWater, wall), now, nothing
 	s.clock = clockRecord{boot: d.Boot, now: now, wall: wall, highWater: d.highWater}
+	contexts := 0
 	for _, a := range c.authorities {
-		s.standing = append(s.standing, a.record())
+		if a.Context != "" {
+			contexts++
+		}
+		if a.Context == "" || a.kept && contexts <= maxStoredContexts {
+			s.standing = append(s.standing, a.record())
+		}
 		for _, e := range a.entries {
 			switch {
 			case e.stored():

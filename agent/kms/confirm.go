@@ -54,7 +54,7 @@ func (s *Service) confirmGroup(ctx context.Context, g *group, a cache.Authority,
 			}
 		},
 	})
-	if err = cmp.Or(s.combine(g, errs), s.unrevoked(g, a, v, errs)); err == nil && a.Direction == cache.Encrypt {
+	if err = cmp.Or(s.combine(g, errs), s.unrevoked(g, a, v)); err == nil && a.Direction == cache.Encrypt {
 		s.retireLacking(g, errs)
 	}
 	return err
@@ -123,17 +123,18 @@ func (s *Service) confirmAbsent(ctx context.Context, w *wrapping, inContext stri
 			break
 		}
 		clock := time.Now()
-		if err = s.opens(ctx, w, refused); err != nil && !isWord(err) {
+		switch err = s.opens(ctx, w, refused); {
+		case err != nil && !isWord(err):
+			return err
+		case !plugins.ClassOf(err).Definite():
+			// It does not refuse that any more, even if it does not open it, as it is a forgery.
+			s.unrefused(w, w.allows(q, clock, false))
+		case !w.withholds("", cache.Decrypt, inContext): // it is a word on an old version by now
+		case s.makeCanary(ctx, w, known.Current) == nil:
+			return nil // it was a word on that alone
+		default:
 			return err
 		}
-		if err != nil && plugins.ClassOf(err).Definite() {
-			if s.makeCanary(ctx, w, known.Current) == nil {
-				return nil // it was a word on that alone
-			}
-			return err
-		}
-		// It does not refuse that any more, even if it does not open it, as it is a forgery.
-		s.unrefused(w, w.allows(q, clock))
 	}
 	if err := s.makeCanary(ctx, w, known.Current); err != nil { // whether it opens is not known then
 		return plugins.Errorf(plugins.Unavailable, "the agent has nothing to ask backend %s with: %v", w.id.backend, err)
@@ -186,16 +187,49 @@ func (s *Service) agreed(ctx context.Context, g *group, a cache.Authority, sampl
 		return nil
 	}
 	age, ok := s.cache.Confirmed(a)
-	if ok && age <= maxAge && s.cache.Recheck(a) == nil {
+	switch {
+	case ok && age <= maxAge && s.cache.Recheck(a) == nil:
 		return nil
+	case a.Context != "":
+		return s.usable(ctx, g, a, maxAge)
 	}
 	return s.confirmNow(ctx, g, a, sample)
 }
 
-// confirmNow asks, unless somebody has just asked about what is refused: what that came to
-// is told, which is no new word of upstream's.
+// usable asks what all parts tell of the versions of an authority in a context: what policy
+// says to that is each backend's own matter, for what it has wrapped.
+func (s *Service) usable(ctx context.Context, g *group, a cache.Authority, maxAge time.Duration) error {
+	v, err := g.parseVersions(a.Version)
+	if err != nil {
+		return err
+	}
+	parts := make([]int, len(g.parts))
+	for part := range parts {
+		parts[part] = part
+	}
+	errs := s.poll(ctx, g, parts, polling{
+		allowance: hedgeAfter,
+		ask: func(ctx context.Context, part int) error {
+			w, clock := g.parts[part], time.Now()
+			known, err := s.describePart(ctx, w, maxAge, false)
+			if err != nil {
+				return err
+			}
+			return s.enabled(w, known, cmp.Or(v[part], known.Current), clock)
+		},
+	})
+	for _, err := range errs {
+		if g.refuses(err) {
+			return err
+		}
+	}
+	return s.unrevoked(g, a, v)
+}
+
+// confirmNow asks, unless the caller has just asked about what is refused: what is known of
+// that is told, which is no new word of upstream's.
 func (s *Service) confirmNow(ctx context.Context, g *group, a cache.Authority, sample sealedKey) error {
-	if !s.cache.Turn(a) {
+	if !s.cache.Turn(a, plugins.CallerFrom(ctx)) {
 		if err := s.cache.Recheck(a); err != nil {
 			return failure(ctx, g.key, err)
 		}
@@ -226,7 +260,7 @@ func (w *wrapping) canary(version string) (sealed, bool) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	c, ok := w.canaries[version]
-	return c, ok
+	return c, ok && !w.dependsOnContext(c.binding) // that may be known since
 }
 
 // making returns an attempt that may begin now, or the error of the last one, or nothing
@@ -358,11 +392,10 @@ func (s *Service) confirmWrap(ctx context.Context, w *wrapping, version, inConte
 	began := time.Now()
 	canary, err := s.wrapProbe(ctx, w, version, inContext != "", pairs)
 	if err != nil {
-		q := question{version, cache.Encrypt, w.contextOf(plugins.Binding{ContextBound: inContext != "", Context: pairs})}
-		s.said(w, q, word{err: err, began: began})
+		s.said(w, version, cache.Encrypt, plugins.Binding{ContextBound: inContext != ""}, word{err: err, began: began})
 		return err
 	}
-	if w.contextOf(canary.binding) == "" {
+	if !w.dependsOnContext(canary.binding) {
 		w.mu.Lock()
 		defer w.mu.Unlock()
 		w.canaries[version] = canary
@@ -382,7 +415,7 @@ func (s *Service) enabled(w *wrapping, d *described, version string, began time.
 	}
 	err := plugins.Errorf(plugins.KeyUnusable, "version %s of %s is %s", version, w.id.uri, v.State)
 	for _, direction := range []cache.Direction{cache.Encrypt, cache.Decrypt} {
-		s.said(w, question{version, direction, ""}, word{err: err, began: began, told: true})
+		s.said(w, version, direction, plugins.Binding{}, word{err: err, began: began, told: true})
 	}
 	return err
 }

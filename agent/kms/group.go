@@ -209,7 +209,7 @@ func (s *Service) wrapGroup(ctx context.Context, g *group, v versions, material 
 	}
 	made, errs := s.wrapParts(ctx, g, parts, v, material, info, encryptionContext)
 	a := g.authorityIn(v, cache.Encrypt, info.ContextBound, encryptionContext)
-	switch err := cmp.Or(s.combine(g, errs), s.unrevoked(g, a, v, errs)); {
+	switch err := cmp.Or(s.combine(g, errs), s.unrevoked(g, a, v)); {
 	case err != nil:
 		return nil, err
 	case len(made) < g.least:
@@ -233,8 +233,7 @@ func (s *Service) wrapParts(ctx context.Context, g *group, parts []int, v versio
 		made, err := s.wrap(ctx, g.parts[part], material, one, encryptionContext)
 		made.part = part
 		if err != nil {
-			inContext := g.parts[part].contextOf(plugins.Binding{ContextBound: info.ContextBound, Context: encryptionContext})
-			s.said(g.parts[part], question{one.Version, cache.Encrypt, inContext}, word{err: err, began: began})
+			s.said(g.parts[part], one.Version, cache.Encrypt, plugins.Binding{ContextBound: one.ContextBound}, word{err: err, began: began})
 		}
 		return made, err
 	}

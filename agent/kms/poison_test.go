@@ -17,7 +17,7 @@ import (
 // agent's own plugins.checkCiphertext) is served by the first backend for ever.
 func TestGarbageHidesNoRevocation(t *testing.T) {
 	{
-		for _, gives := range []string{"both", "the first alone", "garbage for the second"} {
+		for _, gives := range []string{"both", "the first alone", "garbage for the second", "nothing for the second"} {
 			t.Run(gives, func(t *testing.T) {
 				p := newPair(t, 1)
 				made, pairs := p.exported("any")
@@ -28,6 +28,8 @@ func TestGarbageHidesNoRevocation(t *testing.T) {
 					edks = edks[:1]
 				case "garbage for the second":
 					edks[1].Ciphertext = short
+				case "nothing for the second":
+					edks[1].Ciphertext = nil
 				}
 				q := p.again()
 				v := &stated{troubled: p.b}

@@ -17,8 +17,9 @@ import (
 type question struct {
 	version   string
 	direction cache.Direction
-	// context is that of cache.Authority: "" where the backend does not see it.
-	context string
+	// unbound: it is about what is bound to no context alone, of a backend whose policy
+	// sees contexts.
+	unbound bool
 }
 
 // word is what a part answered to a call.
@@ -51,33 +52,33 @@ type refusal struct {
 // outlive the configuration: a call that began under another one is heard too.
 type verdicts struct {
 	refused atomic.Pointer[refusal] // nil where the last question was not answered by a definite no
+	// seen: its policy sees contexts, or did when that was known last.
+	seen atomic.Bool
 
 	mu    sync.Mutex // guards noes and yeses
 	noes  map[question]no
-	bound int                  // noes to a context
-	yeses map[string]time.Time // by version without a context: when the last call began that it opened
+	yeses map[string]time.Time // by version: when the last call began that it opened, with no context that it sees
 }
-
-// maxContextNoes is how many contexts are remembered that a backend refuses: anybody can
-// make contexts up. One that is forgotten is asked about again.
-const maxContextNoes = 1024
 
 func newVerdicts() *verdicts {
 	return &verdicts{noes: map[question]no{}, yeses: map[string]time.Time{}}
 }
 
-// said notes a part's word: a no stands until a yes to a later call, whatever else the cache
-// covers with the same version.
-func (s *Service) said(w *wrapping, q question, said word) {
-	class := plugins.ClassOf(said.err)
-	if said.err != nil && (!class.Definite() || class == plugins.KeyNotFound) {
-		return
-	}
-	if said.err == nil {
-		s.unrefused(w, w.allows(q, said.began))
-		return
-	}
-	if w.notes(q, said) {
+// said notes a part's word on a version, in a call with that binding: a no stands until a
+// yes to a later call, whatever else the cache covers with the same version. What policy
+// says to a context that it sees is a word on that context alone, and none on the key.
+func (s *Service) said(w *wrapping, version string, d cache.Direction, b plugins.Binding, said word) {
+	class, sees := plugins.ClassOf(said.err), w.seesContext()
+	q := question{version, d, sees && class == plugins.Denied}
+	switch {
+	case said.err == nil:
+		changed := w.allows(question{version, d, false}, said.began, !sees || !b.ContextBound)
+		if sees && !b.ContextBound {
+			changed = w.allows(question{version, d, true}, said.began, true) || changed
+		}
+		s.unrefused(w, changed)
+	case !class.Definite() || class == plugins.KeyNotFound || q.unbound && b.ContextBound:
+	case w.notes(q, said):
 		s.refused(w, q, said)
 	}
 }
@@ -89,26 +90,19 @@ func (s *Service) unrefused(w *wrapping, changed bool) {
 	}
 }
 
-// allows notes a yes. It tells whether it takes something back.
-func (v *verdicts) allows(q question, began time.Time) (changed bool) {
+// allows notes a yes; general: no context was seen that it may depend on. It tells whether
+// it takes something back.
+func (v *verdicts) allows(q question, began time.Time, general bool) (changed bool) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	if q.context == "" && q.direction == cache.Decrypt && began.After(v.yeses[q.version]) {
+	if general && q.direction == cache.Decrypt && began.After(v.yeses[q.version]) {
 		v.yeses[q.version] = began
 	}
 	if n, refused := v.noes[q]; refused && !began.Before(n.at) {
-		v.takeBack(q)
+		delete(v.noes, q)
 		changed = true
 	}
 	return v.answered(began) || changed
-}
-
-// takeBack requires v.mu.
-func (v *verdicts) takeBack(q question) {
-	if q.context != "" {
-		v.bound--
-	}
-	delete(v.noes, q)
 }
 
 // notes notes a no. It tells whether that is news.
@@ -116,35 +110,15 @@ func (v *verdicts) notes(q question, said word) (news bool) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	before, refused := v.noes[q]
-	n := no{at: time.Now(), told: said.told, policy: before.policy || plugins.ClassOf(said.err) == plugins.Denied, of: before.of}
-	if refused && !before.told {
-		n.told = false // that lasts longer
-	}
+	// That a version may not be used is said where policy has nothing against it.
+	n := no{at: time.Now(), told: said.told && (!refused || before.told), policy: plugins.ClassOf(said.err) == plugins.Denied, of: before.of}
 	// What it has opened before is no forgery, and better to ask with.
 	if said.of != nil && (n.of == nil || said.of.proven && !n.of.proven) {
 		clone := said.of.clone()
 		n.of = &clone
 	}
-	if !refused && q.context != "" {
-		v.oneContextMore()
-	}
 	v.noes[q] = n
-	return !refused
-}
-
-// oneContextMore forgets the oldest no to a context where there are too many. It requires
-// v.mu.
-func (v *verdicts) oneContextMore() {
-	if v.bound++; v.bound <= maxContextNoes {
-		return
-	}
-	var oldest question
-	for q := range v.noes {
-		if q.context != "" && (oldest.context == "" || v.noes[q].at.Before(v.noes[oldest].at)) {
-			oldest = q
-		}
-	}
-	v.takeBack(oldest)
+	return !refused || n.policy && !before.policy
 }
 
 // told takes back what the backend told of versions that it now tells are enabled. It
@@ -155,7 +129,7 @@ func (v *verdicts) told(d plugins.Description, began time.Time) (changed bool) {
 	for q, n := range v.noes {
 		one := findVersion(d, q.version)
 		if n.told && one != nil && one.State == plugins.Enabled && !began.Before(n.at) {
-			v.takeBack(q)
+			delete(v.noes, q)
 			changed = true
 		}
 	}
@@ -178,18 +152,23 @@ func (s *Service) refused(w *wrapping, q question, said word) {
 	}
 	part := g.partOf(w.id.uri)
 	s.cache.Refuse(g.id.backend, g.id.uri, func(a cache.Authority) bool {
+		if a.Direction != q.direction || q.unbound && a.Context != "" {
+			return false
+		}
 		v, err := g.parseVersions(a.Version)
-		return err == nil && a.Direction == q.direction && (q.context == "" || q.context == a.Context) &&
-			(v[part] == q.version || v[part] == "" && w.withholds("", q.direction, a.Context))
+		return err == nil && (v[part] == q.version || v[part] == "" && w.withholds("", q.direction, a.Context))
 	}, s.now()-time.Since(said.began))
 	s.cache.NotesChanged(true)
 }
 
-// refuses tells whether a version has been refused without regard to a context.
-func (v *verdicts) refuses(version string, d cache.Direction) bool {
+// refuses tells whether a version has been refused, in whatever context or without one.
+func (v *verdicts) refuses(version string, d cache.Direction, inContext string) bool {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	_, refused := v.noes[question{version, d, ""}]
+	_, refused := v.noes[question{version, d, false}]
+	if !refused && inContext == "" {
+		_, refused = v.noes[question{version, d, true}]
+	}
 	return refused
 }
 
@@ -207,17 +186,13 @@ func (w *wrapping) withholds(version string, d cache.Direction, inContext string
 	if w.denied() {
 		return true
 	}
+	if version != "" {
+		return w.refuses(version, d, inContext)
+	}
 	w.verdicts.mu.Lock()
 	defer w.verdicts.mu.Unlock()
-	if version == "" {
-		_, _, found := w.standing(d, inContext)
-		return found
-	}
-	_, refused := w.noes[question{version, d, ""}]
-	if !refused && inContext != "" {
-		_, refused = w.noes[question{version, d, inContext}]
-	}
-	return refused
+	_, _, found := w.standing(d, inContext)
+	return found
 }
 
 // standing returns a no that concerns what a part has not wrapped; one that can be asked
@@ -232,7 +207,7 @@ func (w *wrapping) standing(d cache.Direction, inContext string) (q question, n 
 	}
 	for question, one := range w.noes {
 		switch {
-		case question.direction != d || question.context != "" && question.context != inContext:
+		case question.direction != d || question.unbound && inContext != "":
 		case current != "" && question.version != current && (one.told || !one.policy || !w.yeses[current].Before(one.at)):
 		case !found || n.of == nil && one.of != nil:
 			q, n, found = question, one, true
@@ -258,7 +233,7 @@ func (v *verdicts) refusals() []storedRefusal {
 	defer v.mu.Unlock()
 	var all []storedRefusal
 	for q, n := range v.noes {
-		one := storedRefusal{Version: q.version, Direction: q.direction, Context: q.context, Told: n.told, Policy: n.policy}
+		one := storedRefusal{Version: q.version, Direction: q.direction, Unbound: q.unbound, Told: n.told, Policy: n.policy}
 		if n.of != nil {
 			one.Of = n.of.storedSmall()
 		}
@@ -285,12 +260,9 @@ func (v *verdicts) refusedBefore(stored storedWrapping) {
 		if one.Of != nil {
 			n.of = new(one.Of.sealed())
 		}
-		q := question{one.Version, one.Direction, one.Context}
-		if _, known := v.noes[q]; !known && q.context != "" {
-			v.oneContextMore()
-		}
-		v.noes[q] = n
+		v.noes[question{one.Version, one.Direction, one.Unbound}] = n
 	}
+	v.seen.Store(v.seen.Load() || stored.SeesContext)
 	if stored.Denied {
 		v.refused.CompareAndSwap(nil, &refusal{why: "before the restart", class: plugins.Denied, at: time.Now()})
 	}
@@ -300,14 +272,14 @@ var errRefusedBefore = errors.New("until it does, or is taken out of the key's c
 
 // unrevoked returns an error, and has the cache suspend what it is about, where one of
 // several parts has refused the key and has not said yes since: that another says yes
-// proves nothing of it. errs are what was said just now: a yes in the very context is one.
-func (s *Service) unrevoked(g *group, a cache.Authority, v versions, errs map[int]error) error {
+// proves nothing of it.
+func (s *Service) unrevoked(g *group, a cache.Authority, v versions) error {
 	if len(g.parts) == 1 {
 		return nil
 	}
 	for part, version := range v {
 		w := g.parts[part]
-		if err, asked := errs[part]; asked && err == nil && version != "" && a.Context != "" || !w.withholds(version, a.Direction, a.Context) {
+		if !w.withholds(version, a.Direction, a.Context) {
 			continue
 		}
 		if s.inUse(g) {

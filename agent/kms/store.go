@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"maps"
-	"slices"
 	"time"
 
 	"github.com/kms-agent/kms-agent/cache"
@@ -106,6 +105,8 @@ type storedWrapping struct {
 	// Denied: it has said that it tells nothing of the key, or more is refused than there
 	// is room for.
 	Denied bool `json:"denied,omitempty"`
+	// SeesContext: its policy sees contexts, as its plugin said when it ran.
+	SeesContext bool `json:"sees_context,omitempty"`
 	// Canaries are what the agent can ask about its versions with.
 	Canaries []storedEDK `json:"canaries,omitempty"`
 }
@@ -113,7 +114,7 @@ type storedWrapping struct {
 type storedRefusal struct {
 	Version   string          `json:"version"`
 	Direction cache.Direction `json:"direction"`
-	Context   string          `json:"context,omitempty"`
+	Unbound   bool            `json:"unbound,omitempty"`
 	Told      bool            `json:"told,omitempty"`
 	Policy    bool            `json:"policy,omitempty"`
 	Of        *storedEDK      `json:"of,omitempty"`
@@ -140,7 +141,7 @@ func (s *Service) notes() []cache.Note {
 			continue
 		}
 		known := w.described.Load()
-		note := storedWrapping{Backend: id.backend, URI: id.uri, Upstream: st.Upstreams[id.backend], Refused: w.refusals(), Denied: w.denied()}
+		note := storedWrapping{Backend: id.backend, URI: id.uri, Upstream: st.Upstreams[id.backend], Refused: w.refusals(), Denied: w.denied(), SeesContext: w.seesContext()}
 		switch {
 		case known != nil:
 			note.Current, note.Versions, note.Canaries = known.Current, known.Versions, w.storedCanaries()
@@ -177,9 +178,6 @@ func (n storedWrapping) text() []byte {
 		},
 		func() { n.Canaries = nil },
 		func() { n.Current, n.Versions = "", nil },
-		func() {
-			n.Refused = slices.DeleteFunc(n.Refused, func(r storedRefusal) bool { return r.Context != "" })
-		},
 		func() { n.Denied, n.Refused = true, nil },
 	} {
 		less()

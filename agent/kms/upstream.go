@@ -242,7 +242,7 @@ func (t *transaction) known(ctx context.Context, k *key, edks sealedKey) (sealed
 	var known sealedKey
 	for _, edk := range edks {
 		// One that was refused, and is not told of any more, is refused still.
-		if w := k.group.parts[edk.part]; w.hasToldOf(edk.version) || len(k.group.parts) > 1 && w.refuses(edk.version, cache.Decrypt) {
+		if w := k.group.parts[edk.part]; w.hasToldOf(edk.version) || len(k.group.parts) > 1 && w.refuses(edk.version, cache.Decrypt, "") {
 			known = append(known, edk)
 		}
 	}
@@ -326,12 +326,18 @@ func (t *transaction) recognise(k *key, edk envelope.EDK, info envelope.Provider
 	if part < 0 {
 		return sealed{}, foreignPart(k.Name, info.URI)
 	}
+	if n := len(edk.Ciphertext); n == 0 || n > plugins.MaxCiphertextSize {
+		return sealed{}, undecryptable(k.Name, fmt.Errorf("an encrypted data key of %d bytes: %w", n, errNoWrap))
+	}
 	b := plugins.Binding{Purpose: info.Purpose.String(), ProviderInfo: edk.ProviderInfo, ContextBound: info.ContextBound}
 	if info.ContextBound {
 		b.Context = encryptionContext
 	}
 	return sealed{edk: edk, version: info.Version, binding: b, part: part}, nil
 }
+
+// errNoWrap: no backend has made it, nor is asked.
+var errNoWrap = fmt.Errorf("what a backend wraps has 1 to %d bytes", plugins.MaxCiphertextSize)
 
 // What callers are told of their own ends.
 const (

@@ -38,6 +38,7 @@ type wrapping struct {
 	id      wrappingID
 	key     string // logical key
 	backend plugins.Backend
+	aware   plugins.ContextAware // nil where the backend is none
 
 	described atomic.Pointer[described]
 	asked     atomic.Int64 // time of the last question, as time.Duration
@@ -104,22 +105,21 @@ func (s *Service) inUse(g *group) bool {
 }
 
 func newWrapping(id wrappingID, key string, backend plugins.Backend) *wrapping {
-	return &wrapping{id: id, key: key, backend: backend, verdicts: newVerdicts(), canaries: map[string]sealed{}, makings: map[string]*making{}}
+	aware, _ := backend.(plugins.ContextAware)
+	return &wrapping{aware: aware, id: id, key: key, backend: backend, verdicts: newVerdicts(), canaries: map[string]sealed{}, makings: map[string]*making{}}
 }
 
-// seesContext tells whether the backend's policy sees the encryption context.
+// seesContext tells whether the backend's policy sees the encryption context, or did when
+// that was known last: a plugin that does not run says nothing.
 func (w *wrapping) seesContext() bool {
-	aware, ok := w.backend.(plugins.ContextAware)
-	return ok && aware.SeesContext()
+	if w.aware != nil && !w.seen.Load() && w.aware.SeesContext() {
+		w.seen.Store(true)
+	}
+	return w.seen.Load()
 }
 
-// contextOf is what the backend sees of a binding's context, as cache.Authority has it.
-func (w *wrapping) contextOf(b plugins.Binding) string {
-	if !b.ContextBound || !w.seesContext() {
-		return ""
-	}
-	return contextName(b.Context)
-}
+// dependsOnContext tells whether a context may decide what the backend says.
+func (w *wrapping) dependsOnContext(b plugins.Binding) bool { return b.ContextBound && w.seesContext() }
 
 // contextName stands for an encryption context.
 func contextName(encryptionContext map[string]string) string {
@@ -158,8 +158,8 @@ func (s *Service) wrap(ctx context.Context, w *wrapping, material []byte, info e
 	began := time.Now()
 	ciphertext, err := plugins.WrapProven(ctx, w.backend, w.ref(info.Version), material, b)
 	if err == nil { // it has opened it as well
-		s.said(w, question{info.Version, cache.Encrypt, w.contextOf(b)}, word{began: began})
-		s.said(w, question{info.Version, cache.Decrypt, w.contextOf(b)}, word{began: began})
+		s.said(w, info.Version, cache.Encrypt, b, word{began: began})
+		s.said(w, info.Version, cache.Decrypt, b, word{began: began})
 	}
 	w.took(began, stragglers, err)
 	if errors.Is(err, plugins.ErrUnproven) {
@@ -183,7 +183,7 @@ func (s *Service) unwrap(ctx context.Context, w *wrapping, k sealed) ([]byte, er
 		// Who can wrap by himself, as with a public key, can make such EDKs too: it is no outage.
 		err = plugins.Errorf(plugins.BadCiphertext, "it opened to another data key than was wrapped: its key check does not hold")
 	}
-	s.said(w, question{k.version, cache.Decrypt, w.contextOf(k.binding)}, word{err: err, began: began, of: &k})
+	s.said(w, k.version, cache.Decrypt, k.binding, word{err: err, began: began, of: &k})
 	w.took(began, hedgeAfter, err)
 	if err == nil {
 		w.keep(k)
@@ -197,7 +197,7 @@ func (s *Service) unwrap(ctx context.Context, w *wrapping, k sealed) ([]byte, er
 // keep makes what was opened the canary of its version, where there is none yet: an agent
 // that only decrypts makes none of its own. What a context may decide is none.
 func (w *wrapping) keep(k sealed) {
-	if w.contextOf(k.binding) != "" {
+	if w.dependsOnContext(k.binding) {
 		return
 	}
 	w.mu.Lock()
