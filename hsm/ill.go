@@ -1,0 +1,162 @@
+package hsm
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/miekg/pkcs11"
+
+	"github.com/kms-agent/kms-agent/hsm/internal/cryptoki"
+)
+
+// strange says what a canary that does not open means: another key, or a token that
+// is not well. It returns nil where it opens after all.
+func (t *Token) strange(ctx context.Context, a *attachment, v *Version, keys handles, err error) error {
+	if isCallers(err) || ctx.Err() != nil {
+		return err
+	}
+	switch s := stepFor(err); {
+	case errors.Is(err, errOpen), s == refuse:
+	case s == askCanary:
+		if ill := t.ill(ctx, a, v, keys, err); ill != nil {
+			return ill
+		}
+		if again := t.openCanary(ctx, a, v, keys); again == nil || stepFor(again) != askCanary && stepFor(again) != refuse && !errors.Is(again, errOpen) {
+			return again // it was not the key
+		}
+	default:
+		return err
+	}
+	return errorf(KeyUnusable, err, "the key with the ID %x is not the one that version %d of key %s was made with: it does not open its canary", v.ID, v.Number, v.Key)
+}
+
+// ill returns why keys that do not open their canary may be the right ones all the same.
+// It is nil where they open what they wrap: then they are others. That they do not wrap
+// proves nothing. Where the canary of another key opens, it is an outage of this version,
+// and else one of the token.
+func (t *Token) ill(ctx context.Context, a *attachment, v *Version, keys handles, err error) error {
+	_, failed := t.try(ctx, a, v, keys)
+	switch {
+	case failed == nil:
+		return nil
+	case isCallers(failed):
+		return failed
+	case t.opensAnother(ctx, a, v):
+		return v.ailing(err, failed)
+	case ctx.Err() != nil:
+		return context.Cause(ctx)
+	}
+	a.breaks(errorf(Unavailable, err, "the token neither opens its canary nor anything else"))
+	return errorf(Unavailable, err, "the token is not well")
+}
+
+// ailing is the outage of one version.
+func (v *Version) ailing(err, failed error) error {
+	e := errorf(Unavailable, fmt.Errorf("%w (a test of the key: %w)", err, failed), "the token opens other keys' canaries, and not that of version %d of key %s: "+
+		"see what the HSM's own log says of the key with the ID %x; restore it from the HSM's backup if it is damaged, or rotate with 'kms-agent hsm rotate %s' to encrypt meanwhile",
+		v.Number, v.Key, v.ID, v.Key)
+	e.VersionOnly = true
+	return e
+}
+
+// illPause is how long a version is not looked at again that was found ill.
+const illPause = time.Second
+
+// illness is what was found of a version, by whom.
+type illness struct {
+	a     *attachment
+	epoch int64
+	until int64 // by the token's now
+	err   error
+}
+
+func (v *Version) pause(a *attachment, err error) {
+	v.illness.Store(&illness{a, a.epoch.Load(), a.token.now() + int64(illPause), err})
+}
+
+// pausing returns what ails a version that was looked at just now.
+func (v *Version) pausing(a *attachment) error {
+	if i := v.illness.Load(); i != nil && i.a == a && i.epoch == a.epoch.Load() && a.token.now() < i.until {
+		return i.err
+	}
+	return nil
+}
+
+// maxWitnesses is how many other versions are asked for their canaries.
+const maxWitnesses = 16
+
+// opensAnother tells whether the token opens the canary of another version: of one that
+// was read, those first that opened last, or of one of the catalogue.
+func (t *Token) opensAnother(ctx context.Context, a *attachment, v *Version) bool {
+	asked := map[ID]bool{v.ID: true}
+	opens := func(all []*Version) bool {
+		for _, o := range all {
+			if asked[o.ID] || o.mayUnwrap() != nil {
+				continue
+			}
+			if len(asked) > maxWitnesses || a.over() || ctx.Err() != nil {
+				return false
+			}
+			asked[o.ID] = true
+			if t.testifies(ctx, a, o) {
+				return true
+			}
+		}
+		return false
+	}
+	read := t.keys.versions()
+	slices.SortFunc(read, func(a, b *Version) int { return cmp.Compare(b.opened.Load(), a.opened.Load()) })
+	return opens(read) || !a.over() && ctx.Err() == nil && opens(t.others(ctx, a))
+}
+
+// testifies tells whether a version opens its canary. It is looked for where it is not
+// bound, and not bound by it: that is for those who want to use it.
+func (t *Token) testifies(ctx context.Context, a *attachment, o *Version) bool {
+	if b := o.bound(a, false); b != nil {
+		return t.openCanary(ctx, a, o, b.keys) == nil
+	}
+	found := new(handles) // the worker's, until it is done
+	err := t.do(ctx, a, func(w *worker) (err error) {
+		*found, err = o.find(w.session)
+		return err
+	})
+	return err == nil && t.openCanary(ctx, a, o, *found) == nil
+}
+
+// others returns the current versions of some keys of the catalogue.
+func (t *Token) others(ctx context.Context, a *attachment) (all []*Version) {
+	keys := new([]*Key) // the worker's, until it is done
+	if t.cfg.Catalogue != nil {
+		*keys, _ = t.cfg.Catalogue.records()
+	} else if t.do(ctx, a, func(w *worker) (err error) {
+		*keys, err = some(w.session, maxWitnesses)
+		return err
+	}) != nil {
+		return nil
+	}
+	for _, k := range *keys {
+		if v, err := k.Version(k.Current); err == nil {
+			all = append(all, v)
+		}
+	}
+	return all
+}
+
+// some reads the records of a few keys, as far as they can be read.
+func some(s cryptoki.Session, limit int) (keys []*Key, err error) {
+	objects, err := s.Find(recordsOf(""), limit)
+	for _, o := range objects {
+		value, err := s.Attribute(o, pkcs11.CKA_VALUE)
+		if err != nil {
+			continue
+		}
+		if k, err := parseKey(value); err == nil {
+			keys = append(keys, k)
+		}
+	}
+	return keys, err
+}
