@@ -231,6 +231,7 @@ func (t *Token) doubt(ctx context.Context, a *attachment, v *Version, err error,
 	case unwrap:
 		return true, errOpen
 	case v.byPublic(err):
+		v.retest(a)
 		return true, v.noPublic(err)
 	}
 	return true, errorf(Broken, err, "the token does not do this, and is well otherwise")

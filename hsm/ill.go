@@ -22,7 +22,7 @@ func (t *Token) strange(ctx context.Context, a *attachment, v *Version, keys han
 	switch s := stepFor(err); {
 	case errors.Is(err, errOpen), s == refuse:
 	case s == askCanary:
-		if ill := t.ill(ctx, a, v, keys, err); ill != nil {
+		if another, ill := t.ill(ctx, a, v, keys, err); !another {
 			return ill
 		}
 		if again := t.openCanary(ctx, a, v, keys); again == nil || stepFor(again) != askCanary && stepFor(again) != refuse && !errors.Is(again, errOpen) {
@@ -34,24 +34,26 @@ func (t *Token) strange(ctx context.Context, a *attachment, v *Version, keys han
 	return errorf(KeyUnusable, err, "the key with the ID %x is not the one that version %d of key %s was made with: it does not open its canary", v.ID, v.Number, v.Key)
 }
 
-// ill returns why keys that do not open their canary may be the right ones all the same.
-// It is nil where they open what they wrap: then they are others. That they do not wrap
-// proves nothing. Where the canary of another key opens, it is an outage of this version,
-// and else one of the token.
-func (t *Token) ill(ctx context.Context, a *attachment, v *Version, keys handles, err error) error {
+// ill tells whether keys that do not open their canary are others, as they open what they
+// wrap; that they do not wrap proves nothing. Else it returns what ails them: where the
+// canary of another key opens, it is an outage of this version, and of the token if not.
+func (t *Token) ill(ctx context.Context, a *attachment, v *Version, keys handles, err error) (another bool, _ error) {
 	_, failed := t.try(ctx, a, v, keys)
 	switch {
 	case failed == nil:
-		return nil
+		return true, nil
 	case isCallers(failed):
-		return failed
+		return false, failed
 	case t.opensAnother(ctx, a, v):
-		return v.ailing(err, failed)
+		if t.openCanary(ctx, a, v, keys) == nil {
+			return false, nil // the token had a bad moment
+		}
+		return false, v.ailing(err, failed)
 	case ctx.Err() != nil:
-		return context.Cause(ctx)
+		return false, context.Cause(ctx)
 	}
 	a.breaks(errorf(Unavailable, err, "the token neither opens its canary nor anything else"))
-	return errorf(Unavailable, err, "the token is not well")
+	return false, errorf(Unavailable, err, "the token is not well")
 }
 
 // ailing is the outage of one version.

@@ -7,6 +7,7 @@ import (
 	"math/big"
 	"os"
 	"os/exec"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -94,7 +95,7 @@ func (p planted) by(library *pkcs11.Ctx, session pkcs11.SessionHandle) error {
 		}
 		return errors.Join(err, library.FindObjectsFinal(session))
 	}
-	key := append(whose, pkcs11.NewAttribute(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_RSA), pkcs11.NewAttribute(pkcs11.CKA_PRIVATE, false),
+	key := append(slices.Clone(whose), pkcs11.NewAttribute(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_RSA), pkcs11.NewAttribute(pkcs11.CKA_PRIVATE, false),
 		pkcs11.NewAttribute(pkcs11.CKA_MODULUS, p.Modulus), pkcs11.NewAttribute(pkcs11.CKA_PUBLIC_EXPONENT, p.Exponent),
 		pkcs11.NewAttribute(pkcs11.CKA_ENCRYPT, !p.MayNotEncrypt), pkcs11.NewAttribute(pkcs11.CKA_DESTROYABLE, !p.MayNotBeGone),
 		pkcs11.NewAttribute(pkcs11.CKA_MODIFIABLE, !p.MayNotChange))
