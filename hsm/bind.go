@@ -166,10 +166,13 @@ func (t *Token) test(ctx context.Context, a *attachment, v *Version, b *binding)
 }
 
 // retest has the keys tested before they wrap again.
-func (v *Version) retest(a *attachment) {
-	if b := v.bound(a, true); b != nil {
+func (v *Version) retest(a *attachment) { v.tests(a, 0, nil) }
+
+// tests notes when the keys were tested, and why they do not wrap.
+func (v *Version) tests(a *attachment, at int64, unfit error) {
+	if b := v.bound(a, false); b != nil {
 		next := *b
-		next.tested, next.unfit = 0, nil
+		next.tested, next.unfit = at, unfit
 		v.handles.CompareAndSwap(b, &next)
 	}
 }

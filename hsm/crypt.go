@@ -233,6 +233,12 @@ func (t *Token) doubt(ctx context.Context, a *attachment, v *Version, err error,
 	case v.byPublic(err):
 		v.retest(a)
 		return true, v.noPublic(err)
+	case t.wrapsAnother(ctx, a, v):
+		only := v.opensOnly(err)
+		v.tests(a, t.now(), only)
+		return true, only
+	case ctx.Err() != nil:
+		return true, context.Cause(ctx)
 	}
 	return true, errorf(Broken, err, "the token does not do this, and is well otherwise")
 }

@@ -65,6 +65,14 @@ func (v *Version) ailing(err, failed error) error {
 	return e
 }
 
+// opensOnly is the outage of a version's wraps.
+func (v *Version) opensOnly(err error) error {
+	e := errorf(Unavailable, err, "version %d of key %s opens, and does not wrap, while other keys do: see what the HSM's own log says of the key with the ID %x; "+
+		"rotate with 'kms-agent hsm rotate %s' to encrypt meanwhile", v.Number, v.Key, v.ID, v.Key)
+	e.VersionOnly = true
+	return e
+}
+
 // illPause is how long a version is not looked at again that was found ill.
 const illPause = time.Second
 
@@ -88,23 +96,40 @@ func (v *Version) pausing(a *attachment) error {
 	return nil
 }
 
-// maxWitnesses is how many other versions are asked for their canaries.
-const maxWitnesses = 16
+// maxWitnesses is how many other versions are asked for their canaries, maxWrapping how
+// many of them to wrap.
+const maxWitnesses, maxWrapping = 16, 4
 
-// opensAnother tells whether the token opens the canary of another version: of one that
-// was read, those first that opened last, or of one of the catalogue.
+// opensAnother tells whether the token opens the canary of another version.
 func (t *Token) opensAnother(ctx context.Context, a *attachment, v *Version) bool {
+	return t.another(ctx, a, v, maxWitnesses, func(o *Version) bool { _, err := t.testify(ctx, a, o); return err == nil })
+}
+
+// wrapsAnother tells whether another version wraps, with a secret key as that of v is.
+func (t *Token) wrapsAnother(ctx context.Context, a *attachment, v *Version) bool {
+	return t.another(ctx, a, v, maxWrapping, func(o *Version) bool {
+		if o.Suite.asymmetric() {
+			return false
+		}
+		keys, err := t.testify(ctx, a, o)
+		return err == nil && t.selfTest(ctx, a, o, keys) == nil
+	})
+}
+
+// another tells whether one of so many other versions does what is asked for: of those that
+// were read, those first that opened their canary last, or of some of the catalogue.
+func (t *Token) another(ctx context.Context, a *attachment, v *Version, most int, does func(*Version) bool) bool {
 	asked := map[ID]bool{v.ID: true}
-	opens := func(all []*Version) bool {
+	some := func(all []*Version) bool {
 		for _, o := range all {
 			if asked[o.ID] || o.mayUnwrap() != nil {
 				continue
 			}
-			if len(asked) > maxWitnesses || a.over() || ctx.Err() != nil {
+			if len(asked) > most || a.over() || ctx.Err() != nil {
 				return false
 			}
 			asked[o.ID] = true
-			if t.testifies(ctx, a, o) {
+			if does(o) {
 				return true
 			}
 		}
@@ -112,21 +137,24 @@ func (t *Token) opensAnother(ctx context.Context, a *attachment, v *Version) boo
 	}
 	read := t.keys.versions()
 	slices.SortFunc(read, func(a, b *Version) int { return cmp.Compare(b.opened.Load(), a.opened.Load()) })
-	return opens(read) || !a.over() && ctx.Err() == nil && opens(t.others(ctx, a))
+	return some(read) || !a.over() && ctx.Err() == nil && some(t.others(ctx, a))
 }
 
-// testifies tells whether a version opens its canary. It is looked for where it is not
-// bound, and not bound by it: that is for those who want to use it.
-func (t *Token) testifies(ctx context.Context, a *attachment, o *Version) bool {
+// testify has a version open its canary. It is looked for where it is not bound, and not
+// bound by it: that is for those who want to use it.
+func (t *Token) testify(ctx context.Context, a *attachment, o *Version) (handles, error) {
 	if b := o.bound(a, false); b != nil {
-		return t.openCanary(ctx, a, o, b.keys) == nil
+		return b.keys, t.openCanary(ctx, a, o, b.keys)
 	}
 	found := new(handles) // the worker's, until it is done
 	err := t.do(ctx, a, func(w *worker) (err error) {
 		*found, err = o.find(w.session)
 		return err
 	})
-	return err == nil && t.openCanary(ctx, a, o, *found) == nil
+	if err != nil {
+		return handles{}, err
+	}
+	return *found, t.openCanary(ctx, a, o, *found)
 }
 
 // others returns the current versions of some keys of the catalogue.
@@ -135,7 +163,7 @@ func (t *Token) others(ctx context.Context, a *attachment) (all []*Version) {
 	if t.cfg.Catalogue != nil {
 		*keys, _ = t.cfg.Catalogue.records()
 	} else if t.do(ctx, a, func(w *worker) (err error) {
-		*keys, err = some(w.session, maxWitnesses)
+		*keys, err = someRecords(w.session, maxWitnesses)
 		return err
 	}) != nil {
 		return nil
@@ -148,8 +176,8 @@ func (t *Token) others(ctx context.Context, a *attachment) (all []*Version) {
 	return all
 }
 
-// some reads the records of a few keys, as far as they can be read.
-func some(s cryptoki.Session, limit int) (keys []*Key, err error) {
+// someRecords reads the records of a few keys, as far as they can be read.
+func someRecords(s cryptoki.Session, limit int) (keys []*Key, err error) {
 	objects, err := s.Find(recordsOf(""), limit)
 	for _, o := range objects {
 		value, err := s.Attribute(o, pkcs11.CKA_VALUE)

@@ -246,6 +246,42 @@ func TestOutageIsNoRefusal(t *testing.T) {
 	}
 }
 
+// A key that opens and does not wrap, for reasons of its own, is an outage of its wraps:
+// its own answers are remembered for a while, and others wrap. Where none does, it is the
+// token that is broken.
+func TestKeyThatIsTooIllToWrap(t *testing.T) {
+	r, fault := newFaultyRig(t)
+	bad, good := r.key("bad", hsm.GCM), r.key("good", hsm.GCM)
+	m := material(32)
+	wrapped := r.wrap(bad, m)
+	fault.Set("ill-wraps /bad/")
+	r.logOut()
+	r.opens(bad, wrapped, m)
+	fault.Calls()
+	for range 20 {
+		if _, err := r.Wrap(bounded(t), bad, nil, m, bound); !hsm.OfVersion(err) || !strings.Contains(err.Error(), "hsm rotate bad") {
+			t.Errorf("Wrap: %v, want an outage of this version with its cure", err)
+		}
+		r.opens(bad, wrapped, m)
+	}
+	if n := fault.Calls()["C_EncryptInit"]; n > 10 {
+		t.Errorf("20 wraps in vain had the token begin %d", n)
+	}
+	r.wrap(good, m)
+	fault.Set("ill-wraps /v1") // of all keys
+	r.logOut()
+	r.opens(bad, wrapped, m)
+	if _, err := r.Wrap(bounded(t), bad, nil, m, bound); hsm.KindOf(err) != hsm.Broken {
+		t.Errorf("Wrap where no key wraps: %v, want that the token is broken", err)
+	}
+	fault.Set()
+	r.logOut()
+	r.opens(bad, r.wrap(bad, m), m)
+	if n := r.attached(); n != 1 {
+		t.Errorf("it took %d connections, want 1", n)
+	}
+}
+
 // A key that is gone, or may not open any more, is a no at once, ill or not.
 func TestRefusalOfAnIllKey(t *testing.T) {
 	r, fault := newFaultyRig(t)
