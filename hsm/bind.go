@@ -77,6 +77,9 @@ func (t *Token) bind(ctx context.Context, a *attachment, v *Version, wrap bool) 
 	if b := v.proven(a, wrap); b != nil {
 		return b.serve(wrap)
 	}
+	if err := v.pausing(a); err != nil {
+		return handles{}, err
+	}
 	select {
 	case v.search <- struct{}{}:
 	default:
@@ -91,6 +94,9 @@ func (t *Token) bind(ctx context.Context, a *attachment, v *Version, wrap bool) 
 		}
 	}
 	defer func() { <-v.search }()
+	if err := v.pausing(a); err != nil {
+		return handles{}, err
+	}
 	b := v.proven(a, false)
 	if b == nil {
 		var err error
@@ -122,6 +128,9 @@ func (t *Token) prove(ctx context.Context, a *attachment, v *Version) (*binding,
 			err = t.strange(ctx, a, v, b.keys, err)
 		}
 	}
+	if OfVersion(err) {
+		v.pause(a, err)
+	}
 	if err != nil {
 		if !isCallers(err) {
 			v.unbind(a)
@@ -143,6 +152,8 @@ func (t *Token) test(ctx context.Context, a *attachment, v *Version, b *binding)
 		next.keys = keys
 	case denied(err):
 		next.unfit = refusal(err) // a key whose CKA_ENCRYPT was taken away opens all the same
+	case errors.Is(err, errNoPublic):
+		next.unfit = err
 	default:
 		if !isCallers(err) && ctx.Err() == nil && !errors.As(err, new(uncounted)) {
 			next.tested = 0 // nobody wraps with what has just failed
@@ -154,24 +165,16 @@ func (t *Token) test(ctx context.Context, a *attachment, v *Version, b *binding)
 	return &next, nil
 }
 
-// errNoPublic says that nothing can be wrapped. It is no word about the key: everybody who
-// reaches the token can delete public keys, without a PIN.
-var errNoPublic = errors.New("the token has no public key that goes with the private one")
+// retest has the keys tested before they wrap again.
+func (v *Version) retest(a *attachment) { v.tests(a, 0, nil) }
 
-// try tests keys that are said to open. It returns them with those that are for wraps
-// alone.
-func (t *Token) try(ctx context.Context, a *attachment, v *Version, keys handles) (handles, error) {
-	if v.Suite.asymmetric() {
-		var err error
-		keys, err = t.locate(ctx, a, v, func(s cryptoki.Session) (handles, error) { return v.findPublic(s, keys) })
-		if kind := KindOf(err); kind == KeyNotFound || kind == KeyUnusable {
-			return keys, errorf(Broken, errNoPublic, "version %d of key %s: rotate the key with 'kms-agent hsm rotate %s'", v.Number, v.Key, v.Key)
-		}
-		if err != nil {
-			return keys, err
-		}
+// tests notes when the keys were tested, and why they do not wrap.
+func (v *Version) tests(a *attachment, at int64, unfit error) {
+	if b := v.bound(a, false); b != nil {
+		next := *b
+		next.tested, next.unfit = at, unfit
+		v.handles.CompareAndSwap(b, &next)
 	}
-	return keys, t.selfTest(ctx, a, v, keys)
 }
 
 // denied tells whether the token has answered that it does not allow this use of a key.
@@ -205,77 +208,6 @@ func (t *Token) locate(ctx context.Context, a *attachment, v *Version, find func
 	return handles{}, errorf(KeyNotFound, nil, "the token has no key with the ID %x of version %d of key %s", v.ID, v.Number, v.Key)
 }
 
-// strange says what a canary that does not open means: another key, or a token that
-// is not well. It returns nil where it opens after all.
-func (t *Token) strange(ctx context.Context, a *attachment, v *Version, keys handles, err error) error {
-	if isCallers(err) || ctx.Err() != nil {
-		return err
-	}
-	switch s := stepFor(err); {
-	case errors.Is(err, errOpen), s == refuse:
-	case s == askCanary:
-		if ill := t.ill(ctx, a, v, keys, err); ill != nil {
-			return ill
-		}
-		if again := t.openCanary(ctx, a, v, keys); again == nil || stepFor(again) != askCanary && stepFor(again) != refuse && !errors.Is(again, errOpen) {
-			return again // it was not the key
-		}
-	default:
-		return err
-	}
-	return errorf(KeyUnusable, err, "the key with the ID %x is not the one that version %d of key %s was made with: it does not open its canary", v.ID, v.Number, v.Key)
-}
-
-// errUndecided says that nothing tells whether it is the token or the key.
-var errUndecided = errors.New("the token does not open its canary, and whether it is the token or the key cannot be told")
-
-// Undecided tells of an outage of one version, of which nothing tells whether the token or
-// the key is its cause.
-func Undecided(err error) bool { return errors.Is(err, errUndecided) }
-
-// ill returns why it may be the token's fault that keys do not open their canary; nil
-// where the token is well. It wraps and opens with these keys. Where that may not be, the
-// canary of another key speaks for the token.
-func (t *Token) ill(ctx context.Context, a *attachment, v *Version, keys handles, err error) error {
-	_, failed := t.try(ctx, a, v, keys)
-	switch {
-	case failed == nil, denied(failed):
-		return nil
-	case isCallers(failed), ctx.Err() != nil:
-		return failed
-	case errors.As(failed, new(uncounted)), errors.Is(failed, errNoPublic):
-		if t.opensAnother(ctx, a, v) {
-			return nil
-		}
-		return errorf(Unavailable, errors.Join(errUndecided, err, failed), "version %d of key %s", v.Number, v.Key)
-	case t.opensAnother(ctx, a, v): // what it says of this one is no reason to leave it
-		return errorf(Unavailable, errors.Join(errUndecided, err, failed), "version %d of key %s", v.Number, v.Key)
-	}
-	a.breaks(errorf(Unavailable, err, "the token neither opens its canary nor anything else"))
-	return errorf(Unavailable, failed, "the token is not well")
-}
-
-// maxWitnesses is how many other versions are asked for their canaries.
-const maxWitnesses = 4
-
-// opensAnother tells whether the token opens the canary of another version in use.
-func (t *Token) opensAnother(ctx context.Context, a *attachment, v *Version) bool {
-	asked := 0
-	for _, o := range t.keys.versions() {
-		b := o.bound(a, false)
-		if b == nil || o.ID == v.ID || o.mayUnwrap() != nil {
-			continue
-		}
-		if asked++; asked > maxWitnesses || a.over() || ctx.Err() != nil {
-			break
-		}
-		if t.openCanary(ctx, a, o, b.keys) == nil {
-			return true
-		}
-	}
-	return false
-}
-
 // selfTest wraps twice and opens: what a mechanism claims proves nothing, and of a public
 // key this alone tells that it goes with the private one.
 func (t *Token) selfTest(ctx context.Context, a *attachment, v *Version, keys handles) error {
@@ -287,10 +219,7 @@ func (t *Token) selfTest(ctx context.Context, a *attachment, v *Version, keys ha
 	aad := []byte("kms-agent self-test 1")
 	var wrapped [2][]byte
 	for i := range wrapped {
-		err := t.count(v)
-		if err != nil {
-			return err
-		}
+		var err error
 		if wrapped[i], err = t.once(ctx, a, v, v.header(), keys, nil, material, nil, aad, false); err != nil {
 			return err
 		}

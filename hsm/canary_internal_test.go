@@ -158,3 +158,30 @@ func TestIdleKeysAreLookedAtAgain(t *testing.T) {
 		}
 	}
 }
+
+// While somebody opens the canary others go on with what it said before, twice as long as
+// it speaks for itself at most.
+func TestOldCanary(t *testing.T) {
+	token := soft(t)
+	v := keyOf(t, token, "orders")
+	wrap := func() error {
+		ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+		defer cancel()
+		_, err := token.Wrap(ctx, v, nil, []byte{1}, nil)
+		return err
+	}
+	if _, err := token.Wrap(t.Context(), v, nil, []byte{1}, nil); err != nil {
+		t.Fatal(err)
+	}
+	fresh := *v.handles.Load()
+	v.search <- struct{}{} // somebody who waits for a slow token
+	defer func() { <-v.search }()
+	for age, waits := range map[time.Duration]bool{provenFor + time.Second: false, 2 * provenFor: true} {
+		b := fresh
+		b.opened -= int64(age)
+		v.handles.Store(&b)
+		if err := wrap(); isCallers(err) != waits || err != nil && !waits {
+			t.Errorf("%v after its canary: %v, want that it waits: %v", age, err, waits)
+		}
+	}
+}

@@ -36,6 +36,9 @@ type Key struct {
 	Name     string
 	Current  uint32
 	Versions []*Version
+	// Note says, of a change that was made, which public keys did not follow; mostly
+	// empty. They open nothing.
+	Note string
 
 	revision uint64
 }
@@ -291,9 +294,8 @@ func entries(w *worker, name string) (list []entry, err error) {
 	return nil, err
 }
 
-// entriesOnce reads private objects alone: everybody who reaches the token can make public
-// ones, without a PIN.
-func entriesOnce(w *worker, name string) ([]entry, error) {
+// recordsOf is what the records of a key have, or all for "".
+func recordsOf(name string) []cryptoki.Attribute {
 	template := []cryptoki.Attribute{
 		cryptoki.Number(pkcs11.CKA_CLASS, pkcs11.CKO_DATA), cryptoki.Bool(pkcs11.CKA_TOKEN, true), cryptoki.Bool(pkcs11.CKA_PRIVATE, true),
 		cryptoki.Text(pkcs11.CKA_APPLICATION, application),
@@ -301,7 +303,13 @@ func entriesOnce(w *worker, name string) ([]entry, error) {
 	if name != "" {
 		template = append(template, cryptoki.Text(pkcs11.CKA_LABEL, labelPrefix+name))
 	}
-	objects, err := w.session.Find(template, maxKeys)
+	return template
+}
+
+// entriesOnce reads private objects alone: everybody who reaches the token can make public
+// ones, without a PIN.
+func entriesOnce(w *worker, name string) ([]entry, error) {
+	objects, err := w.session.Find(recordsOf(name), maxKeys)
 	if err != nil {
 		return nil, err
 	}

@@ -1,10 +1,12 @@
 package hsm
 
 import (
+	"bytes"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -84,26 +86,77 @@ func (c *Counter) read() (counters, error) {
 	if err != nil {
 		return file, fmt.Errorf("the counts of wraps: %w", err)
 	}
-	// The format first: the rest may be of another kind there.
-	var mark struct {
-		Format int             `json:"format"`
-		Wraps  json.RawMessage `json:"wraps"`
+	fields, err := object(b)
+	if err == nil {
+		file.Format = 0
+		// The format first: the rest may be of another kind there.
+		if err = json.Unmarshal(fields["format"], &file.Format); err == nil && file.Format > 1 {
+			return file, fmt.Errorf("the counts of wraps in %s have format %d, this release reads format 1: use the release that wrote them, or a later one", c.path, file.Format)
+		}
 	}
-	err = json.Unmarshal(b, &mark)
-	if err == nil && mark.Format > 1 {
-		return file, fmt.Errorf("the counts of wraps in %s have format %d, this release reads format 1: use the release that wrote them, or a later one", c.path, mark.Format)
+	if err == nil && file.Format != 1 {
+		err = errors.New("they have no format")
 	}
 	if err == nil {
-		err = json.Unmarshal(b, &file)
-	}
-	if err == nil && (mark.Format != 1 || len(mark.Wraps) == 0 || string(mark.Wraps) == "null") {
-		err = errors.New("they have no format, or no counts")
+		file.Wraps, err = parseWraps(fields["wraps"])
 	}
 	if err != nil {
 		return file, fmt.Errorf("the counts of wraps in %s are damaged, so it is not known how much keys were used: "+
 			"rotate the keys of this backend, then remove the file: %w", c.path, err)
 	}
 	return file, nil
+}
+
+// parseWraps reads counts as they are written here. Nothing else is one: a count that is
+// not understood would be one of 0.
+func parseWraps(b []byte) (map[string]uint64, error) {
+	fields, err := object(b)
+	if err != nil {
+		return nil, err
+	}
+	wraps := make(map[string]uint64, len(fields))
+	for id, value := range fields {
+		if b, err := hex.DecodeString(id); err != nil || len(b) != idSize || hex.EncodeToString(b) != id {
+			return nil, fmt.Errorf("a count of %.100q, which is no ID", id)
+		}
+		var n *uint64
+		if err := json.Unmarshal(value, &n); err != nil || n == nil {
+			return nil, fmt.Errorf("the count of %s is %.100s", id, value)
+		}
+		wraps[id] = *n
+	}
+	return wraps, nil
+}
+
+// object reads a JSON object in which no name comes twice.
+func object(b []byte) (map[string]json.RawMessage, error) {
+	d := json.NewDecoder(bytes.NewReader(b))
+	fields := map[string]json.RawMessage{}
+	if begin, err := d.Token(); err != nil || begin != json.Delim('{') {
+		return nil, errors.New("there is no JSON object")
+	}
+	for d.More() {
+		name, err := d.Token()
+		if err != nil {
+			return nil, err
+		}
+		key, _ := name.(string) // it always is
+		if _, twice := fields[key]; twice {
+			return nil, fmt.Errorf("%.100q is there twice", key)
+		}
+		var value json.RawMessage
+		if err := d.Decode(&value); err != nil {
+			return nil, err
+		}
+		fields[key] = value
+	}
+	if _, err := d.Token(); err != nil {
+		return nil, err
+	}
+	if _, err := d.Token(); !errors.Is(err, io.EOF) {
+		return nil, errors.New("there is more after it")
+	}
+	return fields, nil
 }
 
 // limit is how many wraps a version may make on this host; 0 means any number.
@@ -130,6 +183,18 @@ func (c *Counter) Take(v *Version) error {
 		if err != nil {
 			return err
 		}
+	}
+}
+
+// untake gives back what Take took for a wrap that was not made.
+func (c *Counter) untake(v *Version) {
+	if v.Suite.maxWraps() == 0 {
+		return
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if r := c.left[v.ID]; r != nil && r.left < r.total {
+		r.left++
 	}
 }
 
@@ -170,7 +235,9 @@ func (c *Counter) reserve(v *Version, limit uint64) error {
 		wraps[id] = total
 	})
 	if err != nil {
-		return errorf(Unavailable, err, "the counts of wraps cannot be kept")
+		e := errorf(Unavailable, err, "the counts of wraps cannot be kept")
+		e.VersionOnly = true
+		return e
 	}
 	if block == 0 {
 		return c.wornOut(v, limit)

@@ -132,7 +132,15 @@ func TestCountsThatCannotBeRead(t *testing.T) {
 	for name, c := range map[string]struct{ content, says, not string }{
 		"damaged":      {"{", "remove the file", "later one"},
 		"of no format": {`{"wraps":{}}`, "remove the file", "later one"},
-		"negative":     {`{"format":1,"wraps":{"00":-1}}`, "remove the file", "later one"},
+		"negative":     {`{"format":1,"wraps":{"00112233445566778899aabbccddeeff":-1}}`, "remove the file", "later one"},
+		"null":         {`{"format":1,"wraps":{"00112233445566778899aabbccddeeff":null}}`, "remove the file", "later one"},
+		"in capitals":  {`{"format":1,"wraps":{"00112233445566778899AABBCCDDEEFF":4294967296}}`, "remove the file", "later one"},
+		"no ID":        {`{"format":1,"wraps":{"rubbish":7}}`, "remove the file", "later one"},
+		"a short ID":   {`{"format":1,"wraps":{"00":7}}`, "remove the file", "later one"},
+		"an ID twice":  {`{"format":1,"wraps":{"00112233445566778899aabbccddeeff":9,"00112233445566778899aabbccddeeff":1}}`, "remove the file", "later one"},
+		"counts twice": {`{"format":1,"wraps":{"00112233445566778899aabbccddeeff":9},"wraps":{}}`, "remove the file", "later one"},
+		"two objects":  {`{"format":1,"wraps":{}}{}`, "remove the file", "later one"},
+		"no object":    {`{"format":1,"wraps":null}`, "remove the file", "later one"},
 		"newer":        {`{"format":2,"wraps":[]}`, "have format 2", "remove"},
 	} {
 		t.Run(name, func(t *testing.T) {

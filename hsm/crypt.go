@@ -55,9 +55,6 @@ func (t *Token) crypt(ctx context.Context, v *Version, h header, dst, in, iv, aa
 			return nil, err
 		}
 		keys, err := t.bind(ctx, a, v, !unwrap)
-		if err == nil && !unwrap {
-			err = t.count(v)
-		}
 		theirs := unwrap && err == nil // what fails from here on may be what they sent
 		if err == nil {
 			var out []byte
@@ -99,10 +96,29 @@ type uncounted struct{ error }
 
 func (u uncounted) Unwrap() error { return u.error }
 
-// once does one operation in one session.
+// uncount takes back what count counted for a wrap that was not begun.
+func (t *Token) uncount(v *Version, unwrap bool) {
+	if !unwrap && t.cfg.Wraps != nil {
+		t.cfg.Wraps.untake(v)
+	}
+}
+
+// begun tells whether a wrap that failed may have made use of the key.
+func begun(err error) bool {
+	var call *cryptoki.CallError
+	return !errors.As(err, &call) || call.Function != "C_EncryptInit" && call.Function != "C_OpenSession"
+}
+
+// once does one operation in one session. It counts wraps.
 func (t *Token) once(ctx context.Context, a *attachment, v *Version, h header, keys handles, dst, in, iv, aad []byte, unwrap bool) ([]byte, error) {
+	if !unwrap {
+		if err := t.count(v); err != nil {
+			return nil, err
+		}
+	}
 	w, err := a.acquire(ctx)
 	if err != nil {
+		t.uncount(v, unwrap)
 		return nil, err
 	}
 	w.aad = h.appendAAD(w.aad[:0], aad)
@@ -114,6 +130,9 @@ func (t *Token) once(ctx context.Context, a *attachment, v *Version, h header, k
 		return nil, err
 	}
 	if err != nil {
+		if !begun(err) {
+			t.uncount(v, unwrap)
+		}
 		a.discard(w)
 		return nil, err
 	}
@@ -142,8 +161,15 @@ func (t *Token) judge(ctx context.Context, a *attachment, v *Version, err error,
 	if ctx.Err() != nil {
 		return true, context.Cause(ctx)
 	}
-	if errors.As(err, new(uncounted)) {
+	if errors.As(err, new(uncounted)) || OfVersion(err) {
 		return true, err
+	}
+	if s := stepFor(err); v.byPublic(err) && (s == giveUp || s == refuse) {
+		v.retest(a) // there may be another
+		if *doubts++; *doubts == 1 {
+			return false, err
+		}
+		return true, v.noPublic(err)
 	}
 	switch t.stepOf(a, v, err, unwrap) {
 	case newSession:
@@ -201,8 +227,18 @@ func (t *Token) doubt(ctx context.Context, a *attachment, v *Version, err error,
 	if *doubts++; *doubts == 1 {
 		return false, err
 	}
-	if unwrap {
+	switch {
+	case unwrap:
 		return true, errOpen
+	case v.byPublic(err):
+		v.retest(a)
+		return true, v.noPublic(err)
+	case t.wrapsAnother(ctx, a, v):
+		only := v.opensOnly(err)
+		v.tests(a, t.now(), only)
+		return true, only
+	case ctx.Err() != nil:
+		return true, context.Cause(ctx)
 	}
 	return true, errorf(Broken, err, "the token does not do this, and is well otherwise")
 }
@@ -239,7 +275,9 @@ func (t *Token) canary(ctx context.Context, a *attachment, v *Version) error {
 	case refuse, giveUp:
 		v.unbind(a) // another key has its place, or it may not be used any more
 	default:
-		if !t.opensAnother(ctx, a, v) {
+		if t.opensAnother(ctx, a, v) {
+			v.unbind(a) // so that is found out what ails it
+		} else if ctx.Err() == nil {
 			a.breaks(errorf(Unavailable, err, "the token does not open what it has wrapped itself"))
 		}
 	}
@@ -263,6 +301,7 @@ func (t *Token) openCanary(ctx context.Context, a *attachment, v *Version, keys 
 	clear(out)
 	switch {
 	case subtle.ConstantTimeCompare(sum[:], v.canarySum[:]) == 1:
+		v.opened.Store(t.now())
 		return nil
 	case v.Suite == GCM, v.Suite == KWP: // no other key opens these
 		return errorf(Broken, nil, "the token says that the canary of version %d of key %s opens, to something else: it must not be used", v.Number, v.Key)

@@ -44,6 +44,9 @@ func (k Kind) String() string {
 // Error is how this package fails. It holds nothing secret.
 type Error struct {
 	Kind Kind
+	// VersionOnly says of an outage (Unavailable) that it is one of a version alone, or of
+	// wraps under it: the token serves others.
+	VersionOnly bool
 	// Detail says what happened and what cures it.
 	Detail string
 	Err    error
@@ -63,6 +66,13 @@ func (e *Error) Error() string {
 
 // Unwrap returns the cause.
 func (e *Error) Unwrap() error { return e.Err }
+
+// OfVersion tells whether err is an outage of one version, or of wraps under it: it says
+// nothing of the token.
+func OfVersion(err error) bool {
+	e := (*Error)(nil)
+	return errors.As(err, &e) && e.Kind == Unavailable && e.VersionOnly
+}
 
 // KindOf returns the kind of an error; Broken where it has none.
 func KindOf(err error) Kind {

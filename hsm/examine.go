@@ -49,7 +49,7 @@ func (t *Token) examineWith(ctx context.Context, a *attachment, v *Version, wrap
 		if err != nil {
 			_, err = t.judge(ctx, a, v, err, false, new(int))
 		} else if err = t.canary(ctx, a, v); err == nil && wrap {
-			if _, err = t.try(ctx, a, v, keys); errors.As(err, new(uncounted)) || denied(err) {
+			if _, err = t.try(ctx, a, v, keys); errors.As(err, new(uncounted)) || denied(err) || OfVersion(err) {
 				err = nil // the token answers
 			}
 		}
@@ -62,7 +62,7 @@ func (t *Token) examineWith(ctx context.Context, a *attachment, v *Version, wrap
 			return err
 		case a.cause() != nil:
 			return errorf(Unavailable, err, "the token is not well")
-		case errors.As(err, &known) && (known.Kind == KeyNotFound || known.Kind == KeyUnusable), errors.Is(err, errUndecided):
+		case errors.As(err, &known) && (known.Kind == KeyNotFound || known.Kind == KeyUnusable), OfVersion(err):
 			t.used.CompareAndSwap(v, nil)
 			return t.answers(ctx, a)
 		}
@@ -70,7 +70,7 @@ func (t *Token) examineWith(ctx context.Context, a *attachment, v *Version, wrap
 	}
 	last = errorf(Unavailable, last, "the token does not open what it has wrapped itself")
 	// Who has no session for us has not lost those that we have.
-	if errors.As(last, new(cryptoki.Error)) && stepFor(last) != fewer && !t.opensAnother(ctx, a, v) {
+	if errors.As(last, new(cryptoki.Error)) && stepFor(last) != fewer && !t.opensAnother(ctx, a, v) && ctx.Err() == nil {
 		a.breaks(last)
 	}
 	return last

@@ -33,7 +33,7 @@ func (v *Version) parts() []part {
 }
 
 // find returns the keys that open what the version wrapped. The public key of a pair is
-// not among them: see findPublic.
+// not among them: see publics.
 func (v *Version) find(s cryptoki.Session) (keys handles, err error) {
 	for i, p := range v.parts() {
 		place := []*cryptoki.Object{&keys.key, &keys.mac}[i]
@@ -61,44 +61,80 @@ func (v *Version) findAll(s cryptoki.Session) (handles, error) {
 	if err != nil || !v.Suite.asymmetric() {
 		return keys, err
 	}
-	return v.findPublic(s, keys)
-}
-
-// findPublic adds the public key of a pair. Whoever reaches the token can make one with
-// the same ID, without a PIN: it must have the modulus of the private key. Where that one
-// does not tell its modulus the public key must be alone. Neither proves that the private
-// key opens what is wrapped with it: a self-test does.
-func (v *Version) findPublic(s cryptoki.Session, keys handles) (handles, error) {
-	found, err := s.Find(publicKeys(v.ID), maxNamesakes)
+	found, err := v.publics(s, keys)
 	if err != nil {
 		return keys, err
 	}
+	return found[0], nil
+}
+
+// publics returns the keys with each public key that may be the one of the pair, one at
+// least. Whoever reaches the token can make them with the same ID, without a PIN: they must
+// have the modulus of the private key, and the exponent that ours have. Where that one does
+// not tell its modulus the public key must be alone. Neither proves that the private key
+// opens what is wrapped with it, nor that it may wrap: a self-test does. Those that have
+// more, too, are preferred.
+func (v *Version) publics(s cryptoki.Session, keys handles, more ...cryptoki.Attribute) ([]handles, error) {
 	want, err := modulus(s, keys.key)
 	known := !errors.Is(err, cryptoki.ErrNoAttribute)
 	if known && err != nil {
-		return keys, err
+		return nil, err
+	}
+	// However many there are beside it, the right one is found by all that it has; in
+	// modules that do not know it so, by its ID.
+	same := []cryptoki.Attribute{{Type: pkcs11.CKA_MODULUS, Value: want}, {Type: pkcs11.CKA_PUBLIC_EXPONENT, Value: publicExponent()}}
+	for _, also := range [][]cryptoki.Attribute{append(more, same...), same} {
+		if !known {
+			break
+		}
+		if found, err := s.Find(append(publicKeys(v.ID), also...), maxNamesakes); err == nil {
+			if list, err := keys.with(s, found, want); err == nil && len(list) > 0 {
+				return list, nil
+			}
+		}
+	}
+	found, err := s.Find(publicKeys(v.ID), maxNamesakes)
+	if err != nil {
+		return nil, err
 	}
 	if !known && len(found) > 1 {
-		return keys, severalKeys(v.ID)
+		return nil, severalKeys(v.ID)
 	}
+	list, err := keys.with(s, found, want)
+	if err == nil && len(list) == 0 {
+		err = errNoKey
+	}
+	return list, err
+}
+
+// with returns the keys with each of the public keys that has the modulus, where that is
+// known, and our exponent.
+func (k handles) with(s cryptoki.Session, found []cryptoki.Object, want []byte) (list []handles, _ error) {
 	for _, o := range found {
 		n, err := modulus(s, o)
-		if errors.Is(err, cryptoki.ErrNoAttribute) || KindOf(err) == KeyUnusable || known && err == nil && !bytes.Equal(n, want) {
+		if err == nil && want != nil && !bytes.Equal(n, want) {
 			continue
 		}
-		if err != nil {
-			return keys, err
+		ours := false
+		if err == nil {
+			ours, err = hasOurExponent(s, o)
 		}
-		ours, err := hasOurExponent(s, o)
-		if err != nil {
-			return keys, err
-		}
-		if ours {
-			keys.public, keys.modulus = o, len(n)
-			return keys, nil
+		switch {
+		case err == nil && ours:
+			k.public, k.modulus = o, len(n)
+			list = append(list, k)
+		case err != nil && !foreign(err):
+			return nil, err
 		}
 	}
-	return keys, errNoKey
+	return list, nil
+}
+
+// foreign tells errors of reading a public key that say it is not ours: it has no such
+// attribute, or a huge one, or is gone again.
+func foreign(err error) bool {
+	s := stepFor(err)
+	return s == giveUp || s == findAgain
 }
 
 // hasOurExponent tells whether a public key has the exponent that ours are made with, as

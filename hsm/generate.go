@@ -151,7 +151,8 @@ func generatePair(s cryptoki.Session, v *Version, r recipe) (keys handles, err e
 	return keys, verify(s, keys.key, use)
 }
 
-// destroy removes the keys of a version from the token, as far as they are there.
+// destroy removes the keys of a version from the token, as far as they are there. Where
+// all but public keys are gone the error is of type leftPublic.
 func destroy(s cryptoki.Session, v *Version) error {
 	var errs []error
 	for _, p := range v.parts() {
@@ -164,11 +165,21 @@ func destroy(s cryptoki.Session, v *Version) error {
 		}
 		errs = append(errs, err)
 	}
+	left := error(nil)
 	if v.Suite.asymmetric() {
-		errs = append(errs, destroyPublic(s, v.ID))
+		left = destroyPublic(s, v.ID)
 	}
-	return errors.Join(errs...)
+	err := errors.Join(errs...)
+	if err == nil && left != nil && ofObject(left) {
+		return leftPublic{left}
+	}
+	return errors.Join(err, left)
 }
+
+// leftPublic is why public keys are left: who made one may have seen to it that it stays.
+type leftPublic struct{ error }
+
+func (l leftPublic) Unwrap() error { return l.error }
 
 // destroyPublic destroys the public keys with an ID, those too that somebody else made:
 // they are of no use without the private one.

@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"context"
 	"crypto/rand"
+	"fmt"
+	"os"
 	"sync"
 	"testing"
 	"time"
@@ -14,7 +16,16 @@ import (
 	"github.com/kms-agent/kms-agent/hsm/hsmtest"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	if order := os.Getenv(strangerVariable); order != "" {
+		if err := stranger(order); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		return
+	}
+	goleak.VerifyTestMain(m)
+}
 
 const (
 	softHSM = hsmtest.SoftHSMModule

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -158,7 +159,7 @@ func (t *Token) toTheEnd(ctx context.Context) (_ context.Context, end func()) {
 func (t *Token) makeKeys(ctx context.Context, v *Version, like Trial) error {
 	r := recipe{label: fmt.Sprintf("%s%s/v%d", labelPrefix, v.Key, v.Number), onToken: true, rsaBits: like.RSABits}
 	try := func(w *worker) error {
-		if err := destroy(w.session, v); err != nil { // of an attempt that was cut off
+		if err := destroy(w.session, v); err != nil && !errors.As(err, new(leftPublic)) { // of an attempt that was cut off
 			return err
 		}
 		_, err := generate(w.session, v, r)
@@ -200,9 +201,6 @@ func (t *Token) setCanary(ctx context.Context, v *Version) error {
 	}
 	keys, err := t.locate(ctx, a, v, v.findAll)
 	if err != nil {
-		return err
-	}
-	if err := t.count(v); err != nil {
 		return err
 	}
 	if v.canary, err = t.once(ctx, a, v, v.header(), keys, nil, secret, nil, v.canaryAAD(), false); err != nil {
@@ -298,75 +296,39 @@ func (t *Token) SetState(ctx context.Context, name string, number uint32, state 
 	}
 	if state == Disabled { // the record is what counts; the key follows where it can
 		k, err := t.change(ctx, name, number, check)
-		if err == nil {
-			err = t.allow(ctx, before, false)
+		if err != nil {
+			return k, err
 		}
-		return k, err
+		note, err := t.allow(ctx, before, false)
+		return k.noted(note), err
 	}
 	k, err := t.readKey(ctx, name)
 	if err != nil {
 		return nil, err
 	}
-	if v, err := k.Version(number); err != nil {
+	v, err := k.Version(number)
+	if err != nil {
 		return nil, err
-	} else if v.State == Disabled {
-		if err := t.allow(ctx, v, true); err != nil {
+	}
+	var note error
+	if v.State == Disabled {
+		if note, err = t.allow(ctx, v, true); err != nil {
 			return nil, err
 		}
 	}
-	return t.change(ctx, name, number, check)
+	k, err = t.change(ctx, name, number, check)
+	return k.noted(note), err
 }
 
-// allow lets the keys of a version be used on the token, or keeps them from it: then
-// no program of the token uses them. A token that does not change keys leaves it to
-// the record, where that does no harm.
-func (t *Token) allow(ctx context.Context, v *Version, yes bool) error {
-	return t.manage(ctx, func(w *worker) error {
-		keys, err := v.find(w.session)
-		if errors.Is(err, errNoKey) && !yes {
-			return nil
-		}
-		if err == nil && v.Suite.asymmetric() {
-			keys, err = v.findPublic(w.session, keys)
-		}
-		if err != nil && (!errors.Is(err, errNoKey) || keys.key == 0) { // without a public key the other one opens
-			return err
-		}
-		var errs []error
-		for _, change := range []struct {
-			key cryptoki.Object
-			use []uint
-		}{
-			{keys.key, []uint{pkcs11.CKA_DECRYPT}}, {keys.public, []uint{pkcs11.CKA_ENCRYPT}}, {keys.mac, []uint{pkcs11.CKA_SIGN, pkcs11.CKA_VERIFY}},
-		} {
-			if change.key == 0 {
-				continue
-			}
-			if change.key == keys.key && !v.Suite.asymmetric() {
-				change.use = append(change.use, pkcs11.CKA_ENCRYPT)
-			}
-			for _, use := range change.use {
-				errs = append(errs, setUse(w.session, change.key, use, yes))
-			}
-		}
-		return errors.Join(errs...)
-	})
-}
-
-// setUse changes what a key may be used for, where it is not so already.
-func setUse(s cryptoki.Session, key cryptoki.Object, use uint, yes bool) error {
-	now, err := s.Attribute(key, use)
-	if err != nil {
-		return err
+// noted returns the key with what of its public keys did not follow a change.
+func (k *Key) noted(left error) *Key {
+	if k == nil || left == nil {
+		return k
 	}
-	if len(now) == 1 && (now[0] != 0) == yes {
-		return nil
-	}
-	err = s.SetAttributes(key, []cryptoki.Attribute{cryptoki.Bool(use, yes)})
-	if !yes && stepFor(err) == giveUp {
-		return nil // the token does not change keys
-	}
-	return err
+	noted := *k // the other one is in the keyring
+	first, _, _ := strings.Cut(left.Error(), "\n")
+	noted.Note = "public keys on the token did not follow, as whoever made them may have seen to: " + first
+	return &noted
 }
 
 // Destroy destroys the key of a version, which must be disabled. What is wrapped
@@ -382,7 +344,11 @@ func (t *Token) Destroy(ctx context.Context, name string, number uint32) (*Key, 
 	if err != nil {
 		return nil, err
 	}
-	if err := t.remove(ctx, gone); err != nil {
+	err = t.remove(ctx, gone)
+	if left := (leftPublic{}); errors.As(err, &left) {
+		return k.noted(left.error), nil
+	}
+	if err != nil {
 		return nil, err
 	}
 	return k, nil

@@ -157,15 +157,15 @@ func TestPublicKeyOfAStranger(t *testing.T) {
 	for range 2 {
 		r.stranger("--delete-object", "--type", "pubkey", "--id", fmt.Sprintf("%x", v.ID))
 	}
-	wraps("without a public key", hsm.Broken)
+	wraps("without a public key", hsm.Unavailable)
 	r.plant(v, &other.PublicKey)
-	wraps("with another key alone", hsm.Broken)
+	wraps("with another key alone", hsm.Unavailable)
 	r.plant(v, &rsa.PublicKey{N: right.N, E: 3})
-	wraps("with another exponent", hsm.Broken)
+	wraps("with another exponent", hsm.Unavailable)
 	if n := r.attached(); n != 1 {
 		t.Errorf("attached %d times, want once", n)
 	}
-	if err := r.Verify(bounded(t), v); kindOf(err) != hsm.Broken {
+	if err := r.Verify(bounded(t), v); !hsm.OfVersion(err) {
 		t.Errorf("Verify: %v, want that nothing can be wrapped", err)
 	}
 	_, err = r.SetState(bounded(t), "orders", 1, hsm.Disabled)

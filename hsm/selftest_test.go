@@ -136,48 +136,50 @@ func (r *rig) substitute(v *hsm.Version) {
 	r.tool("--keygen", "--key-type", "AES:32", "--id", id, "--label", "kmsagent/orders/v1", "--sensitive", "--private")
 }
 
-// A key that is another is told from a token that is not well, also where it may not wrap;
-// others lose no connection by it.
+// A key that is another is not told from one that is ill where it may not wrap: that is an
+// outage of its version, and others lose no connection by it. Where it may, it is told.
 func TestSubstitutedKeyThatMayNotWrap(t *testing.T) {
 	for name, c := range map[string]struct {
 		limit uint64
 		rule  string
-		alone hsm.Kind // where no other key is in use
 	}{
-		"worn":       {8, "", hsm.Unavailable}, // nothing tells the two apart
-		"not let to": {1 << 20, "C_EncryptInit rv=0x68", hsm.KeyUnusable},
+		"worn":       {8, ""},
+		"not let to": {1 << 20, "C_EncryptInit rv=0x68"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			var count *hsm.Counter
 			r, fault := newFaultyRig(t, counted(&count, c.limit))
-			v := r.key("orders", hsm.GCM)
+			v, other := r.key("orders", hsm.GCM), r.key("other", hsm.CBCHMAC)
 			m := material(32)
-			wrapped := r.wrap(v, m)
+			wrapped, sealed := r.wrap(v, m), r.wrap(other, m)
 			for range c.limit % 16 {
 				_, _ = r.Wrap(bounded(t), v, nil, m, bound)
 			}
 			r.substitute(v)
-			fault.Set()
 			if c.rule != "" {
 				fault.Set(c.rule)
 			}
 			r.logOut()
 			for range 3 {
-				_ = r.fails(v, wrapped, c.alone)
-			}
-			fault.Set()
-			other := r.key("other", hsm.CBCHMAC)
-			sealed := r.wrap(other, m)
-			if c.rule != "" {
-				fault.Set(c.rule)
-			}
-			for range 3 {
-				_ = r.fails(v, wrapped, hsm.KeyUnusable)
+				if err := r.fails(v, wrapped, hsm.Unavailable); !hsm.OfVersion(err) {
+					t.Errorf("it is told as an outage of the token: %v", err)
+				}
 				r.opens(other, sealed, m)
 			}
 			if n := r.attached(); n != 1 {
 				t.Errorf("attached %d times, want once", n)
 			}
+			if c.rule == "" {
+				return
+			}
+			fault.Set()
+			eventually(t, "it is told", func() error {
+				_, err := r.Unwrap(t.Context(), v, nil, wrapped, bound)
+				if hsm.KindOf(err) == hsm.KeyUnusable {
+					return nil
+				}
+				return fmt.Errorf("want KeyUnusable: %w", err)
+			})
 		})
 	}
 }

@@ -62,6 +62,8 @@ type Version struct {
 	seen      int64 // by the token's now; 0 for one that is being made
 
 	handles atomic.Pointer[binding]
+	illness atomic.Pointer[illness]
+	opened  atomic.Int64  // when it opened its canary last, by the token's now
 	search  chan struct{} // has room for the one that looks for the keys
 	used    vectors
 }

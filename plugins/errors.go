@@ -55,6 +55,10 @@ type Error struct {
 	Class Class
 	// RetryAfter is when a retry may succeed; zero where that is not known.
 	RetryAfter time.Duration
+	// KeyOnly says of an outage (Unavailable) that it is one of this key alone, or of
+	// what this call does with it: the backend is there, and other keys may be served.
+	// It means nothing with other classes, nor of Open and Check.
+	KeyOnly bool
 	// Detail is for operators: what happened and what cures it. Never secret.
 	Detail string
 	// Err is the cause, if there is one.
@@ -97,6 +101,12 @@ func Errorf(class Class, format string, a ...any) *Error {
 		return &Error{Class: class, Detail: err.Error()}
 	}
 	return &Error{Class: class, Err: err}
+}
+
+// IsKeyOnly tells whether err is an outage of one key, which says nothing of the backend.
+func IsKeyOnly(err error) bool {
+	var e *Error
+	return errors.As(err, &e) && e.KeyOnly && e.Class == Unavailable
 }
 
 // ClassOf returns the class of err: that of an *Error in its chain; Unavailable

@@ -18,6 +18,8 @@ import (
 const (
 	// errorDomain is the domain of google.rpc.ErrorInfo; its reason is the class.
 	errorDomain = "kms-agent.plugin"
+	// keyOnly is in its metadata, as "true", where Error.KeyOnly is set.
+	keyOnly = "key_only"
 	// maxDetail bounds the text of an error that crosses.
 	maxDetail = 1024
 	// maxRetryAfter bounds what a plugin may ask us to wait.
@@ -53,7 +55,11 @@ func toStatus(err error) error {
 		return nil
 	}
 	class, detail := ClassOf(err), err.Error()
-	details := []protoadapt.MessageV1{&errdetails.ErrorInfo{Domain: errorDomain, Reason: class.String()}}
+	info := &errdetails.ErrorInfo{Domain: errorDomain, Reason: class.String()}
+	if IsKeyOnly(err) {
+		info.Metadata = map[string]string{keyOnly: "true"}
+	}
+	details := []protoadapt.MessageV1{info}
 	var e *Error
 	if errors.As(err, &e) {
 		detail = strings.TrimPrefix(strings.TrimPrefix(detail, e.Class.String()), ": ")
@@ -80,6 +86,7 @@ func fromStatus(ctx context.Context, err error) *Error {
 		case *errdetails.ErrorInfo:
 			if d.GetDomain() == errorDomain {
 				e.Class = classNamed(d.GetReason())
+				e.KeyOnly = e.Class == Unavailable && d.GetMetadata()[keyOnly] == "true"
 			}
 		case *errdetails.RetryInfo:
 			e.RetryAfter = min(max(d.GetRetryDelay().AsDuration(), 0), maxRetryAfter)

@@ -35,6 +35,32 @@ func TestErrorsCrossTheWire(t *testing.T) {
 	}
 }
 
+// That an outage is of one key alone is said of outages only, by who knows the word.
+func TestKeyOnlyCrossesTheWire(t *testing.T) {
+	for _, class := range Classes() {
+		for _, said := range []bool{false, true} {
+			got := fromStatus(t.Context(), toStatus(fmt.Errorf("around: %w", &Error{Class: class, KeyOnly: said})))
+			if want := said && class == Unavailable; got.Class != class || got.KeyOnly != want || IsKeyOnly(got) != want {
+				t.Errorf("%s with KeyOnly %v: got %+v", class, said, got)
+			}
+		}
+	}
+	for _, info := range []*errdetails.ErrorInfo{
+		{Domain: errorDomain, Reason: "Denied", Metadata: map[string]string{keyOnly: "true"}},
+		{Domain: errorDomain, Reason: "Unavailable", Metadata: map[string]string{keyOnly: "false"}},
+		{Domain: "elsewhere", Reason: "Unavailable", Metadata: map[string]string{keyOnly: "true"}},
+		{Domain: errorDomain, Reason: "Unavailable"},
+	} {
+		s, err := status.New(codes.Unavailable, "text").WithDetails(info)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := fromStatus(t.Context(), s.Err()); got.KeyOnly {
+			t.Errorf("%v: got %+v, want that nothing is said of one key", info, got)
+		}
+	}
+}
+
 func TestErrorsOfNoClassAreInternal(t *testing.T) {
 	for _, err := range []error{errors.New("plain"), &Error{}, &Error{Class: 99}, status.Error(codes.PermissionDenied, "x")} {
 		if got := fromStatus(t.Context(), toStatus(err)); got.Class != Internal {

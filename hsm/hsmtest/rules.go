@@ -55,15 +55,15 @@ func checkRule(rule string) error {
 			return fmt.Errorf("iv takes one of %s", strings.Join(styles, ", "))
 		}
 		return nil
-	case "ill":
+	case "ill", "ill-wraps":
 		if len(words) != 2 {
-			return errors.New("ill takes part of a label")
+			return fmt.Errorf("%s takes part of a label", words[0])
 		}
 		return nil
 	case "*":
 	default:
 		if !slices.Contains(functions(), words[0]) {
-			return fmt.Errorf("%q is neither a function that can be told what to do, nor *, dead, no-slots, lossy, logged-out, boast, slots, iv or ill", words[0])
+			return fmt.Errorf("%q is neither a function that can be told what to do, nor *, dead, no-slots, lossy, logged-out, boast, slots, iv, ill or ill-wraps", words[0])
 		}
 	}
 	return checkWords(words[1:])

@@ -91,6 +91,9 @@ const (
 	undecided verdict = iota
 	// answered: the backend works, whatever it answered.
 	answered
+	// aside: it has answered, of one key that it cannot serve. So it is there; whether
+	// it serves others is not said.
+	aside
 	// slow: its answer came, or its caller left, when it had taken too long.
 	slow
 	// failed: the backend was not reached, gave no answer, or a broken one.
@@ -136,7 +139,7 @@ type breaker struct {
 	held       time.Time // the backend wants no call before
 	why        string
 	trial      chan struct{} // HalfOpen: closed when the call that is under way has ended; else nil
-	passed     int           // HalfOpen: calls that were answered, and
+	passed     int           // HalfOpen: calls that were answered, or aside, and
 	unclear    int           // those that were undecided
 
 	refused, opened uint64
@@ -225,7 +228,7 @@ func (b *breaker) settle(t ticket, v verdict, began time.Time, err error) *turn 
 		return nil // it began in other times
 	case t.trial:
 		return b.triedLocked(v, err)
-	case v == undecided:
+	case v == undecided, v == aside:
 		return nil
 	}
 	now := time.Now()
@@ -290,14 +293,15 @@ func (b *breaker) holdLocked(err error) {
 }
 
 // triedLocked takes how a call in the half-open state went. Those that say nothing
-// must not keep it in that state for ever.
+// must not keep it in that state for ever. Nor must one key that is ill: that the backend
+// tells of it is an answer.
 func (b *breaker) triedLocked(v verdict, err error) *turn {
 	close(b.trial)
 	b.trial = nil
 	switch v {
 	case failed, slow:
 		return b.openLocked(time.Now(), "it answers Check, but not calls"+lastFailure(v, err))
-	case answered:
+	case answered, aside:
 		b.passed++
 	default:
 		b.unclear++

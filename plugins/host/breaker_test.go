@@ -22,7 +22,7 @@ func made(t *testing.T, b *breaker, v verdict, took time.Duration) *turn {
 	}
 	began := time.Now()
 	time.Sleep(took)
-	if v == answered || v == undecided {
+	if v == answered || v == undecided || v == aside {
 		return b.settle(ticket, v, began, nil)
 	}
 	return b.settle(ticket, v, began, away())
@@ -192,6 +192,31 @@ func TestBreakerHalfOpen(t *testing.T) {
 		if b.run != 0 {
 			t.Error("a call from before the outage counts after it")
 		}
+	})
+}
+
+// An outage of one key neither opens the breaker nor ends what the failures of others
+// have begun; to a backend that was away it is an answer.
+func TestBreakerAndAnIllKey(t *testing.T) {
+	testBreaker(t, func(t *testing.T, b *breaker) {
+		for range 10 * minRated {
+			made(t, b, aside, time.Second)
+		}
+		if got := b.status(); got.Circuit != Closed || got.FailureRate != 0 {
+			t.Errorf("after outages of one key: %+v", got)
+		}
+		for range DefaultBreakerFailures {
+			wantCircuit(t, b, Closed)
+			made(t, b, aside, 0)
+			made(t, b, failed, 0)
+		}
+		wantCircuit(t, b, Open)
+		b.checked(nil)
+		for range trials {
+			wantCircuit(t, b, HalfOpen)
+			made(t, b, aside, 0)
+		}
+		wantCircuit(t, b, Closed)
 	})
 }
 

@@ -98,7 +98,7 @@ func try[T any](ctx context.Context, s *Supervisor, m method[T]) (T, error) {
 	if ctx.Err() == nil && bounded.Err() != nil {
 		err = s.overdue(err)
 	}
-	if ctx.Err() == nil && isFailure(err) && !spared(err) {
+	if ctx.Err() == nil && (isFailure(err) || plugins.IsKeyOnly(err)) && !spared(err) {
 		s.failures.Add(1)
 	}
 	var none T
@@ -177,6 +177,8 @@ func (s *Supervisor) verdictOn(p *process, err error, took time.Duration, overru
 		return undecided // it is the process that failed, and is replaced
 	case overrun, !left && isFailure(err):
 		return failed
+	case !left && plugins.IsKeyOnly(err): // also where it took long: so may this key alone
+		return aside
 	case took >= s.cfg.Breaker.Slow:
 		return slow
 	case left:
@@ -200,11 +202,11 @@ func forTheCaller(ctx context.Context, began time.Time, err error) error {
 
 // retryWait tells whether a call is repeated and after how long: not where the
 // backend asks for more patience than a call has, nor where the wait would eat
-// most of the time that is left.
+// most of the time that is left. An outage of one key takes no repeats from the others.
 func retryWait(ctx context.Context, err error) (time.Duration, bool) {
 	var e *plugins.Error
 	if !errors.As(err, &e) || e.Class != plugins.Unavailable || ctx.Err() != nil || e.RetryAfter > retryMax ||
-		errors.Is(err, plugins.ErrBreakerOpen) {
+		e.KeyOnly || errors.Is(err, plugins.ErrBreakerOpen) {
 		return 0, false
 	}
 	wait := max(e.RetryAfter, retryMin) + rand.N(retryMin) //nolint:gosec // jitter

@@ -66,6 +66,40 @@ func TestUnavailableCallsAreRepeatedOnce(t *testing.T) {
 	}
 }
 
+// An outage of one key is its callers' alone: it stops no other call, takes no repeats
+// from them, replaces no process, and says nothing of how the backend is.
+func TestAnIllKeyIsNoOutageOfTheBackend(t *testing.T) {
+	s := plugintest.Start(t, config(t, puppetSettings{}))
+	pid := s.Status().PID
+	for i := range 50 {
+		if _, err := order(t, s, "ill"); !plugins.IsKeyOnly(err) {
+			t.Fatalf("the ill key: %v", err)
+		}
+		if i%10 == 9 {
+			if _, err := order(t, s, "ok"); err != nil {
+				t.Fatalf("another key: %v", err)
+			}
+		}
+	}
+	status := s.Status()
+	if status.State != host.Up || status.PID != pid || status.Retries != 0 || status.Failures != 50 || status.Breaker.Opened != 0 || status.Breaker.Refused != 0 {
+		t.Errorf("status: %+v", status)
+	}
+	if _, err := order(t, s, "down"); err != nil { // for Check, so that nothing else cures it
+		t.Fatal(err)
+	}
+	if _, err := order(t, s, "Unavailable"); err == nil {
+		t.Fatal("no outage")
+	}
+	eventually(t, "the backend is degraded", func() bool { return s.Status().State == host.Degraded })
+	for range 5 {
+		_, _ = order(t, s, "ill")
+	}
+	if got := s.Status().State; got != host.Degraded {
+		t.Errorf("an ill key makes a degraded backend %s", got)
+	}
+}
+
 // A retry that has no chance to be answered in time is not made.
 func TestRetriesLeaveTheDeadlineAlone(t *testing.T) {
 	s := plugintest.Start(t, config(t, puppetSettings{}))

@@ -161,6 +161,8 @@ func (p *puppet) obey(ctx context.Context, order string) (string, error) {
 		}
 	}
 	switch verb {
+	case "ill":
+		return "", &plugins.Error{Class: plugins.Unavailable, KeyOnly: true, RetryAfter: time.Hour, Detail: "the key is ill"}
 	case "upstream":
 		p.mu.Unlock()
 		defer p.mu.Lock()

@@ -37,10 +37,13 @@ func (o *outcomes) note(err error, overrun bool) {
 	}
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	o.calls++
 	if !overrun && plugins.ClassOf(err) != plugins.Internal {
 		o.overruns, o.internals = 0, 0
 	}
+	if !overrun && plugins.IsKeyOnly(err) {
+		return // what is behind the process is as well, or as ill, as was told before
+	}
+	o.calls++
 	o.judge(err, overrun, isFailure(err))
 }
 
@@ -93,7 +96,9 @@ func (o *outcomes) verdict() (calls uint64, last, broken error) {
 // requests.
 func isFailure(err error) bool {
 	switch plugins.ClassOf(err) {
-	case plugins.Unavailable, plugins.Unauthenticated, plugins.Internal:
+	case plugins.Unavailable:
+		return !plugins.IsKeyOnly(err)
+	case plugins.Unauthenticated, plugins.Internal:
 		return true
 	default:
 		return false

@@ -188,7 +188,7 @@ func (r request) serve(ctx context.Context, diagnostics io.Writer) (answer, erro
 		case <-hung.Done():
 		}
 	}()
-	a, err := r.perform(hung, t, wraps)
+	a, err := r.perform(hung, t, wraps, diagnostics)
 	if err != nil && t.Err() != nil {
 		err = t.Err()
 	}
@@ -284,7 +284,7 @@ func causes(err error) []error {
 	return nil
 }
 
-func (r request) perform(ctx context.Context, t *hsm.Token, wraps *hsm.Counter) (answer, error) {
+func (r request) perform(ctx context.Context, t *hsm.Token, wraps *hsm.Counter, diagnostics io.Writer) (answer, error) {
 	suite := hsm.Suite(0)
 	if r.Suite != "" {
 		var err error
@@ -318,6 +318,9 @@ func (r request) perform(ctx context.Context, t *hsm.Token, wraps *hsm.Counter) 
 	}
 	if err != nil {
 		return answer{}, err
+	}
+	if k.Note != "" {
+		_, _ = fmt.Fprintln(diagnostics, "warning:", k.Note)
 	}
 	return answer{Keys: states(k)}, nil
 }
@@ -354,7 +357,7 @@ func ofVersion(ctx context.Context, err error) bool {
 	if ctx.Err() != nil || errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) || !errors.As(err, &known) {
 		return false
 	}
-	return known.Kind != hsm.Unavailable && known.Kind != hsm.Unauthenticated || hsm.Undecided(err)
+	return known.Kind != hsm.Unavailable && known.Kind != hsm.Unauthenticated || hsm.OfVersion(err)
 }
 
 func wearOf(wraps *hsm.Counter, v *hsm.Version) *wear {

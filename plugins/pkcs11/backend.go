@@ -271,7 +271,7 @@ func classified(err error) error {
 		class = plugins.Invalid
 	case hsm.Broken:
 	}
-	return &plugins.Error{Class: class, Err: explained(&plain{err})}
+	return &plugins.Error{Class: class, KeyOnly: hsm.OfVersion(err), Err: explained(&plain{err})}
 }
 
 // plain is an error whose text is without the kinds' names: the class stands before it.

@@ -80,7 +80,7 @@ func TestCheckOfCounts(t *testing.T) {
 	r := newRig(t)
 	dir := r.settings["state_dir"]
 	q := request{Command: "check", WrappingKeys: []string{"pkcs11:token=kms;object=orders"}}
-	for content, damaged := range map[string]bool{"": false, `{"format":1,"wraps":{"00":4}}`: false, "{": true, `[]`: true} {
+	for content, damaged := range map[string]bool{"": false, `{"format":1,"wraps":{"00112233445566778899aabbccddeeff":4}}`: false, "{": true, `[]`: true} {
 		if content != "" {
 			r.Write("state/wraps.json", content)
 		}

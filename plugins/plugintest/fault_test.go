@@ -112,6 +112,7 @@ func faults() map[string]struct {
 		"always enabled":       {"DisabledVersion", func(f *faulty) { f.state = plugins.Enabled }},
 		"an unknown state":     {"Describe", func(f *faulty) { f.state = 9 }},
 		"an unlisted version":  {"Describe", func(f *faulty) { f.current = "99" }},
+		"an outage of all":     {"IllKey", class(plugins.Unavailable, plugins.Unavailable)},
 		"cancelled is a no":    {"CancelledContext", class(plugins.Unavailable, plugins.Denied)},
 	}
 }
@@ -124,7 +125,7 @@ func TestFault(t *testing.T) {
 		return
 	}
 	plugintest.Run(t, func(t *testing.T) plugintest.Instance {
-		settings, disable := memorySettings(t)
+		settings, s := memorySettings(t)
 		f := &faulty{
 			bind: func(b plugins.Binding) plugins.Binding { return b }, key: func(k plugins.KeyRef) plugins.KeyRef { return k },
 			wrap: func(_, c []byte) []byte { return c }, random: func([]byte) {}, err: func(err error) error { return err },
@@ -133,7 +134,7 @@ func TestFault(t *testing.T) {
 		if _, err := f.Open(t.Context(), settings); err != nil {
 			t.Fatal(err)
 		}
-		return instance(f, disable)
+		return instance(f, s)
 	})
 }
 

@@ -19,26 +19,37 @@ func TestMain(m *testing.M) {
 	goleak.VerifyTestMain(m)
 }
 
-func memorySettings(t *testing.T) (settings json.RawMessage, disable func(t *testing.T)) {
+// switches are what tests do to the key of a Memory.
+type switches struct{ disable, ail func(t *testing.T) }
+
+func memorySettings(t *testing.T) (json.RawMessage, switches) {
 	t.Helper()
-	path := filepath.Join(t.TempDir(), "disabled")
-	settings, err := json.Marshal(plugintest.MemorySettings{
-		Keys: map[string]int{"memory:orders": 2, "memory:other": 1}, DisabledBy: path,
-	})
+	s := plugintest.MemorySettings{
+		Keys:       map[string]int{"memory:orders": 2, "memory:other": 1},
+		DisabledBy: filepath.Join(t.TempDir(), "disabled"),
+		Ill:        "memory:orders", IllBy: filepath.Join(t.TempDir(), "ill"),
+	}
+	settings, err := json.Marshal(s)
 	if err != nil {
 		t.Fatal(err)
 	}
-	return settings, func(t *testing.T) {
+	return settings, switches{by(s.DisabledBy), by(s.IllBy)}
+}
+
+// by makes a file.
+func by(path string) func(t *testing.T) {
+	return func(t *testing.T) {
+		t.Helper()
 		if err := os.WriteFile(path, nil, 0o600); err != nil {
 			t.Fatal(err)
 		}
 	}
 }
 
-func instance(b plugins.Backend, disable func(t *testing.T)) plugintest.Instance {
+func instance(b plugins.Backend, s switches) plugintest.Instance {
 	return plugintest.Instance{
 		Backend: b, Key: plugins.KeyRef{URI: "memory:orders", Version: "2"}, Other: plugins.KeyRef{URI: "memory:other", Version: "1"},
-		Missing: "memory:missing", Disable: disable, Random: true,
+		Missing: "memory:missing", Disable: s.disable, Ail: s.ail, Random: true,
 	}
 }
 
@@ -50,7 +61,7 @@ func TestMemoryWithoutRandom(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		i := instance(plugintest.OverTheWire(t, "memory", settings), nil)
+		i := instance(plugintest.OverTheWire(t, "memory", settings), switches{})
 		i.Random = false
 		return i
 	})
@@ -58,19 +69,19 @@ func TestMemoryWithoutRandom(t *testing.T) {
 
 func TestMemory(t *testing.T) {
 	plugintest.Run(t, func(t *testing.T) plugintest.Instance {
-		settings, disable := memorySettings(t)
+		settings, s := memorySettings(t)
 		b := &plugintest.Memory{}
 		if _, err := b.Open(t.Context(), settings); err != nil {
 			t.Fatal(err)
 		}
-		return instance(b, disable)
+		return instance(b, s)
 	})
 }
 
 func TestMemoryOverTheWire(t *testing.T) {
 	plugintest.Run(t, func(t *testing.T) plugintest.Instance {
-		settings, disable := memorySettings(t)
-		return instance(plugintest.OverTheWire(t, "memory", settings), disable)
+		settings, s := memorySettings(t)
+		return instance(plugintest.OverTheWire(t, "memory", settings), s)
 	})
 }
 

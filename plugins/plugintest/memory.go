@@ -24,6 +24,9 @@ type MemorySettings struct {
 	Keys map[string]int `json:"keys"`
 	// DisabledBy is a file: while it exists, every version is disabled.
 	DisabledBy string `json:"disabled_by"`
+	// IllBy is a file: while it exists, Ill, the URI of a key, is an outage of this key.
+	IllBy string `json:"ill_by"`
+	Ill   string `json:"ill"`
 	// NoRandom leaves out plugins.CapabilityRandom.
 	NoRandom bool `json:"no_random"`
 	// DeniedTenant is the value of tenant that is denied where a context is bound.
@@ -110,9 +113,11 @@ func (m *Memory) Random(ctx context.Context, dst []byte) error {
 // Close implements plugins.Backend.
 func (m *Memory) Close() error { return nil }
 
-func (m *Memory) disabled() bool {
-	_, err := os.Stat(m.settings.DisabledBy)
-	return m.settings.DisabledBy != "" && err == nil
+func (m *Memory) disabled() bool { return isThere(m.settings.DisabledBy) }
+
+func isThere(path string) bool {
+	_, err := os.Stat(path)
+	return path != "" && err == nil
 }
 
 func (m *Memory) aead(ctx context.Context, key plugins.KeyRef, b plugins.Binding) (cipher.AEAD, error) {
@@ -129,6 +134,9 @@ func (m *Memory) aead(ctx context.Context, key plugins.KeyRef, b plugins.Binding
 	}
 	if b.ContextBound && m.settings.DeniedTenant != "" && b.Context["tenant"] == m.settings.DeniedTenant {
 		return nil, plugins.Errorf(plugins.Denied, "tenant %s may not", m.settings.DeniedTenant)
+	}
+	if key.URI == m.settings.Ill && isThere(m.settings.IllBy) {
+		return nil, &plugins.Error{Class: plugins.Unavailable, KeyOnly: true, Detail: "key " + key.URI + " is ill"}
 	}
 	material := sha256.Sum256([]byte(key.URI + "\x00" + key.Version))
 	block, err := aes.NewCipher(material[:])

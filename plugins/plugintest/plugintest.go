@@ -31,6 +31,8 @@ type Instance struct {
 	Missing string
 	// Disable makes Key's version unusable. Optional.
 	Disable func(t *testing.T)
+	// Ail makes Key an outage of this key alone. Optional.
+	Ail func(t *testing.T)
 	// Random: the backend has plugins.CapabilityRandom.
 	Random bool
 }
@@ -51,6 +53,7 @@ func Run(t *testing.T, open func(t *testing.T) Instance) {
 		{"DamagedCiphertext", testDamage},
 		{"UnknownKey", testUnknownKey},
 		{"DisabledVersion", testDisabled},
+		{"IllKey", testIllKey},
 		{"Describe", testDescribe},
 		{"Check", testCheck},
 		{"CiphertextsDiffer", testCiphertextsDiffer},
@@ -255,6 +258,29 @@ func testDisabled(t *testing.T, i Instance) {
 			t.Errorf("Describe: version %s is still enabled after it was disabled", v.Version)
 		}
 	}
+}
+
+// An outage of one key is told as that: the breaker would keep all others from a backend
+// that serves them.
+func testIllKey(t *testing.T, i Instance) {
+	if i.Ail == nil {
+		t.Log("the instance cannot let its key ail")
+		return
+	}
+	plaintext, healthy := random(t, 32), i
+	ciphertext := wrap(t, i, plaintext, binding())
+	healthy.Key = i.Other
+	beside := wrap(t, healthy, plaintext, binding())
+	i.Ail(t)
+	_, wrapErr := i.Backend.Wrap(bounded(t), i.Key, plaintext, binding())
+	_, unwrapErr := i.Backend.Unwrap(bounded(t), i.Key, ciphertext, binding())
+	for method, err := range map[string]error{"Wrap": wrapErr, "Unwrap": unwrapErr} {
+		if !plugins.IsKeyOnly(err) {
+			t.Errorf("%s with an ill key: got %v, want Unavailable with KeyOnly", method, err)
+		}
+	}
+	wantUnwrap(t, healthy, beside, binding(), plaintext)
+	testCheck(t, i)
 }
 
 func testDescribe(t *testing.T, i Instance) {

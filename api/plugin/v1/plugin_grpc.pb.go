@@ -8,7 +8,8 @@
 //
 // Key material crosses it sealed under a session key that Open agrees on
 // (Sealed); docs/plugins.md specifies the derivation. Errors are gRPC statuses
-// with google.rpc.ErrorInfo (domain "kms-agent.plugin", reason = error class).
+// with google.rpc.ErrorInfo (domain "kms-agent.plugin", reason = error class,
+// metadata "key_only" = "true" for an outage of one key alone).
 
 package pluginv1
 

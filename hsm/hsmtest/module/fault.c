@@ -214,15 +214,15 @@ static ck_gcm_params *gcm(const struct modes *now, const ck_mechanism *m) {
 }
 
 /* ill tells whether a key's label has what ails. */
-static int ill(const struct modes *now, ck_ulong session, ck_ulong key) {
+static int ill(const char *what, ck_ulong session, ck_ulong key) {
 	char label[256] = {0};
 	ck_attribute a = {CKA_LABEL, label, sizeof label - 1};
-	return now->ill[0] && !real->C_GetAttributeValue(session, key, &a, 1) && strstr(label, now->ill);
+	return what[0] && !real->C_GetAttributeValue(session, key, &a, 1) && strstr(label, what);
 }
 
 static ck_rv fault_EncryptInit(ck_ulong h, ck_mechanism *m, ck_ulong k) {
 	CALL(EncryptInit);
-	if (ill(&now, h, k)) return CKR_OF_A_VENDOR;
+	if (ill(now.ill, h, k) || ill(now.ill_wraps, h, k)) return CKR_OF_A_VENDOR;
 	if (now.logged_out) return CKR_USER_NOT_LOGGED_IN;
 	forget(OF_SESSION, h);
 	ck_gcm_params *given = gcm(&now, m);
@@ -270,7 +270,7 @@ static ck_rv fault_Encrypt(ck_ulong h, ck_byte *in, ck_ulong n, ck_byte *out, ck
 
 static ck_rv fault_DecryptInit(ck_ulong h, ck_mechanism *m, ck_ulong k) {
 	CALL(DecryptInit);
-	if (ill(&now, h, k)) return CKR_OF_A_VENDOR;
+	if (ill(now.ill, h, k)) return CKR_OF_A_VENDOR;
 	if (now.logged_out) return CKR_USER_NOT_LOGGED_IN;
 	ck_gcm_params *given = gcm(&now, m);
 	if (!given || strcmp(now.iv, "short-tag")) return real->C_DecryptInit(h, m, k);

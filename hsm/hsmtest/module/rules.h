@@ -13,6 +13,7 @@ struct modes {
 	unsigned long slots; /* how much is added to the numbers of slots */
 	char iv[16];
 	char ill[64]; /* what ails: keys whose label has it */
+	char ill_wraps[64]; /* the same for encryption alone */
 };
 
 /* open_rules takes the rules and the file for calls of a directory. It returns 0, and

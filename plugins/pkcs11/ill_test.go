@@ -1,0 +1,202 @@
+package main
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/kms-agent/kms-agent/hsm/hsmtest"
+	"github.com/kms-agent/kms-agent/plugins"
+	"github.com/kms-agent/kms-agent/plugins/host"
+	"github.com/kms-agent/kms-agent/plugins/plugintest"
+)
+
+// supervised runs the backend as the agent does, over the fault module.
+func (r *rig) supervised(t *testing.T, fault *hsmtest.Fault) *host.Supervisor {
+	t.Helper()
+	r.settings["module"] = fault.Module
+	r.Write("pin", hsmtest.PIN+"\n")
+	cfg := plugintest.Config(t, "pkcs11", r.json())
+	cfg.Env = append(cfg.Env, r.Env()...)
+	cfg.Access.Read, cfg.Access.Write = []string{r.Dir()}, []string{r.Tokens(), r.state(), filepath.Dir(fault.Module)}
+	return plugintest.Start(t, cfg)
+}
+
+func keyNamed(name string) plugins.KeyRef {
+	return plugins.KeyRef{URI: "pkcs11:token=kms;object=" + name, Version: "1"}
+}
+
+// wrapped wraps under a key, as soon as the backend is well.
+func wrapped(t *testing.T, s *host.Supervisor, name string) (out []byte) {
+	t.Helper()
+	eventually(t, func() (err error) {
+		out, err = s.Wrap(bounded(t), keyNamed(name), make([]byte, 32), message)
+		return err
+	})
+	return out
+}
+
+// unhurt fails a test where anything but the calls of one key has come to grief.
+func unhurt(t *testing.T, s *host.Supervisor, pid int) {
+	t.Helper()
+	if status := s.Status(); status.PID != pid || status.Breaker.Opened != 0 || status.Breaker.Refused != 0 || status.Retries != 0 {
+		t.Errorf("an outage of one key has hurt the backend: %+v", status)
+	}
+}
+
+// An ill key is no outage of the others, however often it is asked for: not by the breaker
+// either, nor where it is the first to be used by a process, which knows no other yet.
+func TestIllKeyIsNoOutageOfOthers(t *testing.T) {
+	r := newRig(t)
+	for _, name := range []string{"bad", "good"} {
+		r.must(request{Command: "init-key", Key: name})
+	}
+	fault := hsmtest.NewFault(t, "../../hsm", hsmtest.SoftHSMModule)
+	var bad, good []byte
+	t.Run("wrap", func(t *testing.T) {
+		s := r.supervised(t, fault)
+		bad, good = wrapped(t, s, "bad"), wrapped(t, s, "good")
+	})
+	fault.Set("ill /bad/")
+	s := r.supervised(t, fault)
+	pid := s.Status().PID
+	for range 10 {
+		for range 10 {
+			if _, err := s.Unwrap(bounded(t), keyNamed("bad"), bad, message); !plugins.IsKeyOnly(err) {
+				t.Fatalf("the ill key: %v", err)
+			}
+			if _, err := s.Wrap(bounded(t), keyNamed("bad"), make([]byte, 32), message); !plugins.IsKeyOnly(err) {
+				t.Fatalf("Wrap with the ill key: %v", err)
+			}
+		}
+		if _, err := s.Unwrap(bounded(t), keyNamed("good"), good, message); err != nil {
+			t.Fatalf("the key beside it: %v", err)
+		}
+	}
+	unhurt(t, s, pid)
+	fault.Set()
+	eventually(t, func() error {
+		_, err := s.Unwrap(bounded(t), keyNamed("bad"), bad, message)
+		return err
+	})
+}
+
+// A public key that a stranger deletes is an outage of one version's wraps.
+func TestPublicKeyThatIsGoneIsNoOutageOfOthers(t *testing.T) {
+	r := newRig(t)
+	r.must(request{Command: "init-key", Key: "good"})
+	id := r.must(request{Command: "init-key", Key: "bad", Suite: "rsa-oaep-sha1"}).Keys[0].Versions[0].ID
+	s := r.supervised(t, hsmtest.NewFault(t, "../../hsm", hsmtest.SoftHSMModule))
+	bad, good := wrapped(t, s, "bad"), wrapped(t, s, "good")
+	pid := s.Status().PID
+	r.Run("pkcs11-tool", "--module", hsmtest.SoftHSMModule, "--token-label", hsmtest.Label, "--delete-object", "--type", "pubkey", "--id", id)
+	for range 20 {
+		for range 5 {
+			if _, err := s.Wrap(bounded(t), keyNamed("bad"), make([]byte, 32), message); !plugins.IsKeyOnly(err) || !strings.Contains(err.Error(), "hsm rotate bad") {
+				t.Fatalf("Wrap without a public key: %v, want an outage of this key with its cure", err)
+			}
+		}
+		for name, c := range map[string][]byte{"bad": bad, "good": good} {
+			if _, err := s.Unwrap(bounded(t), keyNamed(name), c, message); err != nil {
+				t.Fatalf("Unwrap with key %s: %v", name, err)
+			}
+		}
+	}
+	unhurt(t, s, pid)
+	a := r.must(request{Command: "list"})
+	for _, k := range a.Keys {
+		if problem := k.Versions[0].Problem; strings.Contains(problem, "no public key") != (k.Key == "bad") {
+			t.Errorf("list: the problem of %s is %q", k.Key, problem)
+		}
+	}
+}
+
+// Damaged counts are an outage of wraps, and what is wrapped opens under whatever load.
+func TestDamagedCountsAreNoOutageOfUnwraps(t *testing.T) {
+	r := newRig(t)
+	r.must(request{Command: "init-key", Key: "orders"})
+	fault := hsmtest.NewFault(t, "../../hsm", hsmtest.SoftHSMModule)
+	var sealed []byte
+	t.Run("wrap", func(t *testing.T) { sealed = wrapped(t, r.supervised(t, fault), "orders") })
+	if err := os.WriteFile(filepath.Join(r.state(), "wraps.json"), []byte("{"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s := r.supervised(t, fault)
+	pid := s.Status().PID
+	for range 20 {
+		for range 5 {
+			if _, err := s.Wrap(bounded(t), keyNamed("orders"), make([]byte, 32), message); !plugins.IsKeyOnly(err) || !strings.Contains(err.Error(), "remove the file") {
+				t.Fatalf("Wrap: %v, want an outage of wraps with its cure", err)
+			}
+		}
+		if _, err := s.Unwrap(bounded(t), keyNamed("orders"), sealed, message); err != nil {
+			t.Fatalf("Unwrap: %v", err)
+		}
+	}
+	unhurt(t, s, pid)
+}
+
+// An outage of the token is one of the backend, also where a key is ill.
+func TestOutageIsNotOfOneKey(t *testing.T) {
+	r := newRig(t)
+	for _, name := range []string{"bad", "good"} {
+		r.must(request{Command: "init-key", Key: name})
+	}
+	fault := hsmtest.NewFault(t, "../../hsm", hsmtest.SoftHSMModule)
+	s := r.supervised(t, fault)
+	bad, good := wrapped(t, s, "bad"), wrapped(t, s, "good")
+	fault.Set("C_Decrypt rv=0x05", "C_Encrypt rv=0x05")
+	eventually(t, func() error {
+		_, first := s.Unwrap(bounded(t), keyNamed("bad"), bad, message)
+		_, second := s.Unwrap(bounded(t), keyNamed("good"), good, message)
+		for _, err := range []error{first, second} {
+			if plugins.ClassOf(err) != plugins.Unavailable || plugins.IsKeyOnly(err) {
+				t.Errorf("in an outage of the token: %v", err)
+			}
+		}
+		if s.Status().Breaker.Opened == 0 {
+			return fmt.Errorf("the breaker is closed: %w", second)
+		}
+		return nil
+	})
+}
+
+// A list tells what ails one version, and of the others that they are well, whichever
+// comes first.
+func TestListWithAnIllKey(t *testing.T) {
+	r := newRig(t)
+	for _, name := range []string{"aaa", "bbb"} {
+		r.must(request{Command: "init-key", Key: name})
+	}
+	fault := hsmtest.NewFault(t, "../../hsm", hsmtest.SoftHSMModule)
+	r.settings["module"] = fault.Module
+	for _, ill := range []string{"aaa", "bbb"} {
+		fault.Set("ill /" + ill + "/")
+		keys := r.must(request{Command: "list"}).Keys
+		if len(keys) != 2 {
+			t.Fatalf("list: %+v", keys)
+		}
+		for _, k := range keys {
+			problem := k.Versions[0].Problem
+			if strings.Contains(problem, "HSM's own log") != (k.Key == ill) || k.Key != ill && problem != "" || strings.Contains(problem, "\n") {
+				t.Errorf("%s is ill: the problem of %s is %q", ill, k.Key, problem)
+			}
+		}
+	}
+}
+
+// Public keys that cannot be destroyed are told of, and keep no version.
+func TestDestroyTellsOfPublicKeys(t *testing.T) {
+	r := newRig(t)
+	r.must(request{Command: "init-key", Key: "orders", Suite: "rsa-oaep-sha1"})
+	r.must(request{Command: "disable", Key: "orders", Version: 1, Confirmed: true})
+	fault := hsmtest.NewFault(t, "../../hsm", hsmtest.SoftHSMModule)
+	r.settings["module"] = fault.Module
+	fault.Set("C_DestroyObject rv=0x1b skip=2") // CKR_ACTION_PROHIBITED, after the record of before and the private key
+	a, said := r.ask(request{Command: "destroy", Key: "orders", Version: 1})
+	if a.Error != "" || a.Keys[0].Versions[0].State != "destroyed" || !strings.Contains(string(said), "warning: public keys on the token did not follow") {
+		t.Errorf("destroy: %+v\n%s", a, said)
+	}
+}
