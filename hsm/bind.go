@@ -47,9 +47,12 @@ func (v *Version) provenWithin(a *attachment, wrap bool, most time.Duration) *bi
 	if b == nil {
 		return nil
 	}
-	now := a.token.now()
+	now, tested := a.token.now(), most
+	if OfVersion(b.unfit) {
+		tested = min(most, illPause) // an illness, which may be over
+	}
 	passes := b.unfit != nil || v.Suite.asymmetric()
-	if time.Duration(now-b.opened) >= most || wrap && passes && time.Duration(now-b.tested) >= most {
+	if time.Duration(now-b.opened) >= most || wrap && passes && time.Duration(now-b.tested) >= tested {
 		return nil
 	}
 	return b

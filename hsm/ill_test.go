@@ -268,6 +268,15 @@ func TestKeyThatIsTooIllToWrap(t *testing.T) {
 		t.Errorf("20 wraps in vain had the token begin %d", n)
 	}
 	r.wrap(good, m)
+	fault.Set() // it is over: that is noticed long before the canary is opened again
+	began := time.Now()
+	eventually(t, "a wrap by a key that is well again", func() error {
+		_, err := r.Wrap(bounded(t), bad, nil, m, bound)
+		return err
+	})
+	if took := time.Since(began); took > 5*time.Second {
+		t.Errorf("it took %v", took)
+	}
 	fault.Set("ill-wraps /v1") // of all keys
 	r.logOut()
 	r.opens(bad, wrapped, m)
