@@ -67,7 +67,7 @@ func (u *upstream) Check(ctx context.Context) (plugins.Health, error) {
 }
 
 // SeesContext implements plugins.ContextAware.
-func (u *upstream) SeesContext() bool { return u.current.Load().SeesContext() }
+func (u *upstream) SeesContext() (sees, known bool) { return u.current.Load().SeesContext() }
 
 // Close implements plugins.Backend; backend.stop ends the process.
 func (u *upstream) Close() error { return nil }

@@ -301,6 +301,40 @@ func (c *Cache) Retire(backend, wrappingKey string, match func(origin any) bool)
 	return n
 }
 
+// EvictOrigins destroys the data keys for decryption of a wrapping key whose Origin match
+// accepts, and returns how many: each is asked for again. What is being asked for is not kept.
+func (c *Cache) EvictOrigins(backend, wrappingKey string, match func(origin any) bool) int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	of := func(a Authority) bool {
+		return a.Backend == backend && a.WrappingKey == wrappingKey && a.Direction == Decrypt
+	}
+	n, kept := 0, false
+	for name, a := range c.authorities {
+		if !of(name) {
+			continue
+		}
+		for _, e := range slices.Backward(a.entries) {
+			if match(e.origin) {
+				kept = kept || e.stored()
+				c.removeLocked(e)
+				n++
+			}
+		}
+	}
+	for f := range c.filling {
+		if of(f.place.Authority) {
+			f.dropped = true
+			c.closeFillLocked(f)
+		}
+	}
+	c.stats.Evictions += uint64(n)
+	if kept && !c.closed {
+		c.changedLocked(atOnce)
+	}
+	return n
+}
+
 // EvictVersions destroys the data keys for encryption of a wrapping key in every
 // version but one.
 func (c *Cache) EvictVersions(backend, wrappingKey, but string) int {

@@ -70,7 +70,7 @@ func (c *Cache) snapshotLocked(notes []Note, exact bool) *snapshot {
 		if a.Context != "" {
 			contexts++
 		}
-		if a.Context == "" || a.kept && contexts <= maxStoredContexts {
+		if a.kept && (a.Context == "" || contexts <= maxStoredContexts) {
 			s.standing = append(s.standing, a.record())
 		}
 		for _, e := range a.entries {

@@ -69,6 +69,7 @@ type disk struct {
 	// restored: Restore has been called. Nothing is saved before.
 	restored bool
 	pending  urgency
+	noted    uint64 // how often the notes have changed
 	// next is for those who wait for the next save to end; running: a goroutine saves
 	// while wanted or next says so.
 	next            *flight
@@ -171,6 +172,9 @@ func (c *Cache) changedLocked(u urgency) {
 func (c *Cache) NotesChanged(stricter bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if c.disk != nil {
+		c.disk.noted++
+	}
 	if stricter {
 		c.changedLocked(soon)
 	} else {
@@ -237,14 +241,20 @@ func (c *Cache) startSaveLocked() {
 // save saves once, if there is something to save, and tells whether there may be more.
 func (c *Cache) save() bool {
 	d := c.disk
-	notes := d.Notes()
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	noted := d.noted
+	c.mu.Unlock()
+	notes := d.Notes()
+	c.mu.Lock()
 	if c.closed || !d.wanted && d.next == nil {
 		c.endSavesLocked()
 		return false
 	}
 	s := c.snapshotLocked(notes, false)
+	if d.noted != noted {
+		d.pending = max(d.pending, soon) // it may have come after Notes
+	}
 	waits := d.next
 	d.next, d.wanted = nil, false
 	c.mu.Unlock()

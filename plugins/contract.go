@@ -94,9 +94,11 @@ type Info struct {
 // backend says to one is no word on the others. Without it each no is one to the key.
 const CapabilityContext = "context"
 
-// ContextAware is what a Backend is besides that may have CapabilityContext; it is false
-// until that is known.
-type ContextAware interface{ SeesContext() bool }
+// ContextAware is what a Backend is besides that may have CapabilityContext. Whether it does
+// is not known before its plugin runs.
+type ContextAware interface {
+	SeesContext() (sees, known bool)
+}
 
 // NoFIPS140 stands where no FIPS 140-3 module is in force.
 const NoFIPS140 = "off"

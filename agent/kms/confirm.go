@@ -46,7 +46,7 @@ func (s *Service) confirmGroup(ctx context.Context, g *group, a cache.Authority,
 			if v[part] == "" {
 				return s.confirmAbsent(ctx, g.parts[part], a.Context)
 			}
-			return s.confirmUnwrap(ctx, g.parts[part], v[part], a.Context, known.of(part))
+			return s.confirmUnwrap(ctx, g.parts[part], v[part], a.Context, known.of(part), len(g.parts) > 1)
 		},
 		late: func(_ int, err error) {
 			if g.refuses(err) && s.inUse(g) {
@@ -54,8 +54,12 @@ func (s *Service) confirmGroup(ctx context.Context, g *group, a cache.Authority,
 			}
 		},
 	})
-	if err = cmp.Or(s.combine(g, errs), s.unrevoked(g, a, v)); err == nil && a.Direction == cache.Encrypt {
+	err = cmp.Or(s.combine(g, errs), s.unrevoked(g, a, v))
+	switch {
+	case err == nil && a.Direction == cache.Encrypt:
 		s.retireLacking(g, errs)
+	case g.refuses(err):
+		s.disbelieve(g)
 	}
 	return err
 }
@@ -73,8 +77,9 @@ func (s *Service) opens(ctx context.Context, w *wrapping, probe sealed) error {
 
 // confirmUnwrap asks a part whether it opens what it has wrapped under a version: with the
 // agent's own canary, or with what is to be confirmed where a context may decide.
-func (s *Service) confirmUnwrap(ctx context.Context, w *wrapping, version, inContext string, sample *sealed) error {
-	if canary, ok := w.canary(version); ok && inContext == "" {
+func (s *Service) confirmUnwrap(ctx context.Context, w *wrapping, version, inContext string, sample *sealed, several bool) error {
+	general := inContext == "" || !w.seesContext() // it may be asked with anything
+	if canary, ok := w.canary(version); ok && general {
 		return s.opens(ctx, w, canary)
 	}
 	var answer error
@@ -88,15 +93,17 @@ func (s *Service) confirmUnwrap(ctx context.Context, w *wrapping, version, inCon
 	clock := time.Now()
 	d, err := s.askForItself(ctx, w)
 	if err == nil {
-		err = s.enabled(w, d, version, clock)
+		err = s.enabled(w, d.Description, version, clock)
 	}
 	switch class := plugins.ClassOf(err); {
 	case class.Definite() && class != plugins.KeyNotFound:
 		return err
-	case inContext == "" && s.makeCanary(ctx, w, version) == nil:
+	case general && s.makeCanary(ctx, w, version) == nil:
 		return nil
 	case plugins.ClassOf(answer).Definite():
 		return answer
+	case answer != nil && several:
+		return s.confirmAbsent(ctx, w, inContext) // for all that is known, it has not wrapped this
 	}
 	return nothingAtHand(w, version, answer)
 }
@@ -164,7 +171,7 @@ func (s *Service) absent(ctx context.Context, w *wrapping) (*described, error) {
 			return nil, err
 		}
 	}
-	return known, s.enabled(w, known, known.Current, clock)
+	return known, s.enabled(w, known.Description, known.Current, clock)
 }
 
 // absentAge is how old the description may be of a part that has not wrapped what is asked
@@ -211,11 +218,18 @@ func (s *Service) usable(ctx context.Context, g *group, a cache.Authority, maxAg
 		allowance: hedgeAfter,
 		ask: func(ctx context.Context, part int) error {
 			w, clock := g.parts[part], time.Now()
+			began := s.now()
 			known, err := s.describePart(ctx, w, maxAge, false)
 			if err != nil {
 				return err
 			}
-			return s.enabled(w, known, cmp.Or(v[part], known.Current), clock)
+			version := cmp.Or(v[part], known.Current)
+			if v := findVersion(known.Description, version); v != nil && v.State != plugins.Enabled && known.at < began {
+				if known, err = s.askForItself(ctx, w); err != nil {
+					return err
+				}
+			}
+			return s.enabled(w, known.Description, version, clock)
 		},
 	})
 	for _, err := range errs {
@@ -378,7 +392,7 @@ func (s *Service) confirmWrap(ctx context.Context, w *wrapping, version, inConte
 	if err != nil {
 		return err
 	}
-	if err := s.enabled(w, d, version, clock); err != nil {
+	if err := s.enabled(w, d.Description, version, clock); err != nil {
 		return err
 	}
 	var pairs map[string]string
@@ -405,8 +419,8 @@ func (s *Service) confirmWrap(ctx context.Context, w *wrapping, version, inConte
 
 // enabled returns the no that it is, to both directions, where a version is not enabled by
 // the answer to a question that was asked then.
-func (s *Service) enabled(w *wrapping, d *described, version string, began time.Time) error {
-	v := findVersion(d.Description, version)
+func (s *Service) enabled(w *wrapping, d plugins.Description, version string, began time.Time) error {
+	v := findVersion(d, version)
 	if v == nil {
 		return plugins.Errorf(plugins.KeyNotFound, "%s has no version %q", w.id.uri, version)
 	}

@@ -27,7 +27,7 @@ func newGuarded(b *troubled) *guarded {
 	return &guarded{Backend: b, t: b}
 }
 
-func (u *guarded) SeesContext() bool { return !u.blind.Load() }
+func (u *guarded) SeesContext() (sees, known bool) { return !u.blind.Load(), !u.blind.Load() }
 
 func (u *guarded) denying(f func(b plugins.Binding) bool) { u.deny.Store(&f) }
 

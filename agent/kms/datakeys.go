@@ -299,10 +299,14 @@ func (t *transaction) unwrapDirect(ctx context.Context, k *key, edks sealedKey) 
 	plaintext, by, err := s.unwrapGroup(t.upstream(ctx), g, known)
 	s.observeOne(ctx, g, authority, err, began)
 	if err == nil {
-		if err = s.agreed(t.upstream(ctx), g, authority, known.provenBy(by), t.maxAge(k)); err != nil {
-			clear(plaintext)
-			plaintext = nil
-		}
+		err = s.wrapped(t.upstream(ctx), g, authority, known, by, plaintext)
+	}
+	if err == nil {
+		err = s.agreed(t.upstream(ctx), g, authority, known.provenBy(by), t.maxAge(k))
+	}
+	if err != nil {
+		clear(plaintext)
+		plaintext = nil
 	}
 	t.upstreamSince(clock)
 	return plaintext, v, err

@@ -3,6 +3,7 @@ package kms
 import (
 	"cmp"
 	"context"
+	"crypto/subtle"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -297,6 +298,32 @@ func (s *Service) unwrapGroup(ctx context.Context, g *group, k sealedKey) (mater
 		return material, by, nil
 	}
 	return nil, by, s.combine(g, errs)
+}
+
+// wrapped makes sure of what one part has opened that the others have wrapped what they are
+// said to have, where they refuse what they have not: else a caller could choose what they
+// are asked.
+func (s *Service) wrapped(ctx context.Context, g *group, a cache.Authority, k sealedKey, by int, material []byte) error {
+	if len(g.parts) == 1 {
+		return nil
+	}
+	for _, one := range k {
+		w := g.parts[one.part]
+		if one.part == by || !w.withholds("", cache.Decrypt, a.Context) {
+			continue
+		}
+		same, err := s.unwrap(ctx, w, one)
+		proven := err == nil && subtle.ConstantTimeCompare(same, material) == 1
+		clear(same)
+		switch {
+		case proven:
+		case g.refuses(err):
+			return err
+		default:
+			return s.suspended(g, one.part, one.version)
+		}
+	}
+	return nil
 }
 
 // provenBy returns a copy that keeps no message in memory, and knows which of them has

@@ -57,11 +57,13 @@ type verdicts struct {
 
 	mu    sync.Mutex // guards noes and yeses
 	noes  map[question]no
-	yeses map[string]time.Time // by version: when the last call began that it opened, with no context that it sees
+	yeses map[question]time.Time // when the last call began that it said yes to, with no context that it sees
+	// current is the version that was the current one when that was told last.
+	current string
 }
 
 func newVerdicts() *verdicts {
-	return &verdicts{noes: map[question]no{}, yeses: map[string]time.Time{}}
+	return &verdicts{noes: map[question]no{}, yeses: map[question]time.Time{}}
 }
 
 // said notes a part's word on a version, in a call with that binding: a no stands until a
@@ -95,8 +97,8 @@ func (s *Service) unrefused(w *wrapping, changed bool) {
 func (v *verdicts) allows(q question, began time.Time, general bool) (changed bool) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	if general && q.direction == cache.Decrypt && began.After(v.yeses[q.version]) {
-		v.yeses[q.version] = began
+	if general && began.After(v.yeses[q]) {
+		v.yeses[q] = began
 	}
 	if n, refused := v.noes[q]; refused && !began.Before(n.at) {
 		delete(v.noes, q)
@@ -110,8 +112,9 @@ func (v *verdicts) notes(q question, said word) (news bool) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	before, refused := v.noes[q]
-	// That a version may not be used is said where policy has nothing against it.
-	n := no{at: time.Now(), told: said.told && (!refused || before.told), policy: plugins.ClassOf(said.err) == plugins.Denied, of: before.of}
+	// That a version may not be used is said to a use where policy has nothing against it.
+	policy := plugins.ClassOf(said.err) == plugins.Denied || said.told && before.policy
+	n := no{at: time.Now(), told: said.told && (!refused || before.told), policy: policy, of: before.of}
 	// What it has opened before is no forgery, and better to ask with.
 	if said.of != nil && (n.of == nil || said.of.proven && !n.of.proven) {
 		clone := said.of.clone()
@@ -126,6 +129,7 @@ func (v *verdicts) notes(q question, said word) (news bool) {
 func (v *verdicts) told(d plugins.Description, began time.Time) (changed bool) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
+	v.current = d.Current
 	for q, n := range v.noes {
 		one := findVersion(d, q.version)
 		if n.told && one != nil && one.State == plugins.Enabled && !began.Before(n.at) {
@@ -156,20 +160,34 @@ func (s *Service) refused(w *wrapping, q question, said word) {
 			return false
 		}
 		v, err := g.parseVersions(a.Version)
-		return err == nil && (v[part] == q.version || v[part] == "" && w.withholds("", q.direction, a.Context))
+		return err == nil && w.withholds(v[part], q.direction, a.Context)
 	}, s.now()-time.Since(said.began))
+	if said.told {
+		s.disbelieve(g)
+	}
 	s.cache.NotesChanged(true)
 }
 
-// refuses tells whether a version has been refused, in whatever context or without one.
-func (v *verdicts) refuses(version string, d cache.Direction, inContext string) bool {
+// disbelieve destroys what is cached of which is not known that a part has wrapped it, where
+// that part refuses what it has not: whoever asked for it may only have said so.
+func (s *Service) disbelieve(g *group) {
+	for part, w := range g.parts {
+		if len(g.parts) > 1 && w.withholds("", cache.Decrypt, "") {
+			s.cache.EvictOrigins(g.id.backend, g.id.uri, func(origin any) bool {
+				of := sealedOf(origin).of(part)
+				return of != nil && !of.proven
+			})
+		}
+	}
+}
+
+// refuses tells whether a version has been refused by itself, where no context is seen.
+func (v *verdicts) refuses(version string, d cache.Direction) bool {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	_, refused := v.noes[question{version, d, false}]
-	if !refused && inContext == "" {
-		_, refused = v.noes[question{version, d, true}]
-	}
-	return refused
+	_, unbound := v.noes[question{version, d, true}]
+	return refused || unbound
 }
 
 // denied tells whether the backend, when it was asked last what the wrapping key is, said
@@ -182,33 +200,27 @@ func (v *verdicts) denied() bool {
 // withholds tells whether a part has refused a version and has not said yes since. What it
 // has not wrapped, "", it would open under its current version; where nobody knows which
 // that is, each no counts.
-func (w *wrapping) withholds(version string, d cache.Direction, inContext string) bool {
-	if w.denied() {
+func (v *verdicts) withholds(version string, d cache.Direction, inContext string) bool {
+	if v.denied() {
 		return true
 	}
-	if version != "" {
-		return w.refuses(version, d, inContext)
-	}
-	w.verdicts.mu.Lock()
-	defer w.verdicts.mu.Unlock()
-	_, _, found := w.standing(d, inContext)
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	_, _, found := v.standing(version, d, inContext)
 	return found
 }
 
-// standing returns a no that concerns what a part has not wrapped; one that can be asked
-// about, if there is one. It requires w.verdicts.mu.
-func (w *wrapping) standing(d cache.Direction, inContext string) (q question, n no, found bool) {
-	if len(w.noes) == 0 {
+// standing returns a no that concerns a version, "" is what a part has not wrapped; one that
+// can be asked about, if there is one. It requires v.mu.
+func (v *verdicts) standing(version string, d cache.Direction, inContext string) (q question, n no, found bool) {
+	if len(v.noes) == 0 {
 		return q, n, false
 	}
-	current := ""
-	if known := w.described.Load(); known != nil {
-		current = known.Current
-	}
-	for question, one := range w.noes {
+	version = cmp.Or(version, v.current)
+	for question, one := range v.noes {
 		switch {
 		case question.direction != d || question.unbound && inContext != "":
-		case current != "" && question.version != current && (one.told || !one.policy || !w.yeses[current].Before(one.at)):
+		case version != "" && question.version != version && !v.alsoOf(version, question, one):
 		case !found || n.of == nil && one.of != nil:
 			q, n, found = question, one, true
 		}
@@ -216,11 +228,18 @@ func (w *wrapping) standing(d cache.Direction, inContext string) (q question, n 
 	return q, n, found
 }
 
+// alsoOf tells whether a no to one version is one to another: where policy said so, until it
+// has said yes to that one. It requires v.mu.
+func (v *verdicts) alsoOf(version string, q question, n no) bool {
+	q.version = version
+	return n.policy && v.yeses[q].Before(n.at)
+}
+
 // askable returns a no that concerns what a part has not wrapped, with what it did not open.
-func (w *wrapping) askable(d cache.Direction, inContext string) (question, sealed, bool) {
-	w.verdicts.mu.Lock()
-	defer w.verdicts.mu.Unlock()
-	q, n, found := w.standing(d, inContext)
+func (v *verdicts) askable(d cache.Direction, inContext string) (question, sealed, bool) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	q, n, found := v.standing("", d, inContext)
 	if !found || n.of == nil {
 		return question{}, sealed{}, false
 	}
@@ -233,7 +252,10 @@ func (v *verdicts) refusals() []storedRefusal {
 	defer v.mu.Unlock()
 	var all []storedRefusal
 	for q, n := range v.noes {
-		one := storedRefusal{Version: q.version, Direction: q.direction, Unbound: q.unbound, Told: n.told, Policy: n.policy}
+		one := storedRefusal{
+			Version: q.version, Direction: q.direction, Unbound: q.unbound, Told: n.told,
+			Policy: n.policy && (v.current == "" || q.version == v.current || v.alsoOf(v.current, q, n)),
+		}
 		if n.of != nil {
 			one.Of = n.of.storedSmall()
 		}
@@ -263,6 +285,7 @@ func (v *verdicts) refusedBefore(stored storedWrapping) {
 		v.noes[question{one.Version, one.Direction, one.Unbound}] = n
 	}
 	v.seen.Store(v.seen.Load() || stored.SeesContext)
+	v.current = cmp.Or(v.current, stored.Current)
 	if stored.Denied {
 		v.refused.CompareAndSwap(nil, &refusal{why: "before the restart", class: plugins.Denied, at: time.Now()})
 	}
@@ -285,11 +308,17 @@ func (s *Service) unrevoked(g *group, a cache.Authority, v versions) error {
 		if s.inUse(g) {
 			s.cache.Withhold(a)
 		}
-		return &Error{
-			Reason: ReasonKeySuspended, Key: g.key, RetryAfter: time.Second,
-			Message: "one of the key's backends has refused it and has not allowed it since; the others do not count until it does",
-			Cause:   fmt.Errorf("backend %s refused %s (version %s) and has not said yes since: %w", w.id.backend, w.id.uri, cmp.Or(version, "-"), errRefusedBefore),
-		}
+		return s.suspended(g, part, version)
 	}
 	return nil
+}
+
+// suspended says that a part has refused a version before.
+func (s *Service) suspended(g *group, part int, version string) error {
+	w := g.parts[part]
+	return &Error{
+		Reason: ReasonKeySuspended, Key: g.key, RetryAfter: time.Second,
+		Message: "one of the key's backends has refused it and has not allowed it since; the others do not count until it does",
+		Cause:   fmt.Errorf("backend %s refused %s (version %s) and has not said yes since: %w", w.id.backend, w.id.uri, cmp.Or(version, "-"), errRefusedBefore),
+	}
 }

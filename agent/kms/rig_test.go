@@ -90,10 +90,10 @@ type troubled struct {
 }
 
 // SeesContext implements plugins.ContextAware.
-func (b *troubled) SeesContext() bool {
+func (b *troubled) SeesContext() (sees, known bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	return b.sees
+	return b.sees, true
 }
 
 // seesContexts gives a backend a policy that sees contexts.

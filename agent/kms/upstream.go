@@ -224,6 +224,13 @@ func (t *transaction) decryptionKey(ctx context.Context, k *key, edks sealedKey)
 				return cache.Material{}, err
 			}
 			material, by, err := t.service.unwrapGroup(ctx, k.group, known)
+			if err == nil {
+				err = t.service.wrapped(ctx, k.group, authority, known, by, material)
+			}
+			if err != nil {
+				clear(material)
+				material = nil
+			}
 			return t.service.stillWanted(k, cache.Material{
 				DataKey: material, Origin: known.provenBy(by), Unconfirmed: len(k.group.parts) > 1, // one has answered
 			}, err)
@@ -242,7 +249,7 @@ func (t *transaction) known(ctx context.Context, k *key, edks sealedKey) (sealed
 	var known sealedKey
 	for _, edk := range edks {
 		// One that was refused, and is not told of any more, is refused still.
-		if w := k.group.parts[edk.part]; w.hasToldOf(edk.version) || len(k.group.parts) > 1 && w.refuses(edk.version, cache.Decrypt, "") {
+		if w := k.group.parts[edk.part]; w.hasToldOf(edk.version) || len(k.group.parts) > 1 && w.refuses(edk.version, cache.Decrypt) {
 			known = append(known, edk)
 		}
 	}

@@ -206,6 +206,7 @@ func (s *Service) askForItself(ctx context.Context, w *wrapping) (*described, er
 		return nil, fmt.Errorf("describe %s: %w", w.id.uri, err)
 	}
 	s.unrefused(w, w.told(d, clock))
+	_ = s.enabled(w, d, d.Current, clock) // that it is not is a no, whoever asked
 	w.missing.Store(false)
 	w.failures.Store(0)
 	fresh := &described{Description: d, at: began}
@@ -244,11 +245,12 @@ func (s *Service) descriptionFailed(w *wrapping, err error, began time.Duration)
 	if !plugins.ClassOf(err).Definite() {
 		return
 	}
-	if class := plugins.ClassOf(err); class != plugins.KeyNotFound || !w.denied() {
+	class, before := plugins.ClassOf(err), w.refused.Load()
+	if class != plugins.KeyNotFound || !w.denied() {
 		w.refused.Store(&refusal{why: err.Error(), class: class, at: time.Now()})
 	}
 	g := w.group.Load()
-	if g == nil || !g.refuses(err) {
+	if g == nil || !g.refuses(err) || before != nil && before.class == class {
 		return
 	}
 	s.cache.Refuse(g.id.backend, g.id.uri, func(cache.Authority) bool { return true }, began)

@@ -112,8 +112,12 @@ func newWrapping(id wrappingID, key string, backend plugins.Backend) *wrapping {
 // seesContext tells whether the backend's policy sees the encryption context, or did when
 // that was known last: a plugin that does not run says nothing.
 func (w *wrapping) seesContext() bool {
-	if w.aware != nil && !w.seen.Load() && w.aware.SeesContext() {
-		w.seen.Store(true)
+	if w.aware == nil {
+		return false
+	}
+	sees, known := w.aware.SeesContext()
+	if known && sees != w.seen.Load() {
+		w.seen.Store(sees)
 	}
 	return w.seen.Load()
 }

@@ -61,7 +61,10 @@ func (s *Supervisor) Random(ctx context.Context, dst []byte) error {
 }
 
 // SeesContext implements plugins.ContextAware, by the word of the last process.
-func (s *Supervisor) SeesContext() bool { return s.seesContext.Load() }
+func (s *Supervisor) SeesContext() (sees, known bool) {
+	last := s.seesContext.Load()
+	return last != nil && *last, last != nil
+}
 
 // Close implements plugins.Backend; the end of Run's context ends the process.
 func (s *Supervisor) Close() error { return nil }

@@ -106,6 +106,6 @@ func (s *Supervisor) started(p *process) {
 	if !p.confined && s.cfg.Confine == ConfineWhereKnown {
 		s.cfg.Logger.Warn("plugin is not confined: the kernel has no Landlock")
 	}
-	s.seesContext.Store(p.info.Gives(plugins.CapabilityContext))
+	s.seesContext.Store(new(p.info.Gives(plugins.CapabilityContext)))
 	s.install(p)
 }

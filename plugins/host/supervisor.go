@@ -35,7 +35,7 @@ type Supervisor struct {
 	running         atomic.Bool
 	program         program // Run's own
 	calls, failures atomic.Uint64
-	seesContext     atomic.Bool // the last process that was started has plugins.CapabilityContext
+	seesContext     atomic.Pointer[bool] // whether the process that was started last has plugins.CapabilityContext
 	firstUp         chan struct{}
 	unfit           chan struct{} // the program is not the one that is configured
 	asked           chan *request // for a new process
