@@ -298,11 +298,12 @@ func (t *transaction) unwrapDirect(ctx context.Context, k *key, edks sealedKey) 
 	began, clock := s.now(), time.Now()
 	plaintext, by, err := s.unwrapGroup(t.upstream(ctx), g, known)
 	s.observeOne(ctx, g, authority, err, began)
+	var proven sealedKey
 	if err == nil {
-		err = s.wrapped(t.upstream(ctx), g, authority, known, by, plaintext)
+		proven, err = s.wrapped(t.upstream(ctx), g, authority, known, by, plaintext)
 	}
 	if err == nil {
-		err = s.agreed(t.upstream(ctx), g, authority, known.provenBy(by), t.maxAge(k))
+		err = s.agreed(t.upstream(ctx), g, authority, proven, t.maxAge(k))
 	}
 	if err != nil {
 		clear(plaintext)

@@ -302,28 +302,42 @@ func (s *Service) unwrapGroup(ctx context.Context, g *group, k sealedKey) (mater
 
 // wrapped makes sure of what one part has opened that the others have wrapped what they are
 // said to have, where they refuse what they have not: else a caller could choose what they
-// are asked.
-func (s *Service) wrapped(ctx context.Context, g *group, a cache.Authority, k sealedKey, by int, material []byte) error {
+// are asked. It returns a copy of the data key that keeps no message in memory, and knows
+// which parts have opened it.
+func (s *Service) wrapped(ctx context.Context, g *group, a cache.Authority, k sealedKey, by int, material []byte) (sealedKey, error) {
+	k = k.provenBy(by)
 	if len(g.parts) == 1 {
-		return nil
+		return k, nil
 	}
-	for _, one := range k {
+	ctx, cancel := context.WithTimeout(ctx, stragglers)
+	defer cancel()
+	for i, one := range k {
 		w := g.parts[one.part]
 		if one.part == by || !w.withholds("", cache.Decrypt, a.Context) {
 			continue
 		}
-		same, err := s.unwrap(ctx, w, one)
-		proven := err == nil && subtle.ConstantTimeCompare(same, material) == 1
+		same, err := s.unwrapSoon(ctx, w, one)
+		k[i].proven = err == nil && subtle.ConstantTimeCompare(same, material) == 1
 		clear(same)
 		switch {
-		case proven:
+		case k[i].proven:
 		case g.refuses(err):
-			return err
+			return nil, err
 		default:
-			return s.suspended(g, one.part, one.version)
+			return nil, s.suspended(g, one.part, one.version)
 		}
 	}
-	return nil
+	return k, nil
+}
+
+// unwrapSoon is unwrap by a part that is not waited for twice.
+func (s *Service) unwrapSoon(ctx context.Context, w *wrapping, k sealed) ([]byte, error) {
+	if w.failing.Load() != 0 {
+		bounded, cancel := context.WithTimeout(ctx, hedgeAfter)
+		defer cancel()
+		ctx = bounded
+	}
+	return s.unwrap(ctx, w, k)
 }
 
 // provenBy returns a copy that keeps no message in memory, and knows which of them has

@@ -38,7 +38,9 @@ type no struct {
 	told bool
 	// policy: upstream's policy said so, which is a word on other versions too.
 	policy bool
-	of     *sealed
+	// acted: what had to be destroyed because of it is.
+	acted bool
+	of    *sealed
 }
 
 // refusal is a definite no to the question what the wrapping key is.
@@ -58,8 +60,9 @@ type verdicts struct {
 	mu    sync.Mutex // guards noes and yeses
 	noes  map[question]no
 	yeses map[question]time.Time // when the last call began that it said yes to, with no context that it sees
-	// current is the version that was the current one when that was told last.
+	// current is the version that was the current one when that was told last, at told.
 	current string
+	toldAt  time.Time
 }
 
 func newVerdicts() *verdicts {
@@ -114,7 +117,7 @@ func (v *verdicts) notes(q question, said word) (news bool) {
 	before, refused := v.noes[q]
 	// That a version may not be used is said to a use where policy has nothing against it.
 	policy := plugins.ClassOf(said.err) == plugins.Denied || said.told && before.policy
-	n := no{at: time.Now(), told: said.told && (!refused || before.told), policy: policy, of: before.of}
+	n := no{at: time.Now(), told: said.told && (!refused || before.told), policy: policy, acted: before.acted, of: before.of}
 	// What it has opened before is no forgery, and better to ask with.
 	if said.of != nil && (n.of == nil || said.of.proven && !n.of.proven) {
 		clone := said.of.clone()
@@ -129,7 +132,9 @@ func (v *verdicts) notes(q question, said word) (news bool) {
 func (v *verdicts) told(d plugins.Description, began time.Time) (changed bool) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	v.current = d.Current
+	if !began.Before(v.toldAt) { // else it is an older answer that has come late
+		v.current, v.toldAt = d.Current, began
+	}
 	for q, n := range v.noes {
 		one := findVersion(d, q.version)
 		if n.told && one != nil && one.State == plugins.Enabled && !began.Before(n.at) {
@@ -162,7 +167,7 @@ func (s *Service) refused(w *wrapping, q question, said word) {
 		v, err := g.parseVersions(a.Version)
 		return err == nil && w.withholds(v[part], q.direction, a.Context)
 	}, s.now()-time.Since(said.began))
-	if said.told {
+	if plugins.ClassOf(said.err) != plugins.Denied { // that is made sure of first: it may be said to a forgery
 		s.disbelieve(g)
 	}
 	s.cache.NotesChanged(true)
@@ -172,7 +177,7 @@ func (s *Service) refused(w *wrapping, q question, said word) {
 // that part refuses what it has not: whoever asked for it may only have said so.
 func (s *Service) disbelieve(g *group) {
 	for part, w := range g.parts {
-		if len(g.parts) > 1 && w.withholds("", cache.Decrypt, "") {
+		if len(g.parts) > 1 && w.toAct() {
 			s.cache.EvictOrigins(g.id.backend, g.id.uri, func(origin any) bool {
 				of := sealedOf(origin).of(part)
 				return of != nil && !of.proven
@@ -216,16 +221,21 @@ func (v *verdicts) standing(version string, d cache.Direction, inContext string)
 	if len(v.noes) == 0 {
 		return q, n, false
 	}
-	version = cmp.Or(version, v.current)
 	for question, one := range v.noes {
-		switch {
-		case question.direction != d || question.unbound && inContext != "":
-		case version != "" && question.version != version && !v.alsoOf(version, question, one):
-		case !found || n.of == nil && one.of != nil:
+		if v.concerns(version, d, inContext, question, one) && (!found || n.of == nil && one.of != nil) {
 			q, n, found = question, one, true
 		}
 	}
 	return q, n, found
+}
+
+// concerns tells whether a no is one to a version. It requires v.mu.
+func (v *verdicts) concerns(version string, d cache.Direction, inContext string, q question, n no) bool {
+	if q.direction != d || q.unbound && inContext != "" {
+		return false
+	}
+	version = cmp.Or(version, v.current)
+	return version == "" || q.version == version || v.alsoOf(version, q, n)
 }
 
 // alsoOf tells whether a no to one version is one to another: where policy said so, until it
@@ -233,6 +243,19 @@ func (v *verdicts) standing(version string, d cache.Direction, inContext string)
 func (v *verdicts) alsoOf(version string, q question, n no) bool {
 	q.version = version
 	return n.policy && v.yeses[q].Before(n.at)
+}
+
+// toAct tells whether there is a no to what has not been wrapped that nobody has acted on.
+func (v *verdicts) toAct() (found bool) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	for q, n := range v.noes {
+		if v.concerns("", cache.Decrypt, "", q, n) && !n.acted {
+			n.acted, found = true, true
+			v.noes[q] = n
+		}
+	}
+	return found
 }
 
 // askable returns a no that concerns what a part has not wrapped, with what it did not open.
@@ -244,6 +267,13 @@ func (v *verdicts) askable(d cache.Direction, inContext string) (question, seale
 		return question{}, sealed{}, false
 	}
 	return q, *n.of, true
+}
+
+// lastCurrent is the version that was the current one when that was told last.
+func (v *verdicts) lastCurrent() string {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return v.current
 }
 
 // refusals are what is refused, for the store.
@@ -278,14 +308,14 @@ func (v *verdicts) refusedBefore(stored storedWrapping) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	for _, one := range stored.Refused {
-		n := no{at: time.Now(), told: one.Told, policy: one.Policy}
+		n := no{at: time.Now(), told: one.Told, policy: one.Policy, acted: true}
 		if one.Of != nil {
 			n.of = new(one.Of.sealed())
 		}
 		v.noes[question{one.Version, one.Direction, one.Unbound}] = n
 	}
 	v.seen.Store(v.seen.Load() || stored.SeesContext)
-	v.current = cmp.Or(v.current, stored.Current)
+	v.current = cmp.Or(v.current, stored.Current, stored.Last)
 	if stored.Denied {
 		v.refused.CompareAndSwap(nil, &refusal{why: "before the restart", class: plugins.Denied, at: time.Now()})
 	}

@@ -100,6 +100,8 @@ type storedWrapping struct {
 	Upstream string               `json:"upstream"`
 	Current  string               `json:"current"`
 	Versions []plugins.KeyVersion `json:"versions"`
+	// Last is the version that was current when that was told last, if Current is not known.
+	Last string `json:"last,omitempty"`
 	// Refused are the versions that it has refused and not allowed since.
 	Refused []storedRefusal `json:"refused,omitempty"`
 	// Denied: it has said that it tells nothing of the key, or more is refused than there
@@ -141,7 +143,7 @@ func (s *Service) notes() []cache.Note {
 			continue
 		}
 		known := w.described.Load()
-		note := storedWrapping{Backend: id.backend, URI: id.uri, Upstream: st.Upstreams[id.backend], Refused: w.refusals(), Denied: w.denied(), SeesContext: w.seesContext()}
+		note := storedWrapping{Backend: id.backend, URI: id.uri, Upstream: st.Upstreams[id.backend], Refused: w.refusals(), Denied: w.denied(), SeesContext: w.seesContext(), Last: w.lastCurrent()}
 		switch {
 		case known != nil:
 			note.Current, note.Versions, note.Canaries = known.Current, known.Versions, w.storedCanaries()

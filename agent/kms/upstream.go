@@ -224,15 +224,16 @@ func (t *transaction) decryptionKey(ctx context.Context, k *key, edks sealedKey)
 				return cache.Material{}, err
 			}
 			material, by, err := t.service.unwrapGroup(ctx, k.group, known)
+			var origin sealedKey
 			if err == nil {
-				err = t.service.wrapped(ctx, k.group, authority, known, by, material)
+				origin, err = t.service.wrapped(ctx, k.group, authority, known, by, material)
 			}
 			if err != nil {
 				clear(material)
 				material = nil
 			}
 			return t.service.stillWanted(k, cache.Material{
-				DataKey: material, Origin: known.provenBy(by), Unconfirmed: len(k.group.parts) > 1, // one has answered
+				DataKey: material, Origin: origin, Unconfirmed: len(k.group.parts) > 1, // one has answered
 			}, err)
 		},
 	})

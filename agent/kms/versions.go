@@ -206,7 +206,6 @@ func (s *Service) askForItself(ctx context.Context, w *wrapping) (*described, er
 		return nil, fmt.Errorf("describe %s: %w", w.id.uri, err)
 	}
 	s.unrefused(w, w.told(d, clock))
-	_ = s.enabled(w, d, d.Current, clock) // that it is not is a no, whoever asked
 	w.missing.Store(false)
 	w.failures.Store(0)
 	fresh := &described{Description: d, at: began}
@@ -220,6 +219,7 @@ func (s *Service) askForItself(ctx context.Context, w *wrapping) (*described, er
 		case old != nil && old.Current != d.Current:
 			s.rotated(w)
 		}
+		_ = s.enabled(w, d, d.Current, clock) // that it is not is a no, whoever asked
 		return fresh, nil
 	}
 }
