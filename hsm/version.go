@@ -63,7 +63,9 @@ type Version struct {
 
 	handles atomic.Pointer[binding]
 	illness atomic.Pointer[illness]
-	opened  atomic.Int64  // when it opened its canary last, by the token's now
+	tried   atomic.Pointer[trial]
+	opened  atomic.Int64  // when the last call that opened began, by the token's now
+	wrapped atomic.Int64  // the same of wraps
 	search  chan struct{} // has room for the one that looks for the keys
 	used    vectors
 }
