@@ -75,11 +75,16 @@ func (t *Token) crypt(ctx context.Context, v *Version, h header, dst, in, iv, aa
 		}
 		last = err
 	}
-	_ = t.examineWith(ctx, a, v, !unwrap)
-	if only := v.out(a, !unwrap); only != nil {
-		return nil, only
+	return nil, t.inVain(ctx, a, v, !unwrap, last)
+}
+
+// inVain says what it means that a version was tried again and again.
+func (t *Token) inVain(ctx context.Context, a *attachment, v *Version, wrap bool, last error) error {
+	_ = t.examineWith(ctx, a, v, wrap)
+	if only := v.out(a, wrap); only != nil {
+		return only
 	}
-	return nil, errorf(Unavailable, last, "tried %d times", attempts)
+	return errorf(Unavailable, last, "tried %d times", attempts)
 }
 
 // count counts a wrap that is about to be made.
@@ -322,6 +327,9 @@ func (t *Token) openCanary(ctx context.Context, a *attachment, v *Version, keys 
 	clear(out)
 	switch {
 	case subtle.ConstantTimeCompare(sum[:], v.canarySum[:]) == 1:
+		if last := v.tried.Load(); last != nil && last.err == nil {
+			v.tried.CompareAndSwap(last, nil) // there was another key, and is no more
+		}
 		return nil
 	case v.Suite == GCM, v.Suite == KWP: // no other key opens these
 		return errorf(Broken, nil, "the token says that the canary of version %d of key %s opens, to something else: it must not be used", v.Number, v.Key)

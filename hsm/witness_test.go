@@ -2,6 +2,7 @@ package hsm_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"testing"
@@ -55,6 +56,12 @@ func TestIllKeyWithAnyCode(t *testing.T) {
 			for range 5 {
 				r.ofVersion(bad, wrappedBad)
 				r.opens(good, wrappedGood, m)
+			}
+			if err := r.Verify(bounded(t), bad); !hsm.OfVersion(err) {
+				t.Errorf("Verify: %v, want an outage of this version", err)
+			}
+			if err := errors.Join(r.Verify(bounded(t), good), r.Check(bounded(t))); err != nil {
+				t.Errorf("of the key beside it, and of the token: %v", err)
 			}
 			if n := r.attached(); n != 1 {
 				t.Errorf("it took %d connections, want 1", n)
