@@ -224,3 +224,49 @@ func TestPairThatIsTooIllToWrap(t *testing.T) {
 		}
 	}
 }
+
+// A lost connection is found at once beside other keys, by the first call.
+func TestLostConnectionBesideOtherKeys(t *testing.T) {
+	for _, rule := range []string{"dead", "C_DecryptInit rv=0x30", "C_Decrypt rv=0x5"} {
+		t.Run(rule, func(t *testing.T) {
+			r, fault := newFaultyRig(t, hasty)
+			m := material(32)
+			var v *hsm.Version
+			var wrapped []byte
+			for i := range 6 {
+				v = r.key(fmt.Sprintf("k%d", i), hsm.GCM)
+				wrapped = r.wrap(v, m)
+			}
+			fault.Set(rule)
+			if err := r.fails(v, wrapped, hsm.Unavailable); hsm.OfVersion(err) {
+				t.Errorf("it is told as an outage of one version: %v", err)
+			}
+			fault.Set()
+			r.isWell(v, wrapped, m)
+			if n := r.attached(); n < 2 {
+				t.Error("the connection was not made anew")
+			}
+		})
+	}
+}
+
+// Callers of an ill key who leave early end no connection.
+func TestImpatientCallersOfAnIllKey(t *testing.T) {
+	r, fault := newFaultyRig(t)
+	bad, good := r.key("bad", hsm.GCM), r.key("good", hsm.GCM)
+	m := material(32)
+	wrappedBad, wrappedGood := r.wrap(bad, m), r.wrap(good, m)
+	fault.Set("ill /bad/", "* sleep_ms=1")
+	for i := range 20 {
+		r.logOut() // so that it is looked at anew
+		r.opens(good, wrappedGood, m)
+		ctx, cancel := context.WithTimeout(t.Context(), time.Duration(i)*2*time.Millisecond)
+		if _, err := r.Unwrap(ctx, bad, nil, wrappedBad, bound); err == nil {
+			t.Error("an ill key opens")
+		}
+		cancel()
+	}
+	if n := r.attached(); n != 1 {
+		t.Errorf("it took %d connections, want 1", n)
+	}
+}
