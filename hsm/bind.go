@@ -59,8 +59,8 @@ func (v *Version) provenWithin(a *attachment, wrap bool, most time.Duration) *bi
 		return nil
 	}
 	now, tested := a.token.now(), most
-	if b.unfit != nil && OfVersion(b.unfit) { // with none, nothing is taken from the heap
-		tested = min(most, illPause) // an illness, which may be over
+	if b.unfit != nil && KindOf(b.unfit) != KeyUnusable {
+		tested = min(most, illPause) // an illness, or an outage, which may be over
 	}
 	passes := b.unfit != nil || v.Suite.asymmetric()
 	if time.Duration(now-b.opened) >= most || wrap && passes && time.Duration(now-b.tested) >= tested {

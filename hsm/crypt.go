@@ -266,7 +266,9 @@ func (t *Token) doubt(ctx context.Context, a *attachment, v *Version, err error,
 	case ctx.Err() != nil:
 		return true, context.Cause(ctx)
 	}
-	return true, errorf(Broken, err, "the token does not do this, and is well otherwise")
+	broken := errorf(Broken, err, "the token does not do this, and is well otherwise")
+	v.tests(a, t.now(), broken) // for a while: what is asked and tested uses up wraps
+	return true, broken
 }
 
 // refusal is what it means that nothing helps.

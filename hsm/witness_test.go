@@ -270,3 +270,27 @@ func TestImpatientCallersOfAnIllKey(t *testing.T) {
 		t.Errorf("it took %d connections, want 1", n)
 	}
 }
+
+// A token that wraps nothing any more has few wraps of its keys used up to find that out.
+func TestWrapsInVainWearLittle(t *testing.T) {
+	var c *hsm.Counter
+	r, fault := newFaultyRig(t, counted(&c, 1<<20))
+	v, other := r.key("orders", hsm.GCM), r.key("other", hsm.GCM)
+	m := material(32)
+	_, _ = r.wrap(v, m), r.wrap(other, m)
+	fault.Set("C_Encrypt rv=0x5")
+	fault.Calls()
+	for range 50 {
+		if _, err := r.Wrap(bounded(t), v, nil, m, bound); hsm.KindOf(err) != hsm.Broken {
+			t.Fatalf("Wrap: %v, want that the token is broken", err)
+		}
+	}
+	if n := fault.Calls()["C_Encrypt"]; n > 10 {
+		t.Errorf("50 wraps in vain had the token make %d", n)
+	}
+	fault.Set()
+	eventually(t, "it wraps again", func() error {
+		_, err := r.Wrap(t.Context(), v, nil, m, bound)
+		return err
+	})
+}
