@@ -35,6 +35,17 @@ func (v *Version) bound(a *attachment, wrap bool) *binding {
 	return b
 }
 
+// out returns why a version, or wraps under it, are left alone for now.
+func (v *Version) out(a *attachment, wrap bool) error {
+	if err := v.pausing(a); err != nil {
+		return err
+	}
+	if b := v.bound(a, wrap); b != nil && wrap && OfVersion(b.unfit) {
+		return b.unfit
+	}
+	return nil
+}
+
 // proven is bound where the canary was opened lately. What was found out about wraps
 // lasts as long as the binding, but for two things: who may not wrap may again some day,
 // and a public key opens no canary.
@@ -48,8 +59,8 @@ func (v *Version) provenWithin(a *attachment, wrap bool, most time.Duration) *bi
 		return nil
 	}
 	now, tested := a.token.now(), most
-	if OfVersion(b.unfit) {
-		tested = min(most, illPause) // an illness, which may be over
+	if b.unfit != nil && KindOf(b.unfit) != KeyUnusable {
+		tested = min(most, illPause) // an illness, or an outage, which may be over
 	}
 	passes := b.unfit != nil || v.Suite.asymmetric()
 	if time.Duration(now-b.opened) >= most || wrap && passes && time.Duration(now-b.tested) >= tested {

@@ -75,8 +75,16 @@ func (t *Token) crypt(ctx context.Context, v *Version, h header, dst, in, iv, aa
 		}
 		last = err
 	}
-	_ = t.examineWith(ctx, a, v, !unwrap)
-	return nil, errorf(Unavailable, last, "tried %d times", attempts)
+	return nil, t.inVain(ctx, a, v, !unwrap, last)
+}
+
+// inVain says what it means that a version was tried again and again.
+func (t *Token) inVain(ctx context.Context, a *attachment, v *Version, wrap bool, last error) error {
+	_ = t.examineWith(ctx, a, v, wrap)
+	if only := v.out(a, wrap); only != nil {
+		return only
+	}
+	return errorf(Unavailable, last, "tried %d times", attempts)
 }
 
 // count counts a wrap that is about to be made.
@@ -121,6 +129,7 @@ func (t *Token) once(ctx context.Context, a *attachment, v *Version, h header, k
 		t.uncount(v, unwrap)
 		return nil, err
 	}
+	began := t.now()
 	w.aad = h.appendAAD(w.aad[:0], aad)
 	w.iv = w.ivRoom[:copy(w.ivRoom[:], iv)]
 	n, left, err := w.run(ctx, job{
@@ -146,7 +155,12 @@ func (t *Token) once(ctx context.Context, a *attachment, v *Version, h header, k
 	dst = append(dst, w.out[:n]...)
 	w.cleanAfter(max(n, len(in)))
 	a.release(w)
-	t.last.Store(t.now())
+	if unwrap {
+		v.opened.Store(began)
+	} else {
+		v.wrapped.Store(began)
+	}
+	t.last.Store(began)
 	t.used.Store(v)
 	return dst, nil
 }
@@ -171,6 +185,7 @@ func (t *Token) judge(ctx context.Context, a *attachment, v *Version, err error,
 		}
 		return true, v.noPublic(err)
 	}
+	wraps := !unwrap && v.bound(a, false) != nil // else it is the canary that failed
 	switch t.stepOf(a, v, err, unwrap) {
 	case newSession:
 		return false, err
@@ -186,11 +201,20 @@ func (t *Token) judge(ctx context.Context, a *attachment, v *Version, err error,
 		}
 		return false, err
 	case reconnect:
-		a.breaks(errorf(Unavailable, err, "the connection to the token is lost"))
-		return false, err
+		if t.ask(ctx, a, v, wraps) != well {
+			a.breaks(errorf(Unavailable, err, "the connection to the token is lost"))
+			return false, err
+		}
+		if *doubts++; *doubts == 1 {
+			return false, err
+		}
+		return true, v.outage(a, err, wraps)
 	case refuse:
 		if unwrap {
 			return true, errOpen
+		}
+		if t.ask(ctx, a, v, wraps) == well {
+			return true, v.outage(a, err, wraps)
 		}
 		return true, errorf(Broken, err, "the token does not take what it took before")
 	case askCanary:
@@ -201,6 +225,9 @@ func (t *Token) judge(ctx context.Context, a *attachment, v *Version, err error,
 	}
 	if a.cause() != nil {
 		return false, err
+	}
+	if code := cryptoki.Error(0); errors.As(err, &code) && !code.Policy() && t.ask(ctx, a, v, wraps) == well {
+		return true, v.outage(a, err, wraps)
 	}
 	return true, refusal(err)
 }
@@ -227,20 +254,21 @@ func (t *Token) doubt(ctx context.Context, a *attachment, v *Version, err error,
 	if *doubts++; *doubts == 1 {
 		return false, err
 	}
-	switch {
-	case unwrap:
+	if unwrap {
 		return true, errOpen
-	case v.byPublic(err):
-		v.retest(a)
-		return true, v.noPublic(err)
-	case t.wrapsAnother(ctx, a, v):
-		only := v.opensOnly(err)
-		v.tests(a, t.now(), only)
-		return true, only
+	}
+	said := t.ask(ctx, a, v, true)
+	switch {
+	case a.over():
+		return false, err
+	case said == well, said == nobody && v.byPublic(err): // then it may be a stranger's doing
+		return true, v.outage(a, err, true)
 	case ctx.Err() != nil:
 		return true, context.Cause(ctx)
 	}
-	return true, errorf(Broken, err, "the token does not do this, and is well otherwise")
+	broken := errorf(Broken, err, "the token does not do this, and is well otherwise")
+	v.tests(a, t.now(), broken) // for a while: what is asked and tested uses up wraps
+	return true, broken
 }
 
 // refusal is what it means that nothing helps.
@@ -263,7 +291,7 @@ func (t *Token) canary(ctx context.Context, a *attachment, v *Version) error {
 		return errors.New("the key is not found yet") // it will be, with a canary
 	}
 	err := t.openCanary(ctx, a, v, b.keys)
-	if err == nil || isCallers(err) || ctx.Err() != nil {
+	if err == nil || isCallers(err) {
 		return err
 	}
 	switch stepFor(err) {
@@ -275,9 +303,9 @@ func (t *Token) canary(ctx context.Context, a *attachment, v *Version) error {
 	case refuse, giveUp:
 		v.unbind(a) // another key has its place, or it may not be used any more
 	default:
-		if t.opensAnother(ctx, a, v) {
+		if t.ask(ctx, a, v, false) == well {
 			v.unbind(a) // so that is found out what ails it
-		} else if ctx.Err() == nil {
+		} else {
 			a.breaks(errorf(Unavailable, err, "the token does not open what it has wrapped itself"))
 		}
 	}
@@ -301,7 +329,9 @@ func (t *Token) openCanary(ctx context.Context, a *attachment, v *Version, keys 
 	clear(out)
 	switch {
 	case subtle.ConstantTimeCompare(sum[:], v.canarySum[:]) == 1:
-		v.opened.Store(t.now())
+		if last := v.tried.Load(); last != nil && last.err == nil {
+			v.tried.CompareAndSwap(last, nil) // there was another key, and is no more
+		}
 		return nil
 	case v.Suite == GCM, v.Suite == KWP: // no other key opens these
 		return errorf(Broken, nil, "the token says that the canary of version %d of key %s opens, to something else: it must not be used", v.Number, v.Key)

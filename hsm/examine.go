@@ -69,11 +69,17 @@ func (t *Token) examineWith(ctx context.Context, a *attachment, v *Version, wrap
 		last = err
 	}
 	last = errorf(Unavailable, last, "the token does not open what it has wrapped itself")
-	// Who has no session for us has not lost those that we have.
-	if errors.As(last, new(cryptoki.Error)) && stepFor(last) != fewer && !t.opensAnother(ctx, a, v) && ctx.Err() == nil {
-		a.breaks(last)
+	if !errors.As(last, new(cryptoki.Error)) || stepFor(last) == fewer {
+		return last // who has no session for us has not lost those that we have
 	}
-	return last
+	wraps := wrap && v.bound(a, false) != nil
+	if t.ask(ctx, a, v, wraps) != well {
+		a.breaks(last)
+		return last
+	}
+	_ = v.outage(a, last, wraps)
+	t.used.CompareAndSwap(v, nil)
+	return t.answers(ctx, a)
 }
 
 // answers finds out whether the token answers at all.

@@ -1,64 +1,110 @@
 package hsm
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
-	"slices"
 	"time"
-
-	"github.com/miekg/pkcs11"
-
-	"github.com/kms-agent/kms-agent/hsm/internal/cryptoki"
 )
 
-// strange says what a canary that does not open means: another key, or a token that
+// strange says what a canary that does not open means: another key, or one or a token that
 // is not well. It returns nil where it opens after all.
 func (t *Token) strange(ctx context.Context, a *attachment, v *Version, keys handles, err error) error {
-	if isCallers(err) || ctx.Err() != nil {
-		return err
-	}
 	switch s := stepFor(err); {
+	case isCallers(err):
 	case errors.Is(err, errOpen), s == refuse:
+		return v.another(err)
 	case s == askCanary:
-		if another, ill := t.ill(ctx, a, v, keys, err); !another {
-			return ill
-		}
-		if again := t.openCanary(ctx, a, v, keys); again == nil || stepFor(again) != askCanary && stepFor(again) != refuse && !errors.Is(again, errOpen) {
-			return again // it was not the key
-		}
-	default:
-		return err
+		return t.ill(ctx, a, v, keys, err)
 	}
+	return err
+}
+
+// another says that the key of a version is another one.
+func (v *Version) another(err error) error {
 	return errorf(KeyUnusable, err, "the key with the ID %x is not the one that version %d of key %s was made with: it does not open its canary", v.ID, v.Number, v.Key)
 }
 
-// ill tells whether keys that do not open their canary are others, as they open what they
-// wrap; that they do not wrap proves nothing. Else it returns what ails them: where the
-// canary of another key opens, it is an outage of this version, and of the token if not.
-func (t *Token) ill(ctx context.Context, a *attachment, v *Version, keys handles, err error) (another bool, _ error) {
-	_, failed := t.try(ctx, a, v, keys)
-	switch {
-	case failed == nil:
-		return true, nil
-	case isCallers(failed):
-		return false, failed
-	case t.opensAnother(ctx, a, v):
-		if t.openCanary(ctx, a, v, keys) == nil {
-			return false, nil // the token had a bad moment
-		}
-		return false, v.ailing(err, failed)
-	case ctx.Err() != nil:
-		return false, context.Cause(ctx)
+// moreCanaries is how often a canary that did not open is tried again before that counts.
+const moreCanaries = 2
+
+// ill returns what ails keys that do not open their canary, with a code that may be the
+// token's. They are others where they open what they wrap, and fail in the same way again
+// and again; that they do not wrap proves nothing. Where no other version is served either
+// it is an outage of the token.
+func (t *Token) ill(ctx context.Context, a *attachment, v *Version, keys handles, err error) error {
+	said, failed := t.ask(ctx, a, v, false), error(nil)
+	if said != unwell {
+		failed = t.tryOwn(ctx, a, v, keys)
 	}
-	a.breaks(errorf(Unavailable, err, "the token neither opens its canary nor anything else"))
-	return false, errorf(Unavailable, err, "the token is not well")
+	switch {
+	case isCallers(failed):
+		return failed
+	case said == unwell, said == nobody && failed != nil:
+		a.breaks(errorf(Unavailable, err, "the token neither opens its canary nor anything else"))
+		return errorf(Unavailable, err, "the token is not well")
+	}
+	for range moreCanaries {
+		switch again := t.openCanary(ctx, a, v, keys); {
+		case again == nil, isCallers(again):
+			return again // it opens after all: the token had a bad moment
+		case ctx.Err() != nil:
+			return context.Cause(ctx)
+		case again.Error() != err.Error():
+			return v.ailing(err, again)
+		}
+	}
+	if failed != nil {
+		return v.ailing(err, failed)
+	}
+	return v.another(err)
+}
+
+// trial is what a version's own test said, and until when it counts.
+type trial struct {
+	until int64 // by the token's now
+	err   error
+}
+
+// trialPause is how long a version that may make so many wraps only is not tested again
+// for those who read.
+const trialPause = 10 * time.Minute
+
+// tryOwn tells whether keys open what they wrap. What took wraps that are counted is
+// remembered for long: reads must not use them up.
+func (t *Token) tryOwn(ctx context.Context, a *attachment, v *Version, keys handles) error {
+	if last := v.tried.Load(); last != nil && t.now() < last.until {
+		return last.err
+	}
+	_, err := t.try(ctx, a, v, keys)
+	if v.Suite.maxWraps() != 0 && begun(err) && !isCallers(err) && !errors.As(err, new(uncounted)) {
+		v.tried.Store(&trial{t.now() + int64(trialPause), err})
+	}
+	return err
+}
+
+// outage is the outage of a version, or of wraps under it, while the token serves others.
+// It is remembered: for a while the version is left alone.
+func (v *Version) outage(a *attachment, err error, wraps bool) error {
+	if !wraps {
+		only := v.ailing(err, nil)
+		v.pause(a, only)
+		return only
+	}
+	only := v.opensOnly(err)
+	if v.byPublic(err) {
+		only = v.noPublic(err)
+	}
+	v.tests(a, a.token.now(), only)
+	return only
 }
 
 // ailing is the outage of one version.
 func (v *Version) ailing(err, failed error) error {
-	e := errorf(Unavailable, fmt.Errorf("%w (a test of the key: %w)", err, failed), "the token opens other keys' canaries, and not that of version %d of key %s: "+
+	if failed != nil {
+		err = fmt.Errorf("%w (a test of the key: %w)", err, failed)
+	}
+	e := errorf(Unavailable, err, "the token serves other keys, and does not open the canary of version %d of key %s: "+
 		"see what the HSM's own log says of the key with the ID %x; restore it from the HSM's backup if it is damaged, or rotate with 'kms-agent hsm rotate %s' to encrypt meanwhile",
 		v.Number, v.Key, v.ID, v.Key)
 	e.VersionOnly = true
@@ -94,99 +140,4 @@ func (v *Version) pausing(a *attachment) error {
 		return i.err
 	}
 	return nil
-}
-
-// maxWitnesses is how many other versions are asked for their canaries, maxWrapping how
-// many of them to wrap.
-const maxWitnesses, maxWrapping = 16, 4
-
-// opensAnother tells whether the token opens the canary of another version.
-func (t *Token) opensAnother(ctx context.Context, a *attachment, v *Version) bool {
-	return t.another(ctx, a, v, maxWitnesses, func(o *Version) bool { _, err := t.testify(ctx, a, o); return err == nil })
-}
-
-// wrapsAnother tells whether another version wraps, with a secret key as that of v is.
-func (t *Token) wrapsAnother(ctx context.Context, a *attachment, v *Version) bool {
-	return t.another(ctx, a, v, maxWrapping, func(o *Version) bool {
-		if o.Suite.asymmetric() {
-			return false
-		}
-		keys, err := t.testify(ctx, a, o)
-		return err == nil && t.selfTest(ctx, a, o, keys) == nil
-	})
-}
-
-// another tells whether one of so many other versions does what is asked for: of those that
-// were read, those first that opened their canary last, or of some of the catalogue.
-func (t *Token) another(ctx context.Context, a *attachment, v *Version, most int, does func(*Version) bool) bool {
-	asked := map[ID]bool{v.ID: true}
-	some := func(all []*Version) bool {
-		for _, o := range all {
-			if asked[o.ID] || o.mayUnwrap() != nil {
-				continue
-			}
-			if len(asked) > most || a.over() || ctx.Err() != nil {
-				return false
-			}
-			asked[o.ID] = true
-			if does(o) {
-				return true
-			}
-		}
-		return false
-	}
-	read := t.keys.versions()
-	slices.SortFunc(read, func(a, b *Version) int { return cmp.Compare(b.opened.Load(), a.opened.Load()) })
-	return some(read) || !a.over() && ctx.Err() == nil && some(t.others(ctx, a))
-}
-
-// testify has a version open its canary. It is looked for where it is not bound, and not
-// bound by it: that is for those who want to use it.
-func (t *Token) testify(ctx context.Context, a *attachment, o *Version) (handles, error) {
-	if b := o.bound(a, false); b != nil {
-		return b.keys, t.openCanary(ctx, a, o, b.keys)
-	}
-	found := new(handles) // the worker's, until it is done
-	err := t.do(ctx, a, func(w *worker) (err error) {
-		*found, err = o.find(w.session)
-		return err
-	})
-	if err != nil {
-		return handles{}, err
-	}
-	return *found, t.openCanary(ctx, a, o, *found)
-}
-
-// others returns the current versions of some keys of the catalogue.
-func (t *Token) others(ctx context.Context, a *attachment) (all []*Version) {
-	keys := new([]*Key) // the worker's, until it is done
-	if t.cfg.Catalogue != nil {
-		*keys, _ = t.cfg.Catalogue.records()
-	} else if t.do(ctx, a, func(w *worker) (err error) {
-		*keys, err = someRecords(w.session, maxWitnesses)
-		return err
-	}) != nil {
-		return nil
-	}
-	for _, k := range *keys {
-		if v, err := k.Version(k.Current); err == nil {
-			all = append(all, v)
-		}
-	}
-	return all
-}
-
-// someRecords reads the records of a few keys, as far as they can be read.
-func someRecords(s cryptoki.Session, limit int) (keys []*Key, err error) {
-	objects, err := s.Find(recordsOf(""), limit)
-	for _, o := range objects {
-		value, err := s.Attribute(o, pkcs11.CKA_VALUE)
-		if err != nil {
-			continue
-		}
-		if k, err := parseKey(value); err == nil {
-			keys = append(keys, k)
-		}
-	}
-	return keys, err
 }

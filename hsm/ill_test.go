@@ -285,6 +285,7 @@ func TestKeyThatIsTooIllToWrap(t *testing.T) {
 	}
 	fault.Set()
 	r.logOut()
+	r.opens(bad, wrapped, m) // which notices that
 	r.opens(bad, r.wrap(bad, m), m)
 	if n := r.attached(); n != 1 {
 		t.Errorf("it took %d connections, want 1", n)

@@ -63,7 +63,9 @@ type Version struct {
 
 	handles atomic.Pointer[binding]
 	illness atomic.Pointer[illness]
-	opened  atomic.Int64  // when it opened its canary last, by the token's now
+	tried   atomic.Pointer[trial]
+	opened  atomic.Int64  // when the last call that opened began, by the token's now
+	wrapped atomic.Int64  // the same of wraps
 	search  chan struct{} // has room for the one that looks for the keys
 	used    vectors
 }
@@ -98,10 +100,11 @@ func (t *Token) Verify(ctx context.Context, v *Version) error {
 		return nil
 	}
 	var last error
+	var a *attachment
 	doubts := 0
 	for range attempts {
-		a, err := t.attached(ctx)
-		if err != nil {
+		var err error
+		if a, err = t.attached(ctx); err != nil {
 			return err
 		}
 		if err = t.verify(ctx, a, v); err == nil {
@@ -113,7 +116,10 @@ func (t *Token) Verify(ctx context.Context, v *Version) error {
 		}
 		last = err
 	}
-	return errorf(Unavailable, last, "tried %d times", attempts)
+	if v.State != Enabled {
+		return errorf(Unavailable, last, "tried %d times", attempts)
+	}
+	return t.inVain(ctx, a, v, t.keys.isCurrent(v), last)
 }
 
 func (t *Token) verify(ctx context.Context, a *attachment, v *Version) error {

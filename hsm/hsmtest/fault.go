@@ -67,6 +67,8 @@ func (f *Fault) file(name string) string { return filepath.Join(filepath.Dir(f.M
 //	iv STYLE   what becomes of the vectors of CKM_AES_GCM
 //	ill LABEL  keys with this in their label neither encrypt nor decrypt: a vendor's code
 //	ill-wraps LABEL  the same, and they decrypt
+//	ill-opens LABEL  the same, and they encrypt
+//	ill-code N       with this code, in place of the vendor's
 //
 // FUNCTION is C_Encrypt or another that a module has in its list, or * for all. The
 // first rule of a function that is not used up counts: it is not for skip calls and

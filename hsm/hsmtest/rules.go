@@ -41,7 +41,7 @@ func checkRule(rule string) error {
 			return fmt.Errorf("nothing may follow %s", words[0])
 		}
 		return nil
-	case "boast", "slots":
+	case "boast", "slots", "ill-code":
 		if len(words) != 2 {
 			return fmt.Errorf("%s takes a number", words[0])
 		}
@@ -55,7 +55,7 @@ func checkRule(rule string) error {
 			return fmt.Errorf("iv takes one of %s", strings.Join(styles, ", "))
 		}
 		return nil
-	case "ill", "ill-wraps":
+	case "ill", "ill-wraps", "ill-opens":
 		if len(words) != 2 {
 			return fmt.Errorf("%s takes part of a label", words[0])
 		}
@@ -63,7 +63,7 @@ func checkRule(rule string) error {
 	case "*":
 	default:
 		if !slices.Contains(functions(), words[0]) {
-			return fmt.Errorf("%q is neither a function that can be told what to do, nor *, dead, no-slots, lossy, logged-out, boast, slots, iv, ill or ill-wraps", words[0])
+			return fmt.Errorf("%q is neither a function that can be told what to do, nor *, dead, no-slots, lossy, logged-out, boast, slots, iv, ill, ill-wraps, ill-opens or ill-code", words[0])
 		}
 	}
 	return checkWords(words[1:])

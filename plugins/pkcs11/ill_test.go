@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/kms-agent/kms-agent/hsm/hsmtest"
 	"github.com/kms-agent/kms-agent/plugins"
@@ -14,13 +15,16 @@ import (
 )
 
 // supervised runs the backend as the agent does, over the fault module.
-func (r *rig) supervised(t *testing.T, fault *hsmtest.Fault) *host.Supervisor {
+func (r *rig) supervised(t *testing.T, fault *hsmtest.Fault, change ...func(*host.Config)) *host.Supervisor {
 	t.Helper()
 	r.settings["module"] = fault.Module
 	r.Write("pin", hsmtest.PIN+"\n")
 	cfg := plugintest.Config(t, "pkcs11", r.json())
 	cfg.Env = append(cfg.Env, r.Env()...)
 	cfg.Access.Read, cfg.Access.Write = []string{r.Dir()}, []string{r.Tokens(), r.state(), filepath.Dir(fault.Module)}
+	for _, f := range change {
+		f(&cfg)
+	}
 	return plugintest.Start(t, cfg)
 }
 
@@ -81,6 +85,68 @@ func TestIllKeyIsNoOutageOfOthers(t *testing.T) {
 		_, err := s.Unwrap(bounded(t), keyNamed("bad"), bad, message)
 		return err
 	})
+}
+
+// So it is whatever code the token answers with for it.
+func TestIllKeyWithAnyCodeIsNoOutageOfOthers(t *testing.T) {
+	for _, code := range []string{"0x30", "0x60"} {
+		t.Run(code, func(t *testing.T) {
+			r := newRig(t)
+			for _, name := range []string{"bad", "good"} {
+				r.must(request{Command: "init-key", Key: name})
+			}
+			fault := hsmtest.NewFault(t, "../../hsm", hsmtest.SoftHSMModule)
+			s := r.supervised(t, fault)
+			bad, good := wrapped(t, s, "bad"), wrapped(t, s, "good")
+			pid := s.Status().PID
+			fault.Set("ill /bad/", "ill-code "+code)
+			for range 20 {
+				for range 6 {
+					if _, err := s.Unwrap(bounded(t), keyNamed("bad"), bad, message); !plugins.IsKeyOnly(err) {
+						t.Fatalf("the ill key: %v", err)
+					}
+				}
+				if _, err := s.Unwrap(bounded(t), keyNamed("good"), good, message); err != nil {
+					t.Fatalf("the key beside it: %v", err)
+				}
+			}
+			unhurt(t, s, pid)
+		})
+	}
+}
+
+// A key that was rotated, and is too ill to wrap in all its versions, is no outage of others.
+func TestRotatedIllKeyIsNoOutageOfOthers(t *testing.T) {
+	r := newRig(t)
+	for _, name := range []string{"good", "bad"} {
+		r.must(request{Command: "init-key", Key: name})
+	}
+	for range 4 {
+		r.must(request{Command: "rotate", Key: "bad"})
+	}
+	fault := hsmtest.NewFault(t, "../../hsm", hsmtest.SoftHSMModule)
+	s := r.supervised(t, fault)
+	wrapped(t, s, "good")
+	key := keyNamed("bad")
+	for i := range 5 { // all versions are in use
+		key.Version = fmt.Sprint(i + 1)
+		if _, err := s.Wrap(bounded(t), key, make([]byte, 32), message); err != nil {
+			t.Fatal(err)
+		}
+	}
+	pid := s.Status().PID
+	fault.Set("ill-wraps /bad/")
+	for range 20 {
+		for range 6 {
+			if _, err := s.Wrap(bounded(t), key, make([]byte, 32), message); !plugins.IsKeyOnly(err) {
+				t.Fatalf("Wrap with the ill key: %v", err)
+			}
+		}
+		if _, err := s.Wrap(bounded(t), keyNamed("good"), make([]byte, 32), message); err != nil {
+			t.Fatalf("the key beside it: %v", err)
+		}
+	}
+	unhurt(t, s, pid)
 }
 
 // A public key that a stranger deletes is an outage of one version's wraps.
@@ -198,5 +264,32 @@ func TestDestroyTellsOfPublicKeys(t *testing.T) {
 	a, said := r.ask(request{Command: "destroy", Key: "orders", Version: 1})
 	if a.Error != "" || a.Keys[0].Versions[0].State != "destroyed" || !strings.Contains(string(said), "warning: public keys on the token did not follow") {
 		t.Errorf("destroy: %+v\n%s", a, said)
+	}
+}
+
+// A token that fails slowly is attached again soon, also where many keys are in use.
+func TestSlowFailureIsAttachedAgain(t *testing.T) {
+	r := newRig(t)
+	for i := range 18 {
+		r.must(request{Command: "init-key", Key: fmt.Sprintf("k%d", i)})
+	}
+	fault := hsmtest.NewFault(t, "../../hsm", hsmtest.SoftHSMModule)
+	s := r.supervised(t, fault, func(cfg *host.Config) { cfg.CallTimeout = 2 * time.Second }) // the agent's
+	var c []byte
+	for i := range 18 {
+		c = wrapped(t, s, fmt.Sprintf("k%d", i))
+	}
+	fault.Set("C_DecryptInit rv=0x6 sleep_ms=120")
+	fault.Calls()
+	began := time.Now()
+	eventually(t, func() error {
+		_, err := s.Unwrap(bounded(t), keyNamed("k17"), c, message)
+		if fault.Calls()["C_Initialize"] == 0 {
+			return fmt.Errorf("the connection is not made anew: %w", err)
+		}
+		return nil
+	})
+	if took := time.Since(began); took > 10*time.Second {
+		t.Errorf("it took %v until the connection was made anew", took)
 	}
 }

@@ -220,9 +220,11 @@ static int ill(const char *what, ck_ulong session, ck_ulong key) {
 	return what[0] && !real->C_GetAttributeValue(session, key, &a, 1) && strstr(label, what);
 }
 
+static ck_rv ill_code(const struct modes *now) { return now->ill_code ? now->ill_code : CKR_OF_A_VENDOR; }
+
 static ck_rv fault_EncryptInit(ck_ulong h, ck_mechanism *m, ck_ulong k) {
 	CALL(EncryptInit);
-	if (ill(now.ill, h, k) || ill(now.ill_wraps, h, k)) return CKR_OF_A_VENDOR;
+	if (ill(now.ill, h, k) || ill(now.ill_wraps, h, k)) return ill_code(&now);
 	if (now.logged_out) return CKR_USER_NOT_LOGGED_IN;
 	forget(OF_SESSION, h);
 	ck_gcm_params *given = gcm(&now, m);
@@ -270,7 +272,7 @@ static ck_rv fault_Encrypt(ck_ulong h, ck_byte *in, ck_ulong n, ck_byte *out, ck
 
 static ck_rv fault_DecryptInit(ck_ulong h, ck_mechanism *m, ck_ulong k) {
 	CALL(DecryptInit);
-	if (ill(now.ill, h, k)) return CKR_OF_A_VENDOR;
+	if (ill(now.ill, h, k) || ill(now.ill_opens, h, k)) return ill_code(&now);
 	if (now.logged_out) return CKR_USER_NOT_LOGGED_IN;
 	ck_gcm_params *given = gcm(&now, m);
 	if (!given || strcmp(now.iv, "short-tag")) return real->C_DecryptInit(h, m, k);

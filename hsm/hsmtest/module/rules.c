@@ -90,6 +90,8 @@ static void read_line(char *line) {
 	else if (!strcmp(word, "slots")) modes.slots = number(strtok_r(NULL, " \n", &save));
 	else if (!strcmp(word, "ill")) snprintf(modes.ill, sizeof modes.ill, "%s", strtok_r(NULL, " \n", &save));
 	else if (!strcmp(word, "ill-wraps")) snprintf(modes.ill_wraps, sizeof modes.ill_wraps, "%s", strtok_r(NULL, " \n", &save));
+	else if (!strcmp(word, "ill-opens")) snprintf(modes.ill_opens, sizeof modes.ill_opens, "%s", strtok_r(NULL, " \n", &save));
+	else if (!strcmp(word, "ill-code")) modes.ill_code = number(strtok_r(NULL, " \n", &save));
 	else if (!strcmp(word, "iv")) snprintf(modes.iv, sizeof modes.iv, "%s", strtok_r(NULL, " \n", &save));
 	else {
 		if (rule_count == MAX_RULES) {

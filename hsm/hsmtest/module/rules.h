@@ -14,6 +14,8 @@ struct modes {
 	char iv[16];
 	char ill[64]; /* what ails: keys whose label has it */
 	char ill_wraps[64]; /* the same for encryption alone */
+	char ill_opens[64]; /* and for decryption alone */
+	unsigned long ill_code; /* what is answered then; 0: a code of a vendor's */
 };
 
 /* open_rules takes the rules and the file for calls of a directory. It returns 0, and
