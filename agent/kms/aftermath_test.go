@@ -227,3 +227,86 @@ func TestEverythingAtOnce(t *testing.T) {
 	comesBack(t, p, "first", func() error { return p.opensKey(made.EDKs[:1], nil) })
 	comesBack(t, p, "second", func() error { return p.opensKey(made.EDKs[1:], nil) })
 }
+
+// A backend that is slow, and refuses its current version, is not taken for one that hangs: it
+// opens what it allows.
+func TestASlowOneThatRefuses(t *testing.T) {
+	for _, takes := range []time.Duration{200 * time.Millisecond, 1200 * time.Millisecond} {
+		t.Run(takes.String(), func(t *testing.T) {
+			t.Parallel()
+			p := newPair(t, 1)
+			v := p.manyfold()
+			var old [][]byte
+			for range 4 {
+				old = append(old, p.must().Message)
+				p.forget()
+			}
+			v.second.Store(true)
+			p.clock.Advance(6 * time.Minute)
+			p.must()
+			v.disabled.Store(1 << 2)
+			for range 3 {
+				p.clock.Advance(6 * time.Minute)
+				_ = p.encrypts()
+				p.Settle()
+			}
+			p.forget()
+			p.b.slow(takes)
+			for i, m := range old {
+				if _, err := p.decrypt(m); err != nil && i > 0 { // how slow it is may be news
+					t.Errorf("message %d: %v", i, err)
+				}
+				p.Settle()
+			}
+		})
+	}
+}
+
+// What a backend has opened itself stays cached while it refuses its current version, over a
+// restart too.
+func TestWhatWasOpenedOutlastsARestart(t *testing.T) {
+	for name, restart := range map[string]bool{"control": false, "restart": true} {
+		t.Run(name, func(t *testing.T) {
+			p, r := newStoredPair(t)
+			var old [][]byte
+			for range 3 {
+				old = append(old, p.must().Message)
+				p.forget()
+			}
+			if _, err := p.keystore.Rotate("orders"); err != nil {
+				t.Fatal(err)
+			}
+			p.clock.Advance(6 * time.Minute)
+			p.must()
+			p.b.fail(unreachable()) // so that A opens them, which refuses later
+			for _, m := range old {
+				if _, err := p.decrypt(m); err != nil {
+					t.Fatal(err)
+				}
+			}
+			p.b.fail(nil)
+			p.Settle()
+			if restart {
+				p.clock.Advance(time.Minute)
+				r.restart()
+			}
+			if err := p.keystore.Disable("orders", "2"); err != nil {
+				t.Fatal(err)
+			}
+			for range 3 {
+				p.clock.Advance(6 * time.Minute)
+				_ = p.encrypts()
+				p.Settle()
+			}
+			wantRefused(t, "encrypt", p.encrypts())
+			p.Settle()
+			comesBack(t, p, "old", p.decrypts(old[0]))
+			p.a.fail(unreachable())
+			for _, m := range old {
+				if _, err := p.decrypt(m); err != nil {
+					t.Errorf("once A is away: %v", err)
+				}
+			}
+		})
+	}
+}

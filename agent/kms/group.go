@@ -309,14 +309,12 @@ func (s *Service) wrapped(ctx context.Context, g *group, a cache.Authority, k se
 	if len(g.parts) == 1 {
 		return k, nil
 	}
-	ctx, cancel := context.WithTimeout(ctx, stragglers)
-	defer cancel()
 	for i, one := range k {
 		w := g.parts[one.part]
 		if one.part == by || !w.withholds("", cache.Decrypt, a.Context) {
 			continue
 		}
-		same, err := s.unwrapSoon(ctx, w, one)
+		same, err := s.unwrapPatiently(ctx, w, one)
 		k[i].proven = err == nil && subtle.ConstantTimeCompare(same, material) == 1
 		clear(same)
 		switch {
@@ -330,14 +328,47 @@ func (s *Service) wrapped(ctx context.Context, g *group, a cache.Authority, k se
 	return k, nil
 }
 
-// unwrapSoon is unwrap by a part that is not waited for twice.
-func (s *Service) unwrapSoon(ctx context.Context, w *wrapping, k sealed) ([]byte, error) {
-	if w.failing.Load() != 0 {
-		bounded, cancel := context.WithTimeout(ctx, hedgeAfter)
-		defer cancel()
-		ctx = bounded
+// unwrapPatiently is unwrap by a part that nothing can be done without: one that is slow has
+// its time, one that does not answer is waited for once. A call that is not waited for goes
+// on, since its answer tells which of them it is.
+func (s *Service) unwrapPatiently(ctx context.Context, w *wrapping, k sealed) ([]byte, error) {
+	patience := stragglers
+	switch w.failing.Load() {
+	case slowly:
+		patience = describeTimeout
+	case unanswered:
+		patience = hedgeAfter
 	}
-	return s.unwrap(ctx, w, k)
+	detached, done, err := s.strays.begin(ctx)
+	if err != nil {
+		return nil, err
+	}
+	type answer struct {
+		material []byte
+		err      error
+	}
+	answers, over := make(chan answer), make(chan struct{})
+	defer close(over)
+	go func() {
+		defer done()
+		material, err := s.unwrap(detached, w, k)
+		select {
+		case answers <- answer{material, err}:
+		case <-over:
+			clear(material)
+		}
+	}()
+	timer := time.NewTimer(patience)
+	defer timer.Stop()
+	select {
+	case a := <-answers:
+		return a.material, a.err
+	case <-timer.C:
+		w.failing.Store(unanswered) // until it is
+		return nil, plugins.Errorf(plugins.Unavailable, "backend %s has not answered within %s", w.id.backend, patience)
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
 }
 
 // provenBy returns a copy that keeps no message in memory, and knows which of them has

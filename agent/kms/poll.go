@@ -99,7 +99,7 @@ func (s *Service) askAll(ctx context.Context, parts []int, p polling, over <-cha
 func (g *group) late(parts []int, errs map[int]error, must func(part int) bool) (waits bool) {
 	for _, part := range parts {
 		if _, answered := errs[part]; !answered {
-			g.parts[part].failing.Store(1)
+			g.parts[part].failing.Store(unanswered)
 			waits = waits || must != nil && must(part)
 		}
 	}

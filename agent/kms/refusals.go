@@ -176,6 +176,9 @@ func (s *Service) refused(w *wrapping, q question, said word) {
 // disbelieve destroys what is cached of which is not known that a part has wrapped it, where
 // that part refuses what it has not: whoever asked for it may only have said so.
 func (s *Service) disbelieve(g *group) {
+	if !s.inUse(g) {
+		return // what has taken its place will
+	}
 	for part, w := range g.parts {
 		if len(g.parts) > 1 && w.toAct() {
 			s.cache.EvictOrigins(g.id.backend, g.id.uri, func(origin any) bool {
@@ -308,7 +311,7 @@ func (v *verdicts) refusedBefore(stored storedWrapping) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	for _, one := range stored.Refused {
-		n := no{at: time.Now(), told: one.Told, policy: one.Policy, acted: true}
+		n := no{at: time.Now(), told: one.Told, policy: one.Policy}
 		if one.Of != nil {
 			n.of = new(one.Of.sealed())
 		}

@@ -22,6 +22,7 @@ type storedEDK struct {
 	Purpose    string            `json:"purpose"`
 	Bound      bool              `json:"bound,omitempty"`
 	Context    map[string]string `json:"context,omitempty"`
+	Proven     bool              `json:"proven,omitempty"`
 }
 
 // storedOrigin is what the cache keeps with a data key, in the store.
@@ -46,15 +47,15 @@ func marshalOrigin(origin any) ([]byte, error) {
 func (k sealed) stored() storedEDK {
 	return storedEDK{
 		ProviderID: k.edk.ProviderID, Info: k.edk.ProviderInfo, Ciphertext: k.edk.Ciphertext, Version: k.version,
-		Purpose: k.binding.Purpose, Bound: k.binding.ContextBound, Context: k.binding.Context,
+		Purpose: k.binding.Purpose, Bound: k.binding.ContextBound, Context: k.binding.Context, Proven: k.proven,
 	}
 }
 
-// sealed undoes stored, but for the part and whether it is proven.
+// sealed undoes stored, but for the part.
 func (e storedEDK) sealed() sealed {
 	return sealed{
 		edk:     envelope.EDK{ProviderID: e.ProviderID, ProviderInfo: e.Info, Ciphertext: e.Ciphertext},
-		version: e.Version,
+		version: e.Version, proven: e.Proven,
 		binding: plugins.Binding{Purpose: e.Purpose, ProviderInfo: e.Info, ContextBound: e.Bound, Context: e.Context},
 	}
 }

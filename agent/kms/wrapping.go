@@ -45,7 +45,7 @@ type wrapping struct {
 	failures  atomic.Int64 // questions in a row that had no answer
 	// jitter is drawn with each failure: drawn with each request, the least would count.
 	jitter atomic.Uint32
-	// failing is 1 while the last call was not answered, or slowly.
+	// failing is 0 while calls are answered in good time, else slowly or unanswered.
 	failing atomic.Int32
 	// missing: it was reported that the backend does not have it, which others have.
 	missing atomic.Bool
@@ -213,12 +213,17 @@ func (w *wrapping) keep(k sealed) {
 	}
 }
 
+// How the last call of a part went that did not go well.
+const slowly, unanswered = 1, 2
+
 // took notes whether a call was answered, and in good time: also one that was given up
 // because another backend was faster.
 func (w *wrapping) took(began time.Time, good time.Duration, err error) {
 	switch {
-	case verdictOf(err) == cache.Unreachable, time.Since(began) > good:
-		w.failing.Store(1)
+	case verdictOf(err) == cache.Unreachable:
+		w.failing.Store(unanswered)
+	case time.Since(began) > good:
+		w.failing.Store(slowly)
 	case err == nil:
 		w.failing.Store(0)
 	}
