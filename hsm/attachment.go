@@ -29,6 +29,8 @@ type attachment struct {
 	login  chan struct{}    // has room for who logs in, in the anchor session
 	logins atomic.Int64     // when the login under way began
 	epoch  atomic.Int64     // one more with each login: handles do not outlive it
+	// witness is when a version wrapped to tell whether the token does.
+	witness atomic.Pointer[testimony]
 
 	mu      sync.Mutex
 	why     error // mu guards why and what follows

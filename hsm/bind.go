@@ -222,6 +222,9 @@ func (t *Token) locate(ctx context.Context, a *attachment, v *Version, find func
 	return handles{}, errorf(KeyNotFound, nil, "the token has no key with the ID %x of version %d of key %s", v.ID, v.Number, v.Key)
 }
 
+// selfTestAAD is what tests of keys are bound to: what they wrap is nobody's.
+const selfTestAAD = "kms-agent self-test 1"
+
 // selfTest wraps twice and opens: what a mechanism claims proves nothing, and of a public
 // key this alone tells that it goes with the private one.
 func (t *Token) selfTest(ctx context.Context, a *attachment, v *Version, keys handles) error {
@@ -230,7 +233,7 @@ func (t *Token) selfTest(ctx context.Context, a *attachment, v *Version, keys ha
 		return err
 	}
 	defer clear(material)
-	aad := []byte("kms-agent self-test 1")
+	aad := []byte(selfTestAAD)
 	var wrapped [2][]byte
 	for i := range wrapped {
 		var err error

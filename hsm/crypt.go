@@ -216,7 +216,7 @@ func (t *Token) judge(ctx context.Context, a *attachment, v *Version, err error,
 		if t.ask(ctx, a, v, wraps) == well {
 			return true, v.outage(a, err, wraps)
 		}
-		return true, errorf(Broken, err, "the token does not take what it took before")
+		return true, v.leftAlone(a, wraps, errorf(Broken, err, "the token does not take what it took before"))
 	case askCanary:
 		return t.doubt(ctx, a, v, err, unwrap, doubts)
 	case fixPIN:
@@ -229,7 +229,16 @@ func (t *Token) judge(ctx context.Context, a *attachment, v *Version, err error,
 	if code := cryptoki.Error(0); errors.As(err, &code) && !code.Policy() && t.ask(ctx, a, v, wraps) == well {
 		return true, v.outage(a, err, wraps)
 	}
-	return true, refusal(err)
+	return true, v.leftAlone(a, wraps, refusal(err))
+}
+
+// leftAlone is why a version does not wrap, for a while: what is asked and tested uses up
+// wraps, also of others. What its policy says is no such reason.
+func (v *Version) leftAlone(a *attachment, wraps bool, err error) error {
+	if wraps && KindOf(err) == Broken {
+		v.tests(a, a.token.now(), err)
+	}
+	return err
 }
 
 // stepOf is stepFor for an operation with a version. What somebody gave us to unwrap is
@@ -266,9 +275,7 @@ func (t *Token) doubt(ctx context.Context, a *attachment, v *Version, err error,
 	case ctx.Err() != nil:
 		return true, context.Cause(ctx)
 	}
-	broken := errorf(Broken, err, "the token does not do this, and is well otherwise")
-	v.tests(a, t.now(), broken) // for a while: what is asked and tested uses up wraps
-	return true, broken
+	return true, v.leftAlone(a, true, errorf(Broken, err, "the token does not do this, and is well otherwise"))
 }
 
 // refusal is what it means that nothing helps.
@@ -329,9 +336,6 @@ func (t *Token) openCanary(ctx context.Context, a *attachment, v *Version, keys 
 	clear(out)
 	switch {
 	case subtle.ConstantTimeCompare(sum[:], v.canarySum[:]) == 1:
-		if last := v.tried.Load(); last != nil && last.err == nil {
-			v.tried.CompareAndSwap(last, nil) // there was another key, and is no more
-		}
 		return nil
 	case v.Suite == GCM, v.Suite == KWP: // no other key opens these
 		return errorf(Broken, nil, "the token says that the canary of version %d of key %s opens, to something else: it must not be used", v.Number, v.Key)

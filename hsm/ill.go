@@ -2,6 +2,8 @@ package hsm
 
 import (
 	"context"
+	"crypto/rand"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"time"
@@ -37,12 +39,15 @@ func (t *Token) ill(ctx context.Context, a *attachment, v *Version, keys handles
 	if said != unwell {
 		failed = t.tryOwn(ctx, a, v, keys)
 	}
+	sick := func() error {
+		a.breaks(errorf(Unavailable, err, "the token neither opens its canary nor anything else"))
+		return errorf(Unavailable, err, "the token is not well")
+	}
 	switch {
 	case isCallers(failed):
 		return failed
 	case said == unwell, said == nobody && failed != nil:
-		a.breaks(errorf(Unavailable, err, "the token neither opens its canary nor anything else"))
-		return errorf(Unavailable, err, "the token is not well")
+		return sick()
 	}
 	for range moreCanaries {
 		switch again := t.openCanary(ctx, a, v, keys); {
@@ -54,33 +59,80 @@ func (t *Token) ill(ctx context.Context, a *attachment, v *Version, keys handles
 			return v.ailing(err, again)
 		}
 	}
-	if failed != nil {
+	if failed == nil {
+		failed = t.tryOwn(ctx, a, v, keys) // still?
+	}
+	switch {
+	case isCallers(failed):
+		return failed
+	case failed != nil && said == nobody:
+		return sick()
+	case failed != nil:
 		return v.ailing(err, failed)
 	}
 	return v.another(err)
 }
 
-// trial is what a version's own test said, and until when it counts.
+// trial is a version's own test: what it came to, or what it wrapped, and until when there
+// is none other.
 type trial struct {
-	until int64 // by the token's now
-	err   error
+	until   int64 // by the token's now
+	err     error
+	wrapped []byte
+	sum     [sha256.Size]byte // of what was wrapped
 }
 
 // trialPause is how long a version that may make so many wraps only is not tested again
 // for those who read.
 const trialPause = 10 * time.Minute
 
-// tryOwn tells whether keys open what they wrap. What took wraps that are counted is
-// remembered for long: reads must not use them up.
+// failedPause is how long a test that failed counts.
+const failedPause = time.Minute
+
+// tryOwn tells whether keys open now what they wrap. Where wraps are counted it is for long
+// the same that they open: reads must not use them up.
 func (t *Token) tryOwn(ctx context.Context, a *attachment, v *Version, keys handles) error {
 	if last := v.tried.Load(); last != nil && t.now() < last.until {
-		return last.err
+		if last.err != nil {
+			return last.err
+		}
+		return t.reopen(ctx, a, v, keys, last)
 	}
-	_, err := t.try(ctx, a, v, keys)
-	if v.Suite.maxWraps() != 0 && begun(err) && !isCallers(err) && !errors.As(err, new(uncounted)) {
-		v.tried.Store(&trial{t.now() + int64(trialPause), err})
+	material := make([]byte, 32)
+	_, _ = rand.Read(material) // never fails
+	defer clear(material)
+	if v.Suite.maxWraps() == 0 {
+		_, err := t.try(ctx, a, v, keys)
+		return err
 	}
-	return err
+	next := &trial{until: t.now() + int64(trialPause), sum: sha256.Sum256(material)}
+	if next.wrapped, next.err = t.once(ctx, a, v, v.header(), keys, nil, material, nil, []byte(selfTestAAD), false); next.err == nil {
+		next.err = t.reopen(ctx, a, v, keys, next)
+	}
+	if next.err != nil {
+		next.until = t.now() + int64(failedPause)
+	}
+	if begun(next.err) && !isCallers(next.err) && !errors.As(next.err, new(uncounted)) {
+		v.tried.Store(next)
+	}
+	return next.err
+}
+
+// reopen opens what a trial wrapped.
+func (t *Token) reopen(ctx context.Context, a *attachment, v *Version, keys handles, own *trial) error {
+	h, iv, ciphertext, err := parseWrapped(own.wrapped)
+	if err != nil {
+		return err
+	}
+	out, err := t.once(ctx, a, v, h, keys, nil, ciphertext, iv, []byte(selfTestAAD), true)
+	if err != nil {
+		return err
+	}
+	defer clear(out)
+	if sha256.Sum256(out) != own.sum {
+		return errOpen
+	}
+	return nil
 }
 
 // outage is the outage of a version, or of wraps under it, while the token serves others.
@@ -89,6 +141,7 @@ func (v *Version) outage(a *attachment, err error, wraps bool) error {
 	if !wraps {
 		only := v.ailing(err, nil)
 		v.pause(a, only)
+		v.unbind(a) // else it is used while its canary counts
 		return only
 	}
 	only := v.opensOnly(err)

@@ -36,6 +36,9 @@ const (
 // is lost, and end none that is well.
 func (t *Token) ask(ctx context.Context, a *attachment, v *Version, wraps bool) verdict {
 	began := t.now()
+	if wraps && (a.haveWrapped(began) || t.keys.served(v, began-int64(illPause), true)) {
+		return well // it costs others their wraps to ask them
+	}
 	bounded, cancel := context.WithTimeout(context.WithoutCancel(ctx), witnessTime(ctx))
 	defer cancel()
 	asked, looked, opened := 0, 0, false
@@ -46,6 +49,9 @@ func (t *Token) ask(ctx context.Context, a *attachment, v *Version, wraps bool) 
 		looked++
 		opens, err := t.testify(bounded, a, o, wraps)
 		if err == nil {
+			if wraps {
+				a.witness.Store(&testimony{a.epoch.Load(), t.now()})
+			}
 			return well
 		}
 		opened = opened || opens
@@ -62,6 +68,18 @@ func (t *Token) ask(ctx context.Context, a *attachment, v *Version, wraps bool) 
 		return nobody
 	}
 	return unwell
+}
+
+// testimony is when a version wrapped for another one, in which login.
+type testimony struct{ epoch, at int64 }
+
+// wrapsFor is how long it counts.
+const wrapsFor = 5 * time.Second
+
+// haveWrapped tells whether a version has wrapped lately for another one.
+func (a *attachment) haveWrapped(now int64) bool {
+	last := a.witness.Load()
+	return last != nil && last.epoch == a.epoch.Load() && time.Duration(now-last.at) < wrapsFor
 }
 
 // witnessTime is a part of what is left of the caller's time.
