@@ -238,7 +238,7 @@ func TestFloodOfPublicKeys(t *testing.T) {
 // Public keys that can neither be changed nor destroyed keep nobody from disabling,
 // enabling and destroying what counts; that they are there is told.
 func TestPublicKeysThatStay(t *testing.T) {
-	r, fault := newFaultyRig(t, hasty)
+	r, fault := newFaultyRig(t) // with patience for connections that are made again
 	v, m := r.key("orders", hsm.OAEPSHA1), material(32)
 	wrapped, theirs := r.wrap(v, m), r.copyOf(v)
 	theirs.MayNotEncrypt, theirs.MayNotChange, theirs.MayNotBeGone, theirs.Count = true, true, true, 20

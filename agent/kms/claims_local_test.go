@@ -1,6 +1,7 @@
 package kms_test
 
 import (
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -243,9 +244,9 @@ func TestLocalBackendsAndAClaimThatIsCached(t *testing.T) {
 			if err := p.keystore.Disable("orders", "2"); err != nil {
 				t.Fatal(err)
 			}
-			calls := 0
+			var calls atomic.Int64
 			p.a.intercept(func(call string) error {
-				if calls++; calls > 1 {
+				if calls.Add(1) > 1 {
 					return unreachable()
 				}
 				return nil
