@@ -54,7 +54,8 @@ func TestKeyReplacedBehindItsHandle(t *testing.T) {
 
 // A login and sessions that are lost are so on other tokens, too.
 func TestLoginAndSessionsLost(t *testing.T) {
-	for name, module := range map[string]func(testing.TB) *hsmtest.Token{"NSS": hsmtest.NSS, "opencryptoki": hsmtest.OpenCryptoki} {
+	// Not with NSS: it frees the keys of other sessions then, and may crash at their next use.
+	for name, module := range map[string]func(testing.TB) *hsmtest.Token{"opencryptoki": hsmtest.OpenCryptoki} {
 		t.Run(name, func(t *testing.T) {
 			k := module(t)
 			token := attach(t, k)

@@ -33,7 +33,7 @@ func keyNamed(name string) plugins.KeyRef {
 }
 
 // wrapped wraps under a key, as soon as the backend is well.
-func wrapped(t *testing.T, s *host.Supervisor, name string) (out []byte) {
+func wrapsOf(t *testing.T, s *host.Supervisor, name string) (out []byte) {
 	t.Helper()
 	eventually(t, func() (err error) {
 		out, err = s.Wrap(bounded(t), keyNamed(name), make([]byte, 32), message)
@@ -61,7 +61,7 @@ func TestIllKeyIsNoOutageOfOthers(t *testing.T) {
 	var bad, good []byte
 	t.Run("wrap", func(t *testing.T) {
 		s := r.supervised(t, fault)
-		bad, good = wrapped(t, s, "bad"), wrapped(t, s, "good")
+		bad, good = wrapsOf(t, s, "bad"), wrapsOf(t, s, "good")
 	})
 	fault.Set("ill /bad/")
 	s := r.supervised(t, fault)
@@ -97,7 +97,7 @@ func TestIllKeyWithAnyCodeIsNoOutageOfOthers(t *testing.T) {
 			}
 			fault := hsmtest.NewFault(t, "../../hsm", hsmtest.SoftHSMModule)
 			s := r.supervised(t, fault)
-			bad, good := wrapped(t, s, "bad"), wrapped(t, s, "good")
+			bad, good := wrapsOf(t, s, "bad"), wrapsOf(t, s, "good")
 			pid := s.Status().PID
 			fault.Set("ill /bad/", "ill-code "+code)
 			for range 20 {
@@ -126,7 +126,7 @@ func TestRotatedIllKeyIsNoOutageOfOthers(t *testing.T) {
 	}
 	fault := hsmtest.NewFault(t, "../../hsm", hsmtest.SoftHSMModule)
 	s := r.supervised(t, fault)
-	wrapped(t, s, "good")
+	wrapsOf(t, s, "good")
 	key := keyNamed("bad")
 	for i := range 5 { // all versions are in use
 		key.Version = fmt.Sprint(i + 1)
@@ -155,7 +155,7 @@ func TestPublicKeyThatIsGoneIsNoOutageOfOthers(t *testing.T) {
 	r.must(request{Command: "init-key", Key: "good"})
 	id := r.must(request{Command: "init-key", Key: "bad", Suite: "rsa-oaep-sha1"}).Keys[0].Versions[0].ID
 	s := r.supervised(t, hsmtest.NewFault(t, "../../hsm", hsmtest.SoftHSMModule))
-	bad, good := wrapped(t, s, "bad"), wrapped(t, s, "good")
+	bad, good := wrapsOf(t, s, "bad"), wrapsOf(t, s, "good")
 	pid := s.Status().PID
 	r.Run("pkcs11-tool", "--module", hsmtest.SoftHSMModule, "--token-label", hsmtest.Label, "--delete-object", "--type", "pubkey", "--id", id)
 	for range 20 {
@@ -185,7 +185,7 @@ func TestDamagedCountsAreNoOutageOfUnwraps(t *testing.T) {
 	r.must(request{Command: "init-key", Key: "orders"})
 	fault := hsmtest.NewFault(t, "../../hsm", hsmtest.SoftHSMModule)
 	var sealed []byte
-	t.Run("wrap", func(t *testing.T) { sealed = wrapped(t, r.supervised(t, fault), "orders") })
+	t.Run("wrap", func(t *testing.T) { sealed = wrapsOf(t, r.supervised(t, fault), "orders") })
 	if err := os.WriteFile(filepath.Join(r.state(), "wraps.json"), []byte("{"), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -212,7 +212,7 @@ func TestOutageIsNotOfOneKey(t *testing.T) {
 	}
 	fault := hsmtest.NewFault(t, "../../hsm", hsmtest.SoftHSMModule)
 	s := r.supervised(t, fault)
-	bad, good := wrapped(t, s, "bad"), wrapped(t, s, "good")
+	bad, good := wrapsOf(t, s, "bad"), wrapsOf(t, s, "good")
 	fault.Set("C_Decrypt rv=0x05", "C_Encrypt rv=0x05")
 	eventually(t, func() error {
 		_, first := s.Unwrap(bounded(t), keyNamed("bad"), bad, message)
@@ -277,7 +277,7 @@ func TestSlowFailureIsAttachedAgain(t *testing.T) {
 	s := r.supervised(t, fault, func(cfg *host.Config) { cfg.CallTimeout = 2 * time.Second }) // the agent's
 	var c []byte
 	for i := range 18 {
-		c = wrapped(t, s, fmt.Sprintf("k%d", i))
+		c = wrapsOf(t, s, fmt.Sprintf("k%d", i))
 	}
 	fault.Set("C_DecryptInit rv=0x6 sleep_ms=120")
 	fault.Calls()
