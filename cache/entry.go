@@ -214,10 +214,15 @@ func (c *Cache) removeLocked(e *entry) {
 // evictLocked removes every entry that match accepts, and counts them. What is
 // being asked for is not kept either.
 func (c *Cache) evictLocked(match func(Slot) bool) int {
+	return c.evictOfLocked(match, func(any) bool { return true })
+}
+
+// evictOfLocked is evictLocked for the entries whose origin is accepted, too.
+func (c *Cache) evictOfLocked(match func(Slot) bool, origin func(any) bool) int {
 	n, kept := 0, false
 	for _, a := range c.authorities {
 		for _, e := range slices.Backward(a.entries) {
-			if match(e.place.Slot) {
+			if match(e.place.Slot) && origin(e.origin) {
 				kept = kept || e.stored()
 				c.removeLocked(e)
 				n++
@@ -306,33 +311,10 @@ func (c *Cache) Retire(backend, wrappingKey string, match func(origin any) bool)
 func (c *Cache) EvictOrigins(backend, wrappingKey string, match func(origin any) bool) int {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	of := func(a Authority) bool {
+	return c.evictOfLocked(func(s Slot) bool {
+		a := s.Authority
 		return a.Backend == backend && a.WrappingKey == wrappingKey && a.Direction == Decrypt
-	}
-	n, kept := 0, false
-	for name, a := range c.authorities {
-		if !of(name) {
-			continue
-		}
-		for _, e := range slices.Backward(a.entries) {
-			if match(e.origin) {
-				kept = kept || e.stored()
-				c.removeLocked(e)
-				n++
-			}
-		}
-	}
-	for f := range c.filling {
-		if of(f.place.Authority) {
-			f.dropped = true
-			c.closeFillLocked(f)
-		}
-	}
-	c.stats.Evictions += uint64(n)
-	if kept && !c.closed {
-		c.changedLocked(atOnce)
-	}
-	return n
+	}, match)
 }
 
 // EvictVersions destroys the data keys for encryption of a wrapping key in every

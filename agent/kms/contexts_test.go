@@ -64,10 +64,7 @@ func (p *pair) guard() *guarded {
 	p.t.Helper()
 	g := newGuarded(p.b)
 	p.config.Backends["b"] = g
-	rule := everything()
-	rule.Callers = append(rule.Callers, stranger)
-	p.config.Policy = compile(p.t, rule)
-	p.apply()
+	p.lets(stranger)
 	return g
 }
 
@@ -194,10 +191,7 @@ func TestManyContextsAndTheStore(t *testing.T) {
 			g := newGuarded(p.b)
 			r.config.Backends["b"] = g
 			r.config.Keys[0].Wraps = r.config.Keys[0].Wraps[1:]
-			rule := everything()
-			rule.Callers = append(rule.Callers, stranger)
-			r.config.Policy = compile(t, rule)
-			r.apply()
+			r.lets(stranger)
 			bad, _ := p.exported("evil")
 			good, honest := p.exported("good")
 			made := p.must()

@@ -27,6 +27,19 @@ func (u *picky) Wrap(ctx context.Context, key plugins.KeyRef, plaintext []byte, 
 	return u.troubled.Wrap(ctx, key, plaintext, b)
 }
 
+// crowd returns another agent with so many callers, who have a message each.
+func (p *pair) crowd(many int) (q *pair, ids []string, messages [][]byte) {
+	p.t.Helper()
+	for i := range many {
+		messages = append(messages, p.must().Message)
+		p.forget()
+		ids = append(ids, fmt.Sprintf("spiffe://example.org/ns/shop/sa/w%d", i))
+	}
+	q = p.again()
+	q.lets(ids...)
+	return q, ids, messages
+}
+
 // A caller asks for data keys in a context that one backend denies, a few times at
 // once: each no is newer than the question whose yes would undo the one before. Nobody else
 // encrypts with the key any more, though its data key is cached and was confirmed just now.
@@ -39,10 +52,7 @@ func TestADeniedContextSuspendsNobodyElse(t *testing.T) {
 				if !two {
 					p.config.Keys[0].Wraps = p.config.Keys[0].Wraps[1:]
 				}
-				rule := everything()
-				rule.Callers = append(rule.Callers, stranger)
-				p.config.Policy = compile(p.t, rule)
-				p.apply()
+				p.lets(stranger)
 				p.must()
 				p.a.slow(50 * time.Millisecond)
 				p.b.slow(50 * time.Millisecond)
@@ -94,18 +104,7 @@ func TestAYesIsNotOutrun(t *testing.T) {
 	for name, many := range map[string]int{"few callers": 2, "a dozen": 12, "many": 40} {
 		t.Run(name, func(t *testing.T) {
 			inBubble(t, func(p *pair) {
-				var messages [][]byte
-				var ids []string
-				for i := range many {
-					messages = append(messages, p.must().Message)
-					p.forget()
-					ids = append(ids, fmt.Sprintf("spiffe://example.org/ns/shop/sa/w%d", i))
-				}
-				q := p.again()
-				rule := everything()
-				rule.Callers = append(rule.Callers, ids...)
-				q.config.Policy = compile(p.t, rule)
-				q.apply()
+				q, ids, messages := p.crowd(many)
 				run, end := context.WithCancel(p.t.Context())
 				var under sync.WaitGroup
 				under.Go(func() { _ = q.Run(run) })
@@ -171,18 +170,7 @@ func TestAYesIsNotOutrun(t *testing.T) {
 func TestReasonsDoNotGrow(t *testing.T) {
 	const callers, rounds = 20, 60
 	p := newPair(t, 1)
-	var messages [][]byte
-	var ids []string
-	for i := range callers {
-		messages = append(messages, p.must().Message)
-		p.forget()
-		ids = append(ids, fmt.Sprintf("spiffe://example.org/ns/shop/sa/w%d", i))
-	}
-	q := p.again()
-	rule := everything()
-	rule.Callers = append(rule.Callers, ids...)
-	q.config.Policy = compile(t, rule)
-	q.apply()
+	q, ids, messages := p.crowd(callers)
 	longest := 0
 	round := func() {
 		for i, id := range ids {
@@ -219,10 +207,7 @@ func TestReasonsDoNotGrow(t *testing.T) {
 // first backend answers: an answer of the agent's own is none. Here: after a restart.
 func TestAPausedQuestionIsNoOutage(t *testing.T) {
 	p, r := newStoredPair(t)
-	rule := everything()
-	rule.Callers = append(rule.Callers, stranger)
-	p.config.Policy = compile(t, rule)
-	p.apply()
+	p.lets(stranger)
 	made := p.must().Message
 	p.forget()
 	other := p.must().Message

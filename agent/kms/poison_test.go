@@ -69,10 +69,7 @@ func TestManyDeniedContextsKeepNobodyOut(t *testing.T) {
 	bad, evil := p.exported("evil")
 	good, honest := p.exported("good")
 	q := p.again()
-	rule := everything()
-	rule.Callers = append(rule.Callers, stranger)
-	q.config.Policy = compile(t, rule)
-	q.apply()
+	q.lets(stranger)
 	p.b.intercept(decryptOnly)
 	p.b.refuse(func(ciphertext []byte) error {
 		if !bytes.Equal(ciphertext, good.EDKs[1].Ciphertext) {

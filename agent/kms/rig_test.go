@@ -314,6 +314,15 @@ func (r *rig) apply() {
 	}
 }
 
+// lets allows further callers what the orders workload may do.
+func (r *rig) lets(ids ...string) {
+	r.t.Helper()
+	rule := everything()
+	rule.Callers = append(rule.Callers, ids...)
+	r.config.Policy = compile(r.t, rule)
+	r.apply()
+}
+
 func newKeystore(t testing.TB, dir string, names ...string) *local.Keystore {
 	t.Helper()
 	if err := local.CreateKeyFile(filepath.Join(dir, "seal")); err != nil {
