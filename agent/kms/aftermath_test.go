@@ -23,26 +23,7 @@ func TestARetiredVersionAndRestarts(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			p, r := newStoredPair(t)
-			old := p.must().Message
-			if _, err := p.keystore.Rotate("orders"); err != nil {
-				t.Fatal(err)
-			}
-			p.clock.Advance(6 * time.Minute)
-			p.must()
-			if c.retired {
-				if err := p.keystore.Disable("orders", "1"); err != nil {
-					t.Fatal(err)
-				}
-			}
-			for range 3 {
-				p.clock.Advance(6 * time.Minute)
-				_, _ = p.decrypt(old)
-				p.Settle()
-			}
-			fresh := p.must().Message
-			if _, err := p.decrypt(fresh); err != nil {
-				t.Fatal(err)
-			}
+			fresh := p.rotated(c.retired)
 			p.a.fail(unreachable())
 			next := &troubled{Backend: p.a.Backend}
 			next.fail(unreachable())

@@ -67,32 +67,40 @@ func TestLocalBackendsAndAClaim(t *testing.T) {
 	}
 }
 
+// rotated has the first backend rotated, its old version retired or not, which somebody's old
+// message has tell, and returns a message under the new one.
+func (p *pair) rotated(retired bool) (fresh []byte) {
+	p.t.Helper()
+	old := p.must().Message
+	if _, err := p.keystore.Rotate("orders"); err != nil {
+		p.t.Fatal(err)
+	}
+	p.clock.Advance(6 * time.Minute)
+	p.must()
+	if retired {
+		if err := p.keystore.Disable("orders", "1"); err != nil {
+			p.t.Fatal(err)
+		}
+	}
+	for range 3 {
+		p.clock.Advance(6 * time.Minute)
+		_, _ = p.decrypt(old)
+		p.Settle()
+	}
+	fresh = p.must().Message
+	if _, err := p.decrypt(fresh); err != nil {
+		p.t.Fatal(err)
+	}
+	return fresh
+}
+
 // Two local backends: version 1 of the first is retired as planned, version 2 is in use. The
 // first goes away and its settings are reloaded: the second serves.
 func TestLocalBackendsAndARetiredVersion(t *testing.T) {
 	for name, c := range map[string]struct{ retired, reload bool }{"control: no reload": {true, false}, "control: nothing retired": {false, true}, "both": {true, true}} {
 		t.Run(name, func(t *testing.T) {
 			p := newPair(t, 1)
-			old := p.must().Message
-			if _, err := p.keystore.Rotate("orders"); err != nil {
-				t.Fatal(err)
-			}
-			p.clock.Advance(6 * time.Minute)
-			p.must()
-			if c.retired {
-				if err := p.keystore.Disable("orders", "1"); err != nil {
-					t.Fatal(err)
-				}
-			}
-			for range 3 {
-				p.clock.Advance(6 * time.Minute)
-				_, _ = p.decrypt(old)
-				p.Settle()
-			}
-			fresh := p.must().Message
-			if _, err := p.decrypt(fresh); err != nil {
-				t.Fatal(err)
-			}
+			fresh := p.rotated(c.retired)
 			p.a.fail(unreachable())
 			if c.reload {
 				next := &troubled{Backend: p.a.Backend}
