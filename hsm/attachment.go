@@ -3,6 +3,7 @@ package hsm
 import (
 	"context"
 	"errors"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -18,17 +19,18 @@ type attachment struct {
 	since  int64 // by the token's now
 	slot   uint
 	info   cryptoki.Token
-	anchor cryptoki.Session // of who has login
-	places chan struct{}    // one for each session that may still be used
-	broken chan struct{}    // closed by breaks
-	worked atomic.Bool      // key material was wrapped or unwrapped
-	wraps  atomic.Bool      // key material was wrapped
-	failed atomic.Bool      // a wrap failed, which may have broken it
-	read   atomic.Bool      // manage did something
-	unread atomic.Bool      // what manage does has broken it
-	login  chan struct{}    // has room for who logs in, in the anchor session
-	logins atomic.Int64     // when the login under way began
-	epoch  atomic.Int64     // one more with each login: handles do not outlive it
+	anchor cryptoki.Session      // of who has login
+	places chan struct{}         // one for each session that may still be used
+	spare  [spares]chan struct{} // one more for lookers, and one for askers; none where there is but one place
+	broken chan struct{}         // closed by breaks
+	worked atomic.Bool           // key material was wrapped or unwrapped
+	wraps  atomic.Bool           // key material was wrapped
+	failed atomic.Bool           // a wrap failed, which may have broken it
+	read   atomic.Bool           // manage did something
+	unread atomic.Bool           // what manage does has broken it
+	login  chan struct{}         // has room for who logs in, in the anchor session
+	logins atomic.Int64          // when the login under way began
+	epoch  atomic.Int64          // one more with each login: handles do not outlive it
 	// witness is when a version wrapped to tell whether the token does.
 	witness atomic.Pointer[testimony]
 
@@ -39,6 +41,7 @@ type attachment struct {
 	empty   chan struct{} // closed when broken and live is empty
 	short   int           // workers among live that got no session
 	away    int           // places without a session, for now
+	noSpare [spares]bool  // the same of the spare ones
 	shortAt int64         // when the token last had no session for us
 }
 
@@ -53,16 +56,52 @@ func newAttachment(t *Token, slot uint, info cryptoki.Token, anchor cryptoki.Ses
 	for range sessions {
 		a.places <- struct{}{}
 	}
+	for i := range a.spare {
+		a.spare[i] = make(chan struct{}, 1)
+		if sessions > 1 { // else the module may be one that must be alone with its thread
+			a.spare[i] <- struct{}{}
+		}
+	}
 	return a
+}
+
+// role is what an operation is for.
+type role uint8
+
+const (
+	caller role = iota
+	again       // the same, of one who has waited for a look
+	looker      // a look at a version
+	asker       // a question whether the token serves another version
+)
+
+// spares are the sessions beside those for callers: who finds out what is wrong does not
+// wait for calls that may be slow for that very reason.
+const spares = 2
+
+type roleKey struct{}
+
+func as(ctx context.Context, r role) context.Context { return context.WithValue(ctx, roleKey{}, r) }
+
+func roleOf(ctx context.Context) role {
+	r, _ := ctx.Value(roleKey{}).(role)
+	return r
 }
 
 // acquire returns a worker that is the caller's until release or discard.
 func (a *attachment) acquire(ctx context.Context) (*worker, error) {
+	place := a.places
 	select {
-	case <-a.places:
+	case <-place:
 	default:
+		var spare chan struct{}
+		if r := roleOf(ctx); r >= looker {
+			spare = a.spare[r-looker]
+		}
 		select {
-		case <-a.places:
+		case <-place:
+		case <-spare:
+			place = spare
 		case <-ctx.Done():
 			return nil, context.Cause(ctx)
 		case <-a.broken:
@@ -72,19 +111,21 @@ func (a *attachment) acquire(ctx context.Context) (*worker, error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if a.why != nil {
-		a.places <- struct{}{}
+		place <- struct{}{}
 		return nil, a.why
 	}
 	if n := len(a.idle); n > 0 {
 		w := a.idle[n-1]
 		a.idle = a.idle[:n-1]
+		w.place = place
 		return w, nil
 	}
 	w, err := newWorker(a)
 	if err != nil {
-		a.places <- struct{}{}
+		place <- struct{}{}
 		return nil, errorf(Unavailable, err, "a session's memory")
 	}
+	w.place = place
 	a.live[w] = struct{}{}
 	return w, nil
 }
@@ -98,8 +139,9 @@ func (a *attachment) release(w *worker) {
 		return
 	}
 	a.idle = append(a.idle, w)
+	place := w.place
 	a.mu.Unlock()
-	a.places <- struct{}{}
+	place <- struct{}{}
 }
 
 // discard gives up a session. Its place is free once the module has let go of it.
@@ -122,11 +164,13 @@ func (a *attachment) gone(w *worker) {
 		}
 		return
 	}
-	if w.short && len(a.live) > a.short {
+	if !w.short || len(a.live) <= a.short {
+		w.place <- struct{}{}
+	} else if i := slices.Index(a.spare[:], w.place); i >= 0 {
+		a.noSpare[i] = true
+	} else {
 		a.away++ // others have sessions, for which is waited
-		return
 	}
-	a.places <- struct{}{}
 }
 
 // shrinks says that the token has no session for a worker, which will be discarded. Places
@@ -158,6 +202,12 @@ func (a *attachment) regains() {
 	}
 	for ; a.away > 0; a.away-- {
 		a.places <- struct{}{}
+	}
+	for i, no := range a.noSpare {
+		if no {
+			a.noSpare[i] = false
+			a.spare[i] <- struct{}{}
+		}
 	}
 }
 

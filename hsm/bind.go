@@ -40,7 +40,10 @@ func (v *Version) out(a *attachment, wrap bool) error {
 	if err := v.pausing(a); err != nil {
 		return err
 	}
-	if b := v.bound(a, wrap); b != nil && wrap && OfVersion(b.unfit) {
+	if !wrap {
+		return nil
+	}
+	if b := v.proven(a, true); b != nil && OfVersion(b.unfit) {
 		return b.unfit
 	}
 	return nil
@@ -94,88 +97,103 @@ func (t *Token) bind(ctx context.Context, a *attachment, v *Version, wrap bool) 
 	if err := v.pausing(a); err != nil {
 		return handles{}, err
 	}
-	select {
-	case v.search <- struct{}{}:
-	default:
-		// Somebody else opens the canary just now. What it said a moment ago will do.
+	if v.look.Load() != nil {
+		// Somebody opens the canary just now. What it said a moment ago will do.
 		if b := v.provenWithin(a, wrap, 2*provenFor); b != nil {
 			return b.serve(wrap)
 		}
-		select {
-		case v.search <- struct{}{}:
-		case <-ctx.Done():
-			return handles{}, context.Cause(ctx)
-		}
 	}
-	defer func() { <-v.search }()
-	if err := v.pausing(a); err != nil {
+	b, err := t.look(ctx, a, v, wrap, false)
+	if err != nil {
 		return handles{}, err
-	}
-	b := v.proven(a, false)
-	if b == nil {
-		var err error
-		if b, err = t.prove(ctx, a, v); err != nil {
-			return handles{}, err
-		}
-	}
-	if wrap && v.proven(a, true) == nil {
-		var err error
-		if b, err = t.test(ctx, a, v, b); err != nil {
-			return handles{}, err
-		}
 	}
 	return b.serve(wrap)
 }
 
-// prove binds keys that open the canary now. Where they do not there is no binding. The
-// caller has v.search.
-func (t *Token) prove(ctx context.Context, a *attachment, v *Version) (*binding, error) {
-	b := &binding{a: a, epoch: a.epoch.Load(), opened: t.now()}
+// prove binds keys that open the canary now. Where they do not there is no binding.
+func (t *Token) prove(ctx context.Context, l *look) (*binding, error) {
+	a, v := l.a, l.v
+	b := &binding{a: a, epoch: l.epoch, opened: t.now()}
 	err := error(nil)
 	if before := v.bound(a, false); before != nil {
 		b.keys, b.tested, b.unfit = before.keys, before.tested, before.unfit
+		if err = t.openCanary(ctx, a, v, b.keys); t.mayBeOthers(ctx, l, err) {
+			b.tested, b.unfit = 0, nil
+			err = t.proveFound(ctx, l, b)
+		}
 	} else {
-		b.keys, err = t.locate(ctx, a, v, v.find)
+		err = t.proveFound(ctx, l, b)
 	}
-	if err == nil {
-		if err = t.openCanary(ctx, a, v, b.keys); err != nil {
-			err = t.strange(ctx, a, v, b.keys, err)
-		}
-	}
-	if OfVersion(err) {
+	switch {
+	case err == nil:
+		v.illness.Store(nil)
+		v.handles.Store(b)
+		return b, nil
+	case OfVersion(err):
 		v.pause(a, err)
+	case KindOf(err) == KeyUnusable, KindOf(err) == KeyNotFound:
+		v.illness.Store(nil) // it was guessed to be one
 	}
-	if err != nil {
-		if !isCallers(err) {
-			v.unbind(a)
-		}
-		return nil, err
+	if !isCallers(err) {
+		v.unbind(a)
 	}
-	v.handles.Store(b)
-	return b, nil
+	return nil, err
+}
+
+// mayBeOthers tells whether handles that are known may be those of another key, by what
+// their canary failed with. Where that may be the token's doing, another key is asked first.
+func (t *Token) mayBeOthers(ctx context.Context, l *look, err error) bool {
+	s := stepFor(err)
+	switch {
+	case err == nil, isCallers(err):
+		return false
+	case s == refuse, s == giveUp:
+		return true
+	case s != askCanary && s != reconnect:
+		return false
+	case t.ask(ctx, l.a, l.v, false) != well:
+		_ = l.a.lost(err)
+		return false
+	}
+	l.ails(err)
+	return true
+}
+
+// proveFound looks for the keys of a version, and has them open its canary.
+func (t *Token) proveFound(ctx context.Context, l *look, b *binding) (err error) {
+	if b.keys, err = t.locate(ctx, l.a, l.v, l.v.find); err != nil {
+		return err
+	}
+	if err = t.openCanary(ctx, l.a, l.v, b.keys); err != nil {
+		err = t.strange(ctx, l, b.keys, err)
+	}
+	return err
 }
 
 // test finds out whether the keys of a binding wrap. What it fails with is about a wrap:
-// they go on opening. The caller has v.search.
-func (t *Token) test(ctx context.Context, a *attachment, v *Version, b *binding) (*binding, error) {
+// they go on opening.
+func (t *Token) test(ctx context.Context, l *look, b *binding) (*binding, error) {
 	next := *b
 	next.unfit, next.tested = nil, t.now()
-	keys, err := t.try(ctx, a, v, b.keys)
+	keys, err := t.try(ctx, l.a, l.v, b.keys)
+	if s := stepFor(err); err != nil && (s == reconnect || s == askCanary) {
+		keys, err = t.tryAgain(ctx, l, b.keys, err)
+	}
 	switch {
 	case err == nil:
 		next.keys = keys
+	case isCallers(err), ctx.Err() != nil, errors.As(err, new(uncounted)):
+		return nil, err
 	case denied(err):
 		next.unfit = refusal(err) // a key whose CKA_ENCRYPT was taken away opens all the same
-	case errors.Is(err, errNoPublic):
+	case errors.Is(err, errNoPublic), OfVersion(err):
 		next.unfit = err
 	default:
-		if !isCallers(err) && ctx.Err() == nil && !errors.As(err, new(uncounted)) {
-			next.tested = 0 // nobody wraps with what has just failed
-			v.handles.CompareAndSwap(b, &next)
-		}
+		next.tested = 0 // nobody wraps with what has just failed
+		l.v.handles.CompareAndSwap(b, &next)
 		return nil, err
 	}
-	v.handles.CompareAndSwap(b, &next) // else somebody found them stale meanwhile
+	l.v.handles.CompareAndSwap(b, &next) // else somebody found them stale meanwhile
 	return &next, nil
 }
 

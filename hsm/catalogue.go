@@ -134,7 +134,7 @@ func parseKey(b []byte) (*Key, error) {
 }
 
 func (e versionRecord) version(key string) (*Version, error) {
-	v := &Version{Key: key, Number: e.Version, Created: e.Created, canary: e.Canary, takes: e.Takes, search: make(chan struct{}, 1)}
+	v := &Version{Key: key, Number: e.Version, Created: e.Created, canary: e.Canary, takes: e.Takes}
 	var errs [3]error
 	v.Suite, errs[0] = ParseSuite(e.Suite)
 	v.State, errs[1] = parseState(e.State)

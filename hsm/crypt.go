@@ -66,6 +66,12 @@ func (t *Token) crypt(ctx context.Context, v *Version, h header, dst, in, iv, aa
 				return out, nil
 			}
 		}
+		if last = err; errors.Is(err, errDoubted) {
+			if err = v.awaitLook(ctx, a, !unwrap); err == nil {
+				ctx = as(ctx, again)
+				continue
+			}
+		}
 		if !unwrap && stepFor(err) != giveUp {
 			a.failed.Store(true)
 		}
@@ -117,6 +123,9 @@ func begun(err error) bool {
 	return !errors.As(err, &call) || call.Function != "C_EncryptInit" && call.Function != "C_OpenSession"
 }
 
+// errDoubted says that a call was not made, as a look takes long at what failed with another.
+var errDoubted = errors.New("the version is being examined")
+
 // once does one operation in one session. It counts wraps.
 func (t *Token) once(ctx context.Context, a *attachment, v *Version, h header, keys handles, dst, in, iv, aad []byte, unwrap bool) ([]byte, error) {
 	if !unwrap {
@@ -128,6 +137,11 @@ func (t *Token) once(ctx context.Context, a *attachment, v *Version, h header, k
 	if err != nil {
 		t.uncount(v, unwrap)
 		return nil, err
+	}
+	if v.doubted() && roleOf(ctx) == caller {
+		a.release(w)
+		t.uncount(v, unwrap)
+		return nil, errDoubted
 	}
 	began := t.now()
 	w.aad = h.appendAAD(w.aad[:0], aad)
@@ -175,7 +189,7 @@ func (t *Token) judge(ctx context.Context, a *attachment, v *Version, err error,
 	if ctx.Err() != nil {
 		return true, context.Cause(ctx)
 	}
-	if errors.As(err, new(uncounted)) || OfVersion(err) {
+	if errors.As(err, new(uncounted)) || OfVersion(err) || errors.Is(err, errSlow) {
 		return true, err
 	}
 	if s := stepFor(err); v.byPublic(err) && (s == giveUp || s == refuse) {
@@ -201,14 +215,13 @@ func (t *Token) judge(ctx context.Context, a *attachment, v *Version, err error,
 		}
 		return false, err
 	case reconnect:
-		if t.ask(ctx, a, v, wraps) != well {
-			a.breaks(errorf(Unavailable, err, "the connection to the token is lost"))
-			return false, err
+		if t.ask(ctx, a, v, false) != well {
+			return false, a.lost(err)
 		}
 		if *doubts++; *doubts == 1 {
 			return false, err
 		}
-		return true, v.outage(a, err, wraps)
+		return true, v.outage(a, err, false)
 	case refuse:
 		if unwrap {
 			return true, errOpen
@@ -241,39 +254,34 @@ func (v *Version) leftAlone(a *attachment, wraps bool, err error) error {
 	return err
 }
 
-// stepOf is stepFor for an operation with a version. What somebody gave us to unwrap is
-// no reason for another connection and says nothing of the key, whatever the token makes
-// of it: where the keys are known only a canary does.
+// stepOf is stepFor for an operation with a version. Where its keys are known a look tells
+// what is wrong. What somebody gave us to unwrap is no reason for another connection and
+// says nothing of the key, whatever the token makes of it.
 func (t *Token) stepOf(a *attachment, v *Version, err error, unwrap bool) step {
 	s := stepFor(err)
-	if unwrap && v.bound(a, false) != nil && (s == reconnect || s == giveUp && errors.As(err, new(cryptoki.Error))) {
+	if v.bound(a, false) != nil && (s == reconnect || unwrap && s == giveUp && errors.As(err, new(cryptoki.Error))) {
 		return askCanary
 	}
 	return s
 }
 
-// doubt lets the canary decide between the data and the token.
+// doubt lets a look decide between the data and the key or the token.
 func (t *Token) doubt(ctx context.Context, a *attachment, v *Version, err error, unwrap bool, doubts *int) (final bool, _ error) {
-	if a.cause() != nil {
-		return false, err
+	if a.cause() != nil || v.bound(a, false) == nil {
+		return false, err // it will be looked for, with its canary
 	}
-	if t.canary(ctx, a, v) != nil {
-		return false, err // it has done what there is to do
+	b, seen := t.look(ctx, a, v, !unwrap, true)
+	if seen == nil {
+		_, seen = b.serve(!unwrap)
+	}
+	if seen != nil {
+		return t.judge(ctx, a, v, seen, false, doubts)
 	}
 	if *doubts++; *doubts == 1 {
 		return false, err
 	}
 	if unwrap {
 		return true, errOpen
-	}
-	said := t.ask(ctx, a, v, true)
-	switch {
-	case a.over():
-		return false, err
-	case said == well, said == nobody && v.byPublic(err): // then it may be a stranger's doing
-		return true, v.outage(a, err, true)
-	case ctx.Err() != nil:
-		return true, context.Cause(ctx)
 	}
 	return true, v.leftAlone(a, true, errorf(Broken, err, "the token does not do this, and is well otherwise"))
 }
@@ -288,35 +296,6 @@ func refusal(err error) error {
 		return errorf(KeyUnusable, err, "the token does not let this version of the key be used: see docs/hsm.md for the code")
 	}
 	return errorf(Broken, err, "the token does not take what it must: see docs/hsm.md for the code")
-}
-
-// canary opens what was wrapped when the version was made. Only this tells whether
-// token and key are well. Where they are not, it sees to a new attachment.
-func (t *Token) canary(ctx context.Context, a *attachment, v *Version) error {
-	b := v.bound(a, false)
-	if b == nil {
-		return errors.New("the key is not found yet") // it will be, with a canary
-	}
-	err := t.openCanary(ctx, a, v, b.keys)
-	if err == nil || isCallers(err) {
-		return err
-	}
-	switch stepFor(err) {
-	case findAgain:
-		v.unbind(a)
-	case loginAgain:
-		return errors.Join(err, t.relogin(ctx, a))
-	case newSession, fewer:
-	case refuse, giveUp:
-		v.unbind(a) // another key has its place, or it may not be used any more
-	default:
-		if t.ask(ctx, a, v, false) == well {
-			v.unbind(a) // so that is found out what ails it
-		} else {
-			a.breaks(errorf(Unavailable, err, "the token does not open what it has wrapped itself"))
-		}
-	}
-	return err
 }
 
 // openCanary opens the canary of v under keys.

@@ -9,6 +9,9 @@ import (
 	"github.com/kms-agent/kms-agent/hsm/internal/cryptoki"
 )
 
+// errSlow says that a version could not be examined in time.
+var errSlow = errors.New("the module is slow, or all sessions are in use")
+
 // Kind says what an error means for the key.
 type Kind uint8
 

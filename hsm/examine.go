@@ -14,6 +14,7 @@ import (
 // A connection that turns out to be lost is made anew, and one that is lost already is
 // tried again soon.
 func (t *Token) Check(ctx context.Context) error {
+	ctx = as(ctx, looker)
 	var last error
 	for range attempts {
 		a, err := t.attachedAgain(ctx)
@@ -43,13 +44,14 @@ func (t *Token) examine(ctx context.Context, a *attachment) error {
 // examineWith is examine with a version, which wraps where that is what failed. What
 // neither sessions, handles nor logins cure is cured by another connection, if at all.
 func (t *Token) examineWith(ctx context.Context, a *attachment, v *Version, wrap bool) error {
+	ctx = as(ctx, looker)
 	var last error
 	for range attempts {
-		keys, err := t.bind(ctx, a, v, false)
+		b, err := t.look(ctx, a, v, false, true)
 		if err != nil {
 			_, err = t.judge(ctx, a, v, err, false, new(int))
-		} else if err = t.canary(ctx, a, v); err == nil && wrap {
-			if _, err = t.try(ctx, a, v, keys); errors.As(err, new(uncounted)) || denied(err) || OfVersion(err) {
+		} else if wrap {
+			if _, err = t.try(ctx, a, v, b.keys); errors.As(err, new(uncounted)) || denied(err) || OfVersion(err) {
 				err = nil // the token answers
 			}
 		}

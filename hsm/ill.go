@@ -11,15 +11,43 @@ import (
 
 // strange says what a canary that does not open means: another key, or one or a token that
 // is not well. It returns nil where it opens after all.
-func (t *Token) strange(ctx context.Context, a *attachment, v *Version, keys handles, err error) error {
+func (t *Token) strange(ctx context.Context, l *look, keys handles, err error) error {
 	switch s := stepFor(err); {
 	case isCallers(err):
 	case errors.Is(err, errOpen), s == refuse:
-		return v.another(err)
+		return l.v.another(err)
 	case s == askCanary:
-		return t.ill(ctx, a, v, keys, err)
+		return t.ill(ctx, l, keys, err)
+	case s == reconnect:
+		return t.lost(ctx, l, keys, err)
 	}
 	return err
+}
+
+// lost returns what it means that a canary fails as those of lost connections do.
+func (t *Token) lost(ctx context.Context, l *look, keys handles, err error) error {
+	if t.ask(ctx, l.a, l.v, false) != well {
+		return l.a.lost(err)
+	}
+	l.ails(err)
+	again := t.openCanary(ctx, l.a, l.v, keys)
+	if s := stepFor(again); again == nil || isCallers(again) || s != reconnect && s != askCanary {
+		return again
+	}
+	return l.v.ailing(err, nil)
+}
+
+// lost ends an attachment whose connection is lost.
+func (a *attachment) lost(err error) error {
+	why := errorf(Unavailable, err, "the connection to the token is lost")
+	a.breaks(why)
+	return why
+}
+
+// ails says that it will most likely be an outage of the version.
+func (l *look) ails(err error) {
+	only := l.v.ailing(err, nil)
+	l.suspects(only, func() { l.v.pause(l.a, only) })
 }
 
 // another says that the key of a version is another one.
@@ -34,8 +62,12 @@ const moreCanaries = 2
 // token's. They are others where they open what they wrap, and fail in the same way again
 // and again; that they do not wrap proves nothing. Where no other version is served either
 // it is an outage of the token.
-func (t *Token) ill(ctx context.Context, a *attachment, v *Version, keys handles, err error) error {
+func (t *Token) ill(ctx context.Context, l *look, keys handles, err error) error {
+	a, v := l.a, l.v
 	said, failed := t.ask(ctx, a, v, false), error(nil)
+	if said == well {
+		l.ails(err)
+	}
 	if said != unwell {
 		failed = t.tryOwn(ctx, a, v, keys)
 	}
@@ -144,12 +176,41 @@ func (v *Version) outage(a *attachment, err error, wraps bool) error {
 		v.unbind(a) // else it is used while its canary counts
 		return only
 	}
-	only := v.opensOnly(err)
-	if v.byPublic(err) {
-		only = v.noPublic(err)
-	}
+	only := v.unableToWrap(err)
 	v.tests(a, a.token.now(), only)
 	return only
+}
+
+// unableToWrap is the outage of wraps under a version.
+func (v *Version) unableToWrap(err error) error {
+	if v.byPublic(err) {
+		return v.noPublic(err)
+	}
+	return v.opensOnly(err)
+}
+
+// tryAgain says what it means that keys which open did not wrap, for a reason that may be
+// the token's. They are tried again.
+func (t *Token) tryAgain(ctx context.Context, l *look, keys handles, err error) (handles, error) {
+	a, v := l.a, l.v
+	said := t.ask(ctx, a, v, true)
+	only := said == well || said == nobody && v.byPublic(err) // then it may be a stranger's doing
+	switch {
+	case a.over():
+		return keys, err
+	case only:
+		l.suspects(v.unableToWrap(err), func() { v.tests(a, t.now(), v.unableToWrap(err)) })
+	case stepFor(err) == reconnect:
+		return keys, a.lost(err)
+	}
+	found, again := t.try(ctx, a, v, keys)
+	switch s := stepFor(again); {
+	case again == nil, isCallers(again), s != reconnect && s != askCanary:
+		return found, again
+	case only:
+		return keys, v.unableToWrap(err)
+	}
+	return keys, v.leftAlone(a, true, errorf(Broken, err, "the token does not do this, and is well otherwise"))
 }
 
 // ailing is the outage of one version.
@@ -181,6 +242,14 @@ type illness struct {
 	epoch int64
 	until int64 // by the token's now
 	err   error
+}
+
+// lately returns what ailed a version a moment ago.
+func (v *Version) lately(a *attachment) error {
+	if i := v.illness.Load(); i != nil && i.a == a && i.epoch == a.epoch.Load() && a.token.now() < i.until+int64(10*illPause) {
+		return i.err
+	}
+	return nil
 }
 
 func (v *Version) pause(a *attachment, err error) {

@@ -112,7 +112,7 @@ func (t *Token) newVersion(ctx context.Context, key string, number uint32, suite
 	}
 	v := &Version{
 		Key: key, Number: number, Suite: suite, State: Enabled, Created: time.Now().UTC().Truncate(time.Second),
-		style: trial.style, takes: suite.takes(trial.RSABits / 8), search: make(chan struct{}, 1),
+		style: trial.style, takes: suite.takes(trial.RSABits / 8),
 	}
 	if v.ID, err = newID(); err != nil {
 		return nil, err
@@ -383,6 +383,6 @@ func (t *Token) change(ctx context.Context, name string, number uint32, to func(
 func (v *Version) with(state State) *Version {
 	return &Version{
 		Key: v.Key, Number: v.Number, Suite: v.Suite, State: state, ID: v.ID, Created: v.Created, style: v.style, macID: v.macID,
-		canary: v.canary, canarySum: v.canarySum, takes: v.takes, search: make(chan struct{}, 1),
+		canary: v.canary, canarySum: v.canarySum, takes: v.takes,
 	}
 }

@@ -31,7 +31,7 @@ type Config struct {
 	// objects; nil means that it stands on the token.
 	Catalogue *CatalogueFile
 	// Sessions is how many operations are under way at once; 0 means 8, or what the
-	// token has, less two.
+	// token has, less three.
 	Sessions int
 	// HangAfter is how long one call of the module may take; 0 means 10 s.
 	HangAfter time.Duration
@@ -493,8 +493,8 @@ func (t *Token) sessions(info cryptoki.Token, locks bool) int {
 	if n == 0 {
 		n = defaultSessions
 	}
-	if info.MaxSessions > 2 {
-		n = min(n, int(info.MaxSessions)-2)
+	if beside := 1 + spares; info.MaxSessions > 1 { // with the anchor
+		n = min(n, int(info.MaxSessions)-beside)
 	}
 	return max(n, 1)
 }

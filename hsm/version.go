@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"sync"
 	"sync/atomic"
 	"time"
 )
@@ -64,9 +65,10 @@ type Version struct {
 	handles atomic.Pointer[binding]
 	illness atomic.Pointer[illness]
 	tried   atomic.Pointer[trial]
-	opened  atomic.Int64  // when the last call that opened began, by the token's now
-	wrapped atomic.Int64  // the same of wraps
-	search  chan struct{} // has room for the one that looks for the keys
+	opened  atomic.Int64 // when the last call that opened began, by the token's now
+	wrapped atomic.Int64 // the same of wraps
+	mu      sync.Mutex   // of who begins a look
+	look    atomic.Pointer[look]
 	used    vectors
 }
 

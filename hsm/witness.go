@@ -39,7 +39,7 @@ func (t *Token) ask(ctx context.Context, a *attachment, v *Version, wraps bool) 
 	if wraps && (a.haveWrapped(began) || t.keys.served(v, began-int64(illPause), true)) {
 		return well // it costs others their wraps to ask them
 	}
-	bounded, cancel := context.WithTimeout(context.WithoutCancel(ctx), witnessTime(ctx))
+	bounded, cancel := context.WithTimeout(as(context.WithoutCancel(ctx), asker), witnessTime(ctx))
 	defer cancel()
 	asked, looked, opened := 0, 0, false
 	for o := range t.witnesses(bounded, a, v, wraps) {
@@ -103,8 +103,8 @@ func mute(err error) bool {
 }
 
 // testify has a version open its canary, and wrap. Its keys are looked for where they are
-// not bound, and not bound by it: that is for those who want to use it. That a session or a
-// handle was lost says nothing of the token.
+// not bound, and not bound by it: that is for those who want to use it. That a session, a
+// handle or the login was lost, or a session is not to be had, says nothing of the token.
 func (t *Token) testify(ctx context.Context, a *attachment, o *Version, wraps bool) (opens bool, err error) {
 	bound := o.bound(a, false)
 	for range attempts {
@@ -121,7 +121,8 @@ func (t *Token) testify(ctx context.Context, a *attachment, o *Version, wraps bo
 			_, err = t.try(ctx, a, o, keys)
 		}
 		switch s := stepFor(err); {
-		case s == newSession:
+		case s == newSession, s == fewer:
+		case s == loginAgain && t.relogin(ctx, a) == nil:
 		case s == findAgain && bound != nil:
 			bound = nil
 		default:

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"sync"
 	"testing"
 	"time"
 
@@ -305,4 +306,57 @@ func TestWrapsInVainWearLittle(t *testing.T) {
 		_, err := r.Wrap(t.Context(), v, nil, m, bound)
 		return err
 	})
+}
+
+// A key that fails slowly while many callers want it, and so hold all sessions, is an
+// outage of this key, and soon told as that: the token is asked beside them, by the calls
+// and by Check, and those that still wait do not call.
+func TestSlowlyIllKeyOfManyCallers(t *testing.T) {
+	for _, c := range []struct{ ill, code string }{
+		{"ill", "0x80000017"}, {"ill", "0x30"}, {"ill", "0x7"}, {"ill-wraps", "0x80000017"}, {"ill-wraps", "0x30"}, {"ill-wraps", "0x7"},
+	} {
+		t.Run(c.ill+" "+c.code, func(t *testing.T) {
+			r, fault := newFaultyRig(t, func(_ *rig, c *hsm.Config) { c.Stay = true })
+			bad, good := r.key("bad", hsm.GCM), r.key("good", hsm.GCM)
+			m := material(32)
+			wrappedBad, wrappedGood := r.wrap(bad, m), r.wrap(good, m)
+			r.opens(good, wrappedGood, m)
+			function := map[string]string{"ill": "C_DecryptInit", "ill-wraps": "C_EncryptInit"}[c.ill]
+			fault.Set(c.ill+" /bad/", "ill-sleep 700", "ill-code "+c.code)
+			fault.Calls()
+			ctx, cancel := context.WithTimeout(t.Context(), 4*time.Second)
+			defer cancel()
+			var callers sync.WaitGroup
+			for range 24 {
+				callers.Go(func() {
+					var err error
+					if c.ill == "ill" {
+						_, err = r.Unwrap(ctx, bad, nil, wrappedBad, bound)
+					} else {
+						_, err = r.Wrap(ctx, bad, nil, m, bound)
+					}
+					if !hsm.OfVersion(err) {
+						t.Errorf("%v, want an outage of this version", err)
+					}
+				})
+			}
+			begun := 0
+			eventually(t, "all sessions are held", func() error {
+				if begun += fault.Calls()[function]; begun < 8 {
+					return fmt.Errorf("%d calls have begun", begun)
+				}
+				return nil
+			})
+			check, stop := context.WithTimeout(t.Context(), 500*time.Millisecond)
+			defer stop()
+			if err := r.Check(check); err != nil {
+				t.Errorf("Check, while all sessions are held: %v", err)
+			}
+			callers.Wait()
+			r.opens(good, wrappedGood, m)
+			if n := r.attached(); n != 1 {
+				t.Errorf("it took %d connections, want 1", n)
+			}
+		})
+	}
 }

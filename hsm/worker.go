@@ -33,8 +33,9 @@ type worker struct {
 	a       *attachment
 	session cryptoki.Session
 	open    bool
-	spoiled bool // the session is not for others
-	short   bool // the token had no session for it; the attachment's mu guards it
+	spoiled bool          // the session is not for others
+	short   bool          // the token had no session for it; the attachment's mu guards it
+	place   chan struct{} // whose place it has, while it is not idle
 
 	memory  slab
 	in, out []byte // key material, packed or not

@@ -69,6 +69,7 @@ func (f *Fault) file(name string) string { return filepath.Join(filepath.Dir(f.M
 //	ill-wraps LABEL  the same, and they decrypt
 //	ill-opens LABEL  the same, and they encrypt
 //	ill-code N       with this code, in place of the vendor's
+//	ill-sleep N      after so many milliseconds
 //
 // FUNCTION is C_Encrypt or another that a module has in its list, or * for all. The
 // first rule of a function that is not used up counts: it is not for skip calls and

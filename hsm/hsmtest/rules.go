@@ -41,7 +41,7 @@ func checkRule(rule string) error {
 			return fmt.Errorf("nothing may follow %s", words[0])
 		}
 		return nil
-	case "boast", "slots", "ill-code":
+	case "boast", "slots", "ill-code", "ill-sleep":
 		if len(words) != 2 {
 			return fmt.Errorf("%s takes a number", words[0])
 		}
@@ -63,7 +63,7 @@ func checkRule(rule string) error {
 	case "*":
 	default:
 		if !slices.Contains(functions(), words[0]) {
-			return fmt.Errorf("%q is neither a function that can be told what to do, nor *, dead, no-slots, lossy, logged-out, boast, slots, iv, ill, ill-wraps, ill-opens or ill-code", words[0])
+			return fmt.Errorf("%q is neither a function that can be told what to do, nor *, dead, no-slots, lossy, logged-out, boast, slots, iv, ill, ill-wraps, ill-opens, ill-code or ill-sleep", words[0])
 		}
 	}
 	return checkWords(words[1:])

@@ -12,7 +12,7 @@ import (
 
 func TestCheckRules(t *testing.T) {
 	good := []string{
-		"dead", "no-slots", "lossy", "logged-out", "boast 0x10", "slots 1000", "iv written", "ill /bad/", "ill-wraps /bad/", "ill-opens /bad/", "ill-code 0x60", "C_Encrypt rv=0x30", "C_Encrypt rv=0", "* sleep_ms=5", "C_Logout hang",
+		"dead", "no-slots", "lossy", "logged-out", "boast 0x10", "slots 1000", "iv written", "ill /bad/", "ill-wraps /bad/", "ill-opens /bad/", "ill-code 0x60", "ill-sleep 700", "C_Encrypt rv=0x30", "C_Encrypt rv=0", "* sleep_ms=5", "C_Logout hang",
 		"C_Decrypt skip=3 count=1 sleep_ms=10 exit=255", "C_WaitForSlotEvent segv", "C_Sign abort count=1",
 	}
 	if err := checkRules(good); err != nil {
@@ -49,6 +49,7 @@ func TestCheckRules(t *testing.T) {
 		"ill-wraps a b":                    "ill-wraps takes part of a label",
 		"ill-opens":                        "ill-opens takes part of a label",
 		"ill-code /bad/":                   "ill-code takes a number",
+		"ill-sleep":                        "ill-sleep takes a number",
 		"boast much":                       `boast takes a number, not "much"`,
 		"slots 1 2":                        "slots takes a number",
 		"iv":                               "iv takes one of written,",

@@ -1,10 +1,12 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -113,6 +115,49 @@ func TestIllKeyWithAnyCodeIsNoOutageOfOthers(t *testing.T) {
 			unhurt(t, s, pid)
 		})
 	}
+}
+
+// So it is with a key that fails slowly while more callers want it than there are sessions:
+// those of another key are served, by the same process.
+func TestSlowlyIllKeyIsNoOutageOfOthers(t *testing.T) {
+	r := newRig(t)
+	for _, name := range []string{"bad", "good"} {
+		r.must(request{Command: "init-key", Key: name})
+	}
+	fault := hsmtest.NewFault(t, "../../hsm", hsmtest.SoftHSMModule)
+	s := r.supervised(t, fault, func(c *host.Config) { c.CallTimeout = 2 * time.Second }) // as the agent has it
+	bad, good := wrapsOf(t, s, "bad"), wrapsOf(t, s, "good")
+	pid := s.Status().PID
+	fault.Set("ill /bad/", "ill-sleep 300")
+	ctx, cancel := context.WithTimeout(t.Context(), 6*time.Second)
+	defer cancel()
+	var callers sync.WaitGroup
+	for range 24 {
+		callers.Go(func() {
+			for ctx.Err() == nil {
+				if _, err := s.Unwrap(bounded(t), keyNamed("bad"), bad, message); !plugins.IsKeyOnly(err) {
+					t.Errorf("the ill key: %v", err)
+					return
+				}
+				select {
+				case <-ctx.Done():
+				case <-time.After(10 * time.Millisecond):
+				}
+			}
+		})
+	}
+	for ctx.Err() == nil {
+		if _, err := s.Unwrap(bounded(t), keyNamed("good"), good, message); err != nil {
+			t.Errorf("the key beside it: %v", err)
+			break
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
+	callers.Wait()
+	unhurt(t, s, pid)
 }
 
 // A key that was rotated, and is too ill to wrap in all its versions, is no outage of others.

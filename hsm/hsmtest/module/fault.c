@@ -220,7 +220,10 @@ static int ill(const char *what, ck_ulong session, ck_ulong key) {
 	return what[0] && !real->C_GetAttributeValue(session, key, &a, 1) && strstr(label, what);
 }
 
-static ck_rv ill_code(const struct modes *now) { return now->ill_code ? now->ill_code : CKR_OF_A_VENDOR; }
+static ck_rv ill_code(const struct modes *now) {
+	if (now->ill_sleep_ms) rest(now->ill_sleep_ms);
+	return now->ill_code ? now->ill_code : CKR_OF_A_VENDOR;
+}
 
 static ck_rv fault_EncryptInit(ck_ulong h, ck_mechanism *m, ck_ulong k) {
 	CALL(EncryptInit);

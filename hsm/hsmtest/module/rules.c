@@ -92,6 +92,7 @@ static void read_line(char *line) {
 	else if (!strcmp(word, "ill-wraps")) snprintf(modes.ill_wraps, sizeof modes.ill_wraps, "%s", strtok_r(NULL, " \n", &save));
 	else if (!strcmp(word, "ill-opens")) snprintf(modes.ill_opens, sizeof modes.ill_opens, "%s", strtok_r(NULL, " \n", &save));
 	else if (!strcmp(word, "ill-code")) modes.ill_code = number(strtok_r(NULL, " \n", &save));
+	else if (!strcmp(word, "ill-sleep")) modes.ill_sleep_ms = (long)number(strtok_r(NULL, " \n", &save));
 	else if (!strcmp(word, "iv")) snprintf(modes.iv, sizeof modes.iv, "%s", strtok_r(NULL, " \n", &save));
 	else {
 		if (rule_count == MAX_RULES) {
@@ -140,7 +141,7 @@ static struct rule apply(const char *function) {
 	return (struct rule){.end = MAKE};
 }
 
-static void rest(long ms) {
+void rest(long ms) {
 	struct timespec until;
 	clock_gettime(CLOCK_MONOTONIC, &until);
 	until.tv_sec += ms / 1000, until.tv_nsec += ms % 1000 * 1000000L;

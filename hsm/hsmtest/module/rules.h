@@ -16,6 +16,7 @@ struct modes {
 	char ill_wraps[64]; /* the same for encryption alone */
 	char ill_opens[64]; /* and for decryption alone */
 	unsigned long ill_code; /* what is answered then; 0: a code of a vendor's */
+	long ill_sleep_ms; /* and after how long */
 };
 
 /* open_rules takes the rules and the file for calls of a directory. It returns 0, and
@@ -25,6 +26,9 @@ int open_rules(const char *directory);
 /* begin notes a call and does what the rules say of it. It returns 1 where the call is
  * to be made, and sets the modes as they are then; else it sets rv. */
 int begin(const char *function, struct modes *now, ck_rv *rv);
+
+/* rest waits. */
+void rest(long ms);
 
 /* connection says that C_Initialize went well. */
 void connection(void);
