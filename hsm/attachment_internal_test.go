@@ -3,6 +3,8 @@ package hsm
 import (
 	"testing"
 	"time"
+
+	"github.com/kms-agent/kms-agent/hsm/internal/cryptoki"
 )
 
 // What makes a lost connection a new outage, and not the one before going on.
@@ -29,6 +31,23 @@ func TestProved(t *testing.T) {
 		a.failed.Store(c.failed)
 		if got := a.proved(); got != c.want {
 			t.Errorf("%s: %v, want %v", c.name, got, c.want)
+		}
+	}
+}
+
+// No more sessions are opened than the token says that it has, beside that of the login.
+func TestSessionsOfSmallTokens(t *testing.T) {
+	for most, want := range map[uint]int{0: 8, 2: 1, 3: 1, 4: 1, 5: 2, 8: 5, 11: 8, 100: 8} {
+		token := &Token{start: time.Now()}
+		info := cryptoki.Token{MaxSessions: most}
+		n := token.sessions(info, true)
+		a := newAttachment(token, 0, info, cryptoki.Session{}, n)
+		all := 1 + len(a.places)
+		for _, spare := range a.spare {
+			all += len(spare)
+		}
+		if n != want || most > 0 && all > int(most) {
+			t.Errorf("of %d sessions: %d operations at once, want %d, and %d sessions in all", most, n, want, all)
 		}
 	}
 }
