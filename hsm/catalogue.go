@@ -39,6 +39,9 @@ type Key struct {
 	// Note says, of a change that was made, which public keys did not follow; mostly
 	// empty. They open nothing.
 	Note string
+	// Conflict says that two administrators have changed the key at once, so that nobody
+	// knows which of two records holds: it is not used. Mostly nil.
+	Conflict error
 
 	revision uint64
 }
@@ -210,12 +213,17 @@ func (t *Token) readKey(ctx context.Context, name string) (*Key, error) {
 		return nil, err
 	}
 	for _, k := range keys {
-		if k.Name == name {
+		switch {
+		case k.Name != name:
+		case k.Conflict != nil:
+			t.keys.forget(name)
+			return nil, k.Conflict
+		default:
 			return t.keys.keep(k, at), nil
 		}
 	}
 	t.keys.forget(name)
-	return nil, errorf(KeyNotFound, nil, "the token has no key %s: create it with 'kms-agent hsm init-key'", name)
+	return nil, errorf(KeyNotFound, nil, "the token has no record of key %s: if it was there before, restore it from the HSM's backup, else create it with 'kms-agent hsm init-key'", name)
 }
 
 // Keys returns all keys on the token, by name.
@@ -226,7 +234,9 @@ func (t *Token) Keys(ctx context.Context) ([]*Key, error) {
 		return nil, err
 	}
 	for i, k := range keys {
-		keys[i] = t.keys.keep(k, at)
+		if k.Conflict == nil {
+			keys[i] = t.keys.keep(k, at)
+		}
 	}
 	return keys, nil
 }
@@ -272,7 +282,8 @@ func records(w *worker, name string) ([]*Key, error) {
 		case !ok || old.key.revision < e.key.revision:
 			found[e.key.Name] = e
 		case old.key.revision == e.key.revision && !bytes.Equal(old.value, e.value):
-			return nil, errorf(Broken, errTwice, "key %s was changed by two administrators at once: remove one of its two data objects of revision %d", e.key.Name, e.key.revision)
+			old.key.Conflict = errorf(Broken, errTwice, "key %s was changed by two administrators at once, and nobody knows which change holds: delete one of its two data objects "+
+				"%s%s of application %s with the vendor's tool, and see with 'kms-agent hsm list' which is left", e.key.Name, labelPrefix, e.key.Name, application)
 		}
 	}
 	keys := make([]*Key, 0, len(found))

@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"crypto/subtle"
 	"errors"
+	"time"
 
 	"github.com/kms-agent/kms-agent/hsm/internal/cryptoki"
 )
@@ -26,7 +27,8 @@ func (t *Token) Wrap(ctx context.Context, v *Version, dst, plaintext, aad []byte
 	if len(plaintext) > v.takes {
 		h.flags |= flagHybrid
 	}
-	return t.crypt(ctx, v, h, dst, plaintext, nil, aad, false)
+	out, err := t.crypt(ctx, v, h, dst, plaintext, nil, aad, false)
+	return out, t.recorded(ctx, v, err)
 }
 
 // Unwrap appends to dst the material of what Wrap made under version v with the
@@ -36,11 +38,41 @@ func (t *Token) Unwrap(ctx context.Context, v *Version, dst, wrapped, aad []byte
 		return nil, err
 	}
 	h, iv, ciphertext, err := parseWrapped(wrapped)
+	if err == nil && h.id != v.ID {
+		return nil, errorf(BadCiphertext, errOpen, "it names the key with the ID %x, and version %d of key %s has the ID %x", h.id, v.Number, v.Key, v.ID)
+	}
 	if err != nil || h.suite != v.Suite || h.id != v.ID || h.version != v.Number || len(iv) != v.Suite.ivLength(v.style) ||
 		h.flags&flagHybrid == 0 && !v.Suite.fits(len(ciphertext)) || len(ciphertext) > inSize {
 		return nil, errOpen
 	}
-	return t.crypt(ctx, v, h, dst, ciphertext, iv, aad, true)
+	out, err := t.crypt(ctx, v, h, dst, ciphertext, iv, aad, true)
+	return out, t.recorded(ctx, v, err)
+}
+
+// recordedAge is how old what was read of a record may be where a refusal is explained.
+const recordedAge = 10 * time.Millisecond
+
+// recorded is why a version is refused by what its record says now, where that tells more
+// than the token does: another host may have disabled it a moment ago.
+func (t *Token) recorded(ctx context.Context, v *Version, err error) error {
+	known := (*Error)(nil)
+	if !errors.As(err, &known) || known.Kind != KeyUnusable && known.Kind != KeyNotFound || errors.As(err, new(uncounted)) {
+		return err
+	}
+	got, ok := t.keys.cached(v.Key)
+	k := got.key
+	if !ok || time.Duration(t.now()-got.at) > recordedAge {
+		var unread error
+		if k, unread = t.readKey(ctx, v.Key); unread != nil {
+			return err
+		}
+	}
+	if now, gone := k.Version(v.Number); gone == nil {
+		if refused := now.mayUnwrap(); refused != nil {
+			return refused
+		}
+	}
+	return err
 }
 
 // crypt does one operation, with what it takes to do it: it is tried again where

@@ -1,6 +1,7 @@
 package hsm
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -60,6 +61,19 @@ func lockFile(path string, patience time.Duration) (unlock func(), err error) {
 		}
 		if !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, unix.EINTR) || time.Now().After(deadline) {
 			return nil, errors.Join(fmt.Errorf("another process holds it: %w", err), f.Close())
+		}
+	}
+}
+
+// Exclusive keeps other processes of this host away that ask for the same path, until
+// unlock; it waits for them until ctx ends.
+func Exclusive(ctx context.Context, path string) (unlock func(), err error) {
+	for {
+		if unlock, err = lockFile(path, lockPatience); err == nil || !errors.Is(err, unix.EWOULDBLOCK) {
+			return unlock, err
+		}
+		if ctx.Err() != nil {
+			return nil, errors.Join(context.Cause(ctx), err)
 		}
 	}
 }

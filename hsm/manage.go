@@ -34,6 +34,8 @@ func (t *Token) CreateKey(ctx context.Context, name string, suite Suite) (*Key, 
 		if err := t.cfg.Catalogue.mayBegin(); err != nil {
 			return nil, err
 		}
+	} else if err := t.mayCreate(ctx, name); err != nil {
+		return nil, err
 	}
 	return t.addVersion(ctx, &Key{Name: name}, suite)
 }
@@ -97,7 +99,7 @@ func (t *Token) abandon(ctx context.Context, v *Version) {
 		return
 	}
 	for _, k := range keys {
-		if slices.ContainsFunc(k.Versions, func(o *Version) bool { return o.ID == v.ID }) {
+		if k.Name == v.Key && k.Conflict != nil || slices.ContainsFunc(k.Versions, func(o *Version) bool { return o.ID == v.ID }) {
 			return
 		}
 	}

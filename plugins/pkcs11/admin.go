@@ -8,6 +8,8 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -57,6 +59,9 @@ type keyState struct {
 	Current  uint32         `json:"current"`
 	Versions []versionState `json:"versions"`
 }
+
+// changing are the commands that change what is on the token.
+var changing = []string{"init-key", "rotate", "enable", "disable", "destroy"}
 
 type versionState struct {
 	Version uint32    `json:"version"`
@@ -139,6 +144,13 @@ func (r request) serve(ctx context.Context, diagnostics io.Writer) (answer, erro
 		return answer{}, &hsm.Error{Kind: hsm.Invalid, Err: err}
 	}
 	s.retryPIN = r.Retry
+	if slices.Contains(changing, r.Command) {
+		unlock, err := s.alone(ctx)
+		if err != nil {
+			return answer{}, err
+		}
+		defer unlock()
+	}
 	waiting, giveUp := context.WithCancelCause(ctx)
 	defer giveUp(nil)
 	pin, err := s.pin(ctx)
@@ -193,6 +205,20 @@ func (r request) serve(ctx context.Context, diagnostics io.Writer) (answer, erro
 		err = t.Err()
 	}
 	return a, err
+}
+
+// alone keeps other commands of this host from changing keys meanwhile: there are modules
+// in which each process sees late what the others do.
+func (s settings) alone(ctx context.Context) (unlock func(), err error) {
+	dir, err := s.stateDirectory()
+	if err != nil {
+		return nil, &hsm.Error{Kind: hsm.Invalid, Err: err}
+	}
+	path := filepath.Join(dir, "administer.lock")
+	if unlock, err = hsm.Exclusive(ctx, path); err != nil {
+		return nil, &hsm.Error{Kind: hsm.Unavailable, Detail: fmt.Sprintf("another kms-agent hsm of this host changes keys (%s)", path), Err: err}
+	}
+	return unlock, nil
 }
 
 // counter opens the counts of wraps. Damaged ones are no reason not to make new keys and
@@ -300,6 +326,9 @@ func (r request) perform(ctx context.Context, t *hsm.Token, wraps *hsm.Counter, 
 		return answer{Probe: probed(p)}, err
 	case "list":
 		keys, err := list(ctx, t, wraps)
+		if err == nil {
+			err = warnOfStrays(ctx, t, diagnostics)
+		}
 		return answer{Keys: keys}, err
 	case "init-key":
 		k, err = t.CreateKey(ctx, r.Key, suite)
@@ -335,7 +364,11 @@ func list(ctx context.Context, t *hsm.Token, wraps *hsm.Counter) ([]keyState, er
 	out := states(keys...)
 	for i, k := range keys {
 		for j, v := range k.Versions {
-			switch err := t.Verify(ctx, v); {
+			err := k.Conflict
+			if err == nil {
+				err = t.Verify(ctx, v)
+			}
+			switch {
 			case err == nil:
 			case ofVersion(ctx, err):
 				out[i].Versions[j].Problem = told(err)
@@ -348,6 +381,23 @@ func list(ctx context.Context, t *hsm.Token, wraps *hsm.Counter) ([]keyState, er
 		}
 	}
 	return out, nil
+}
+
+// warnOfStrays says which keys are in no record.
+func warnOfStrays(ctx context.Context, t *hsm.Token, diagnostics io.Writer) error {
+	strays, err := t.Strays(ctx)
+	if err != nil {
+		return err
+	}
+	const most = 8
+	for _, s := range strays[:min(len(strays), most)] {
+		_, _ = fmt.Fprintf(diagnostics, "warning: the key %s with the ID %x is in no record: its record was lost (restore it from the HSM's backup, and delete nothing), "+
+			"or it is left of a command that was cut off, and was never used\n", s.Label, s.ID)
+	}
+	if more := len(strays) - most; more > 0 {
+		_, _ = fmt.Fprintf(diagnostics, "warning: so are %d more keys\n", more)
+	}
+	return nil
 }
 
 // ofVersion tells whether an error says something of the version that was asked for,

@@ -10,11 +10,13 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
 	"github.com/kms-agent/kms-agent/hsm"
 	"github.com/kms-agent/kms-agent/hsm/hsmtest"
+	"github.com/kms-agent/kms-agent/plugins"
 )
 
 // talkative is a library before SoftHSM that prints, or that never comes back.
@@ -335,5 +337,142 @@ func TestProbeOfRandom(t *testing.T) {
 	r.settings["module"] = fault.Module
 	if p := r.must(request{Command: "probe"}).Probe; p.Random.Works || !strings.Contains(p.Random.Reason, "no random number generator") {
 		t.Errorf("random: %+v", p.Random)
+	}
+}
+
+// Commands of one host that change a key at once follow one upon the other: none fails,
+// and each has made its version.
+func TestCommandsAtOnce(t *testing.T) {
+	r := newRig(t)
+	r.must(request{Command: "init-key", Key: "orders"})
+	for range 3 {
+		var commands sync.WaitGroup
+		for range 4 {
+			commands.Go(func() {
+				if a := r.administer(request{Command: "rotate", Key: "orders"}); a.Error != "" {
+					t.Errorf("rotate: %s", a.Error)
+				}
+			})
+		}
+		commands.Wait()
+	}
+	if k := r.must(request{Command: "list"}).Keys; len(k) != 1 || k[0].Current != 13 || len(k[0].Versions) != 13 {
+		t.Errorf("list: %+v, want 13 versions", k)
+	}
+}
+
+// data writes an object into the token, as somebody with the PIN can.
+func (r *rig) data(label string, value []byte) {
+	r.t.Helper()
+	file := r.Path("object")
+	if err := os.WriteFile(file, value, 0o600); err != nil {
+		r.t.Fatal(err)
+	}
+	r.tool("--write-object", file, "--type", "data", "--label", label, "--application-label", "kms-agent", "--private")
+}
+
+// tool runs pkcs11-tool, as an operator does.
+func (r *rig) tool(args ...string) []byte {
+	r.t.Helper()
+	cmd := exec.Command("pkcs11-tool", append([]string{"--module", hsmtest.SoftHSMModule, "--token-label", "kms", "--login", "--pin", hsmtest.PIN}, args...)...)
+	cmd.Env = append(os.Environ(), r.Env()...)
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		r.t.Fatalf("pkcs11-tool %v: %v\n%s", args, err, out)
+	}
+	return out
+}
+
+// record reads the record of a key.
+func (r *rig) record(key string) []byte {
+	r.t.Helper()
+	file := r.Path("record")
+	r.tool("--read-object", "--type", "data", "--label", "kmsagent/"+key, "--application-label", "kms-agent", "--output-file", file)
+	value, err := os.ReadFile(file)
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	return value
+}
+
+func (r *rig) deleteRecord(key string) {
+	r.t.Helper()
+	r.tool("--delete-object", "--type", "data", "--label", "kmsagent/"+key, "--application-label", "kms-agent")
+}
+
+// A key with two records of one revision is not used; the others are listed and used, and
+// the cure that is told works.
+func TestTwoRecords(t *testing.T) {
+	r := newRig(t)
+	for _, name := range []string{"orders", "other"} {
+		r.must(request{Command: "init-key", Key: name})
+	}
+	value := r.record("orders")
+	r.data("kmsagent/orders", bytes.Replace(value, []byte(`"enabled"`), []byte(`"disabled"`), 1))
+	if a := r.administer(request{Command: "rotate", Key: "orders"}); !strings.Contains(a.Error, "delete one of its two data objects kmsagent/orders") {
+		t.Errorf("rotate: %+v", a)
+	}
+	r.must(request{Command: "rotate", Key: "other"})
+	for _, k := range r.must(request{Command: "list"}).Keys {
+		for _, v := range k.Versions {
+			if named := strings.Contains(v.Problem, "two administrators"); named != (k.Key == "orders") || !named && v.Problem != "" {
+				t.Errorf("list: key %s, problem %q", k.Key, v.Problem)
+			}
+		}
+	}
+	r.deleteRecord("orders")
+	r.must(request{Command: "list"})
+	if a := r.administer(request{Command: "rotate", Key: "orders"}); a.Error != "" {
+		t.Errorf("rotate after the cure: %s", a.Error)
+	}
+}
+
+// A key whose record was lost is told of, and no other is made under its name: what it has
+// wrapped would be taken for damaged. With the record it is back.
+func TestLostRecord(t *testing.T) {
+	r := newRig(t)
+	for _, name := range []string{"orders", "other"} {
+		r.must(request{Command: "init-key", Key: name})
+	}
+	before := r.must(request{Command: "list"}).Keys
+	value := r.record("orders")
+	r.deleteRecord("orders")
+	a := r.administer(request{Command: "init-key", Key: "orders"})
+	if !strings.Contains(a.Error, "restore it from the HSM's backup") || !strings.Contains(a.Error, before[0].Versions[0].ID) {
+		t.Errorf("init-key: %+v", a)
+	}
+	r.must(request{Command: "init-key", Key: "order"}) // which is another name
+	a, said := r.ask(request{Command: "list"})
+	if len(a.Keys) != 2 || !strings.Contains(string(said), "kmsagent/orders/v1 with the ID "+before[0].Versions[0].ID+" is in no record") || strings.Count(string(said), "warning") != 1 {
+		t.Errorf("list: %+v\n%s", a, said)
+	}
+	r.data("kmsagent/orders", value)
+	if after, said := r.ask(request{Command: "list"}); len(said) > 0 || len(after.Keys) != 3 {
+		t.Errorf("list with the record: %+v\n%s", after, said)
+	}
+}
+
+// Who unwraps what another key has wrapped is told so, with both IDs, and a version that was
+// disabled a moment ago is told to be that, whatever the token says of its key.
+func TestRefusalsAreExplained(t *testing.T) {
+	r := newRig(t)
+	for _, name := range []string{"orders", "other"} {
+		r.must(request{Command: "init-key", Key: name})
+	}
+	b := newBackend()
+	t.Cleanup(func() { _ = b.Close() })
+	if _, err := b.Open(bounded(t), r.json()); err != nil {
+		t.Fatal(err)
+	}
+	wrapped, err := b.Wrap(bounded(t), keyNamed("orders"), make([]byte, 32), message)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := b.Unwrap(bounded(t), keyNamed("other"), wrapped, message); plugins.ClassOf(err) != plugins.BadCiphertext || !strings.Contains(err.Error(), "it names the key with the ID") {
+		t.Errorf("Unwrap with another key: %v", err)
+	}
+	r.must(request{Command: "disable", Key: "orders", Version: 1, Confirmed: true})
+	if _, err := b.Unwrap(bounded(t), keyNamed("orders"), wrapped, message); plugins.ClassOf(err) != plugins.KeyUnusable || !strings.Contains(err.Error(), "version 1 of key orders is disabled") {
+		t.Errorf("Unwrap with a version that was just disabled: %v", err)
 	}
 }
