@@ -173,6 +173,7 @@ func (a *app) check(ctx context.Context, path string, fileOnly bool) error {
 	}
 	found := agent.CheckConfig(name, data, fileOnly)
 	if found.Config != nil && !fileOnly {
+		checkDescriptors(&found, agent.InheritedDescriptors())
 		checkHSMs(ctx, &found)
 	}
 	result := checkResult{
@@ -200,6 +201,19 @@ func (a *app) check(ctx context.Context, path string, fileOnly bool) error {
 		return nil
 	}
 	return a.print(result, func(t *table) { t.row(checkLine(result)) })
+}
+
+// checkDescriptors warns of open files that plugins are to be handed, and that this
+// process was not: the agent does not start without them, and may be handed them in
+// its unit.
+func checkDescriptors(found *agent.Check, mine agent.Descriptors) {
+	for i, b := range found.Config.Backends {
+		for j, name := range b.Descriptors {
+			if _, err := mine.Named(name); err != nil {
+				found.Add(true, fmt.Sprintf("backends[%d].descriptors[%d]", i, j), err.Error()+"; the agent, which may be handed it, does not start without")
+			}
+		}
+	}
 }
 
 func checkFaults(faults agent.Faults) []checkFault {

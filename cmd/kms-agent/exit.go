@@ -47,7 +47,7 @@ func exitCodes() []exitMeaning {
 	return []exitMeaning{
 		{exitOK, "done"},
 		{exitFailure, "failed for a reason without a code of its own"},
-		{exitUsage, "the command line is wrong; nothing was done"},
+		{exitUsage, "the command line is wrong, or has not the --confirm that is needed; nothing was done"},
 		{exitDenied, "denied: policy gives this caller no such operation on such a key, the caller or the agent could not be identified, or a file or socket does not admit this user"},
 		{exitUnavailable, "not available now: the agent, its backend or its audit log; the same command may succeed later"},
 		{exitInvalid, "what was given is not valid or not there: message, context, configuration, audit log, key or keystore"},

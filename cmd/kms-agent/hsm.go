@@ -31,6 +31,9 @@ type hsmRequest struct {
 	Version  uint32          `json:"version,omitempty"`
 	Suite    string          `json:"suite,omitempty"`
 	RetryPIN bool            `json:"retry_pin,omitempty"`
+	// ByFlags: no configuration has the settings, and the plugin has the environment of
+	// this process.
+	ByFlags bool `json:"by_flags,omitempty"`
 	// Confirmed lets the current version be disabled.
 	Confirmed bool `json:"confirmed,omitempty"`
 	// WrappingKeys are the keys' URIs, for check.
@@ -305,14 +308,17 @@ say with --confirm NAME@VERSION that nothing is to be encrypted any more.`
 
 func newHSMDestroy(a *app) *cobra.Command {
 	var confirm string
-	c := a.onToken("destroy NAME VERSION", "Destroy a disabled version for good, in two steps", "destroy", exactly("NAME", "VERSION"),
+	var c *cobra.Command
+	c = a.onToken("destroy NAME VERSION", "Destroy a disabled version for good, in two steps", "destroy", exactly("NAME", "VERSION"),
 		func(_ *hsmRequest, args []string) error {
 			phrase := args[0] + "@" + args[1]
 			if confirm == phrase {
 				return nil
 			}
 			return &codedError{
-				code: exitUsage, hint: "repeat the command with --confirm " + phrase,
+				code: exitUsage,
+				hint: fmt.Sprintf("only a disabled version is destroyed: %s disables it; see for a while that nothing misses it, then repeat the command with --confirm %s",
+					sameToken(c, "disable "+args[0]+" "+args[1]), phrase),
 				err: fmt.Errorf("everything that version %s of %q wrapped will be lost for good, but for the HSM's own backups", args[1], args[0]),
 			}
 		})

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"fmt"
 	"regexp"
 	"strings"
 
@@ -22,6 +23,8 @@ func (f *hsmFlags) hint(c *cobra.Command, r hsmRequest, answer string) string {
 		{"'kms-agent hsm init-key'", sameToken(c, "init-key "+r.Key) + " makes it"},
 		{"the token cannot do this suite", sameToken(c, "probe") + " lists the suites that work"},
 		{"the token can do none of the suites", sameToken(c, "probe") + " tells of each suite why"},
+		{"repeat this with --confirm", fmt.Sprintf("%s makes another; or, to encrypt nothing any more, repeat the command with --confirm %s@%d", sameToken(c, "rotate "+r.Key), r.Key, r.Version)},
+		{"disable it first", sameToken(c, fmt.Sprintf("disable %s %d", r.Key, r.Version)) + " does that"},
 		{" is destroyed", "that is final: no command brings the version back, and only a backup of the HSM has its key"},
 		{"cannot open shared object file", "ldd, with the path of the module, lists which of the libraries that it needs is missing"},
 	} {

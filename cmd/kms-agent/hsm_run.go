@@ -47,7 +47,7 @@ func (a *app) askToken(c *cobra.Command, f *hsmFlags, r hsmRequest) (hsmAnswer, 
 		return hsmAnswer{}, err
 	}
 	defer closeFiles(cmd.ExtraFiles)
-	r.Settings, r.RetryPIN = settings, f.retryPIN
+	r.Settings, r.RetryPIN, r.ByFlags = settings, f.retryPIN, f.module != ""
 	in, err := json.Marshal(r)
 	if err != nil {
 		return hsmAnswer{}, err
@@ -96,6 +96,8 @@ func hsmCode(class string) exitCode {
 		return exitUnavailable
 	case "unauthenticated":
 		return exitDenied
+	case "unconfirmed":
+		return exitUsage
 	case "invalid", "key not found", "key unusable":
 		return exitInvalid
 	default:
@@ -242,14 +244,26 @@ func ownState(dir string, mayBeMissing bool) error {
 		return &codedError{code: exitInvalid, err: fmt.Errorf("%s does not exist", dir),
 			hint: "make it for the agent's user, as with install -d -m 0700 -o kms-agent " + dir}
 	}
+	denied := err
+	for errors.Is(err, fs.ErrPermission) && dir != "/" { // whoever has what is above has it
+		dir = filepath.Dir(dir)
+		info, err = os.Stat(dir)
+	}
 	if err != nil {
 		return err
 	}
-	if owner, ok := info.Sys().(*syscall.Stat_t); ok && int(owner.Uid) != os.Geteuid() {
-		return &codedError{code: exitUsage, err: fmt.Errorf("%s belongs to uid %d: what is written there must stay the agent's", dir, owner.Uid),
-			hint: fmt.Sprintf("run it as that user: sudo -u '#%d' kms-agent hsm ...", owner.Uid)}
+	owner, ok := info.Sys().(*syscall.Stat_t)
+	if !ok || int(owner.Uid) == os.Geteuid() {
+		return denied
 	}
-	return nil
+	hint := fmt.Sprintf("run it as that user: sudo -u '#%d' kms-agent hsm ...", owner.Uid)
+	if denied != nil {
+		if owner.Uid == 0 {
+			hint = "name a directory of the agent's user, in one that this user may pass"
+		}
+		return &codedError{code: exitDenied, hint: hint, err: fmt.Errorf("%w: %s belongs to uid %d, and the state is to be the agent's user's, as which this command runs", denied, dir, owner.Uid)}
+	}
+	return &codedError{code: exitUsage, hint: hint, err: fmt.Errorf("%s belongs to uid %d: what is written there must stay the agent's", dir, owner.Uid)}
 }
 
 // isHSM tells whether a backend is the one for PKCS#11 tokens.

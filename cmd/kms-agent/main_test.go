@@ -42,6 +42,12 @@ func TestScripts(t *testing.T) {
 			e.Setenv("KMS_AGENT_ADMIN_SOCKET", filepath.Join(e.WorkDir, "admin.sock"))
 			return nil
 		},
+		Condition: func(name string) (bool, error) {
+			if name != "root" {
+				return false, fmt.Errorf("unknown condition %q", name)
+			}
+			return os.Geteuid() == 0, nil
+		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			"auditlog": writeAuditLog, "await": await, "await-lines": awaitLines, "exit": exitStatus,
 			"subst": substitute, "retry": retry, "retry-until": retryUntil, "signal": signalBackground,

@@ -37,6 +37,9 @@ type request struct {
 	Suite    string          `json:"suite,omitempty"`
 	// Retry lets a PIN be tried that the token has refused before.
 	Retry bool `json:"retry_pin,omitempty"`
+	// ByFlags: no configuration has the settings, and the process has the environment
+	// of the command.
+	ByFlags bool `json:"by_flags,omitempty"`
 	// Confirmed lets the current version be disabled.
 	Confirmed bool `json:"confirmed,omitempty"`
 	// WrappingKeys are the keys' URIs, for check.
@@ -46,35 +49,11 @@ type request struct {
 // answer is one JSON object on standard output.
 type answer struct {
 	Error string     `json:"error,omitempty"`
-	Class string     `json:"class,omitempty"` // the error's hsm.Kind
+	Class string     `json:"class,omitempty"` // the error's hsm.Kind, or unconfirmed
 	Probe *probe     `json:"probe,omitempty"`
 	Keys  []keyState `json:"keys,omitempty"`
 	// Faults are what check found.
 	Faults []fault `json:"faults,omitempty"`
-}
-
-type keyState struct {
-	Key      string         `json:"key"`
-	Current  uint32         `json:"current"`
-	Versions []versionState `json:"versions"`
-}
-
-type versionState struct {
-	Version uint32    `json:"version"`
-	State   string    `json:"state"`
-	Suite   string    `json:"suite"`
-	ID      string    `json:"id"`
-	Created time.Time `json:"created"`
-	// Problem says why the version cannot be used, or not in full, though its state lets it.
-	Problem string `json:"problem,omitempty"`
-	// Wraps are told by list alone, of versions that may make no more than so many.
-	Wraps *wear `json:"wraps,omitempty"`
-}
-
-// wear is what a version has made, at most, of the wraps that it may make on this host.
-type wear struct {
-	Used  uint64 `json:"used"`
-	Limit uint64 `json:"limit"`
 }
 
 // administerOnce is the main function of `administer`. It returns the exit code.
@@ -123,15 +102,36 @@ func administer(args []string, in io.Reader, out, diagnostics io.Writer) int {
 		a, err = r.serve(ctx, diagnostics)
 	}
 	if err != nil {
-		a.Error, a.Class = told(hinted(err)), hsm.KindOf(err).String()
-		if errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
-			a.Class = hsm.Unavailable.String()
-		}
+		a.Error, a.Class = told(hinted(err, r.variables())), classOf(err)
 	}
 	if err := json.NewEncoder(out).Encode(a); err != nil || a.Error != "" {
 		return 1
 	}
 	return 0
+}
+
+// variables says where those of the library's process are set.
+func (r request) variables() string {
+	if r.ByFlags {
+		return "in the environment of this command? As by export SOFTHSM2_CONF=PATH; sudo does not hand it on by itself"
+	}
+	return inBackend
+}
+
+// unconfirmed is what must be confirmed and was not.
+type unconfirmed struct{ text string }
+
+func (u *unconfirmed) Error() string { return u.text }
+
+// classOf is what the exit code of `kms-agent hsm` is made of.
+func classOf(err error) string {
+	switch {
+	case errors.As(err, new(*unconfirmed)):
+		return "unconfirmed"
+	case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
+		return hsm.Unavailable.String()
+	}
+	return hsm.KindOf(err).String()
 }
 
 func (r request) serve(ctx context.Context, diagnostics io.Writer) (answer, error) {
@@ -342,79 +342,16 @@ func (r request) perform(ctx context.Context, t *hsm.Token, wraps *hsm.Counter, 
 		return answer{}, errors.New("no such command: agent and plugin are of different releases")
 	}
 	if err != nil {
-		return answer{}, err
+		return answer{}, r.misnamed(ctx, t, err)
 	}
 	if k.Note != "" {
 		_, _ = fmt.Fprintln(diagnostics, "warning:", k.Note)
 	}
-	return answer{Keys: states(k)}, nil
-}
-
-// list returns the keys, what is wrong with their versions on the token, and how many of
-// their wraps they have made; nothing is known of these where wraps is nil.
-func list(ctx context.Context, t *hsm.Token, wraps *hsm.Counter) ([]keyState, error) {
-	keys, err := t.Keys(ctx)
-	if err != nil {
-		return nil, err
+	out := states(k)
+	if err := problems(ctx, t, k, &out[0]); err != nil { // the change is made all the same
+		_, _ = fmt.Fprintln(diagnostics, "warning: what may be wrong with the versions is not known:", told(err))
 	}
-	out := states(keys...)
-	for i, k := range keys {
-		for j, v := range k.Versions {
-			err := k.Conflict
-			if err == nil {
-				err = t.Verify(ctx, v)
-			}
-			switch {
-			case err == nil:
-			case ofVersion(ctx, err):
-				out[i].Versions[j].Problem = told(err)
-			case !errors.As(err, new(*hsm.Error)):
-				return nil, &hsm.Error{Kind: hsm.Unavailable, Detail: fmt.Sprintf("version %d of key %s could not be looked at", v.Number, v.Key), Err: err}
-			default:
-				return nil, err
-			}
-			out[i].Versions[j].Wraps = wearOf(wraps, v)
-		}
-	}
-	return out, nil
-}
-
-// warnOfStrays says which keys are in no record.
-func warnOfStrays(ctx context.Context, t *hsm.Token, diagnostics io.Writer) error {
-	strays, err := t.Strays(ctx)
-	if err != nil {
-		return err
-	}
-	const most = 8
-	for _, s := range strays[:min(len(strays), most)] {
-		_, _ = fmt.Fprintf(diagnostics, "warning: the key %s with the ID %x is in no record: its record was lost (restore it from the HSM's backup, and delete nothing), "+
-			"or it is left of a command that was cut off, and was never used\n", s.Label, s.ID)
-	}
-	if more := len(strays) - most; more > 0 {
-		_, _ = fmt.Fprintf(diagnostics, "warning: so are %d more keys\n", more)
-	}
-	return nil
-}
-
-// ofVersion tells whether an error says something of the version that was asked for,
-// and not of the token or the way to it.
-func ofVersion(ctx context.Context, err error) bool {
-	known := (*hsm.Error)(nil)
-	if ctx.Err() != nil || errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) || !errors.As(err, &known) {
-		return false
-	}
-	return known.Kind != hsm.Unavailable && known.Kind != hsm.Unauthenticated || hsm.OfVersion(err)
-}
-
-func wearOf(wraps *hsm.Counter, v *hsm.Version) *wear {
-	if wraps == nil || v.State == hsm.Destroyed {
-		return nil
-	}
-	used, limit, err := wraps.Used(v)
-	if err != nil || limit == 0 {
-		return nil
-	}
-	return &wear{Used: used, Limit: limit}
+	return answer{Keys: out}, nil
 }
 
 // sparesCurrent refuses to disable the version that encryption needs, unless that is
@@ -424,20 +361,6 @@ func (r request) sparesCurrent(ctx context.Context, t *hsm.Token) error {
 	if err != nil || k.Current != r.Version || r.Confirmed {
 		return err
 	}
-	return &hsm.Error{Kind: hsm.Invalid, Detail: fmt.Sprintf("version %d of %q is the current one: nothing could be encrypted without it. "+
+	return &unconfirmed{fmt.Sprintf("version %d of %q is the current one: nothing could be encrypted without it. "+
 		"Make another first with kms-agent hsm rotate %s, or repeat this with --confirm %s@%d", r.Version, r.Key, r.Key, r.Key, r.Version)}
-}
-
-func states(keys ...*hsm.Key) []keyState {
-	out := make([]keyState, 0, len(keys))
-	for _, k := range keys {
-		s := keyState{Key: k.Name, Current: k.Current}
-		for _, v := range k.Versions {
-			s.Versions = append(s.Versions, versionState{
-				Version: v.Number, State: v.State.String(), Suite: v.Suite.String(), ID: fmt.Sprintf("%x", v.ID), Created: v.Created,
-			})
-		}
-		out = append(out, s)
-	}
-	return out
 }

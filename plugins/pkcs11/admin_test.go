@@ -2,13 +2,13 @@ package main
 
 import (
 	"bytes"
-	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"sync"
 	"testing"
@@ -95,6 +95,10 @@ func TestNoTokenAtAll(t *testing.T) {
 			t.Errorf("%+v has no %q", a, part)
 		}
 	}
+	a = r.administer(request{Command: "list", ByFlags: true})
+	if !strings.Contains(a.Error, "environment of this command? As by export SOFTHSM2_CONF=") || strings.Contains(a.Error, "its backend") {
+		t.Errorf("without a backend: %+v", a)
+	}
 	for _, detail := range []string{"the module shows no token: is it reachable?", "initialise the module: C_Initialize: CKR_GENERAL_ERROR"} {
 		if got := classified(&hsm.Error{Kind: hsm.Unavailable, Detail: detail}).Error(); strings.Count(got, "SOFTHSM2_CONF") != 1 {
 			t.Errorf("in the agent's log: %q", got)
@@ -137,7 +141,7 @@ func TestDisableOfTheCurrentVersion(t *testing.T) {
 	r := newRig(t)
 	r.must(request{Command: "init-key", Key: "orders"})
 	a := r.administer(request{Command: "disable", Key: "orders", Version: 1})
-	if a.Class != "invalid" || !strings.Contains(a.Error, "--confirm orders@1") || !strings.Contains(a.Error, "rotate orders") {
+	if a.Class != "unconfirmed" || !strings.Contains(a.Error, "--confirm orders@1") || !strings.Contains(a.Error, "rotate orders") {
 		t.Errorf("%+v", a)
 	}
 	if state := r.must(request{Command: "list"}).Keys[0].Versions[0].State; state != hsm.Enabled.String() {
@@ -146,69 +150,23 @@ func TestDisableOfTheCurrentVersion(t *testing.T) {
 	r.must(request{Command: "disable", Key: "orders", Version: 1, Confirmed: true})
 }
 
-// The list says of a version whose key somebody has deleted, or made anew, that it is
-// not what its state says.
-func TestListOfWhatIsGone(t *testing.T) {
-	r := newRig(t)
-	r.must(request{Command: "init-key", Key: "orders"})
-	r.must(request{Command: "rotate", Key: "orders"})
-	id := r.must(request{Command: "rotate", Key: "orders"}).Keys[0].Versions[1].ID
-	r.must(request{Command: "disable", Key: "orders", Version: 1})
-	problems := func() (found []string) {
-		for _, v := range r.must(request{Command: "list"}).Keys[0].Versions {
-			found = append(found, v.Problem)
-		}
-		return found
+// The table of settings has the bounds that a setting out of them is refused with.
+func TestBoundsAreDocumented(t *testing.T) {
+	page, err := os.ReadFile("../../docs/hsm.md")
+	if err != nil {
+		t.Fatal(err)
 	}
-	if got := strings.Join(problems(), ""); got != "" {
-		t.Errorf("of keys that are well: %q", got)
-	}
-	r.Tool("--delete-object", "--type", "secrkey", "--id", id)
-	if got := problems(); got[0]+got[2] != "" || !strings.Contains(got[1], "has no key with the ID "+id) {
-		t.Errorf("of a key that is gone: %q", got)
-	}
-	r.Tool("--keygen", "--key-type", "AES:32", "--id", id, "--label", "other", "--private", "--sensitive")
-	if got := problems(); got[0]+got[2] != "" || !strings.Contains(got[1], "is not the one") {
-		t.Errorf("of another key: %q", got)
-	}
-}
-
-// What an outage leaves unknown of a version is no fault of the version.
-func TestListInAnOutage(t *testing.T) {
-	r := newRig(t)
-	r.must(request{Command: "init-key", Key: "orders"})
-	fault := hsmtest.NewFault(t, "../../hsm", hsmtest.SoftHSMModule)
-	r.settings["module"] = fault.Module
-	fault.Set("C_Decrypt rv=0x30") // CKR_DEVICE_ERROR
-	if a := r.administer(request{Command: "list"}); a.Class != "unavailable" || len(a.Keys) != 0 || !strings.Contains(a.Error, "CKR_DEVICE_ERROR") {
-		t.Errorf("%+v", a)
-	}
-	fault.Set()
-	if a := r.must(request{Command: "list"}); a.Keys[0].Versions[0].Problem != "" {
-		t.Errorf("%+v", a)
-	}
-}
-
-func TestWhatIsOfAVersion(t *testing.T) {
-	over, cancel := context.WithCancel(t.Context())
-	cancel()
-	worn := &hsm.Error{Kind: hsm.KeyUnusable, Detail: "it is worn"}
-	for _, c := range []struct {
-		ctx  context.Context //nolint:containedctx // a case
-		err  error
-		want bool
-	}{
-		{t.Context(), worn, true},
-		{t.Context(), fmt.Errorf("look: %w", &hsm.Error{Kind: hsm.KeyNotFound}), true},
-		{t.Context(), &hsm.Error{Kind: hsm.Broken}, true},
-		{t.Context(), &hsm.Error{Kind: hsm.Unavailable}, false},
-		{t.Context(), &hsm.Error{Kind: hsm.Unauthenticated}, false},
-		{t.Context(), &hsm.Error{Kind: hsm.Broken, Err: context.DeadlineExceeded}, false},
-		{t.Context(), errors.New("CKR_SESSION_HANDLE_INVALID"), false},
-		{over, worn, false},
+	for setting, c := range map[string]struct{ value, standard string }{
+		"sessions": {"1025", "; 8,"}, "hang_after": {`"1h"`, "`10s`"}, "fleet_size": {"0", "`1`"},
 	} {
-		if got := ofVersion(c.ctx, c.err); got != c.want {
-			t.Errorf("%v: %v, want %v", c.err, got, c.want)
+		_, _, err := parseSettings(json.RawMessage(`{"` + setting + `": ` + c.value + `}`))
+		if err == nil {
+			t.Fatalf("%s = %s is taken", setting, c.value)
+		}
+		bounds := regexp.MustCompile(`settings\.` + setting + `: (\w+ to \w+)`).FindStringSubmatch(err.Error())
+		row := regexp.MustCompile("(?m)^\\| `" + setting + "` \\| .*$").FindString(string(page))
+		if bounds == nil || !strings.Contains(row, bounds[1]) || !strings.Contains(row, c.standard) {
+			t.Errorf("%v\nthe row %q\nwants %q and %q", err, row, bounds, c.standard)
 		}
 	}
 }

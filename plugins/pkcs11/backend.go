@@ -174,11 +174,18 @@ func (b *backend) version(ctx context.Context, key plugins.KeyRef) (*hsm.Version
 // makable is err with the key's name in the command that makes it, so that it can be run
 // as it stands.
 func makable(err error, name string) error {
-	const command = "'kms-agent hsm init-key'"
-	if hsm.KindOf(err) != hsm.KeyNotFound || !strings.Contains(err.Error(), command) {
+	if !noSuchKey(err) {
 		return err
 	}
-	return &hsm.Error{Kind: hsm.KeyNotFound, Detail: strings.Replace(told(err), command, "kms-agent hsm init-key "+name, 1)}
+	return &hsm.Error{Kind: hsm.KeyNotFound, Detail: strings.Replace(told(err), initKey, "kms-agent hsm init-key "+name, 1)}
+}
+
+// initKey is how package hsm names the command that makes a key.
+const initKey = "'kms-agent hsm init-key'"
+
+// noSuchKey tells whether an error says that the token has no key of a name.
+func noSuchKey(err error) bool {
+	return hsm.KindOf(err) == hsm.KeyNotFound && strings.Contains(err.Error(), initKey)
 }
 
 // name returns the name of the key that a URI means.
@@ -284,19 +291,28 @@ func (p *plain) Unwrap() error { return p.error }
 // long errors. dlopen gives text alone, and a library that may not open its tokens says
 // anything: SoftHSM says CKR_GENERAL_ERROR.
 func explained(err error) error {
-	if !astray(err) && !strings.Contains(err.Error(), "ermission denied") {
+	denied := strings.Contains(err.Error(), "ermission denied")
+	if !denied && !astray(err) {
 		return err
 	}
-	return fmt.Errorf("%w (a confined plugin reaches what access of its backend names, and writes, as SoftHSM to its tokens, what is under write: name the directory. "+
-		"If it is named, was it replaced, as by a restore? kms-agent plugin restart BACKEND)", hinted(err))
+	modes := ""
+	if denied {
+		modes = "Do mode and owner let the agent's user read it? "
+	}
+	return fmt.Errorf("%w (a confined plugin reaches what access of its backend names, and writes, as SoftHSM to its tokens, what is under write: name the directory. %s"+
+		"If it is named, was it replaced, as by a restore? kms-agent plugin restart BACKEND)", hinted(err, inBackend), modes)
 }
 
-// hinted adds where a library that is astray may be looking for its tokens.
-func hinted(err error) error {
+// inBackend is where the variables of an agent's plugin are set.
+const inBackend = "in env of its backend?"
+
+// hinted adds where a library that is astray may be looking for its tokens; variables
+// says where those of its process are set.
+func hinted(err error, variables string) error {
 	if !astray(err) {
 		return err
 	}
-	return fmt.Errorf("%w (the library looks where its own configuration says, mostly by a variable, as SOFTHSM2_CONF: is it set, in env of its backend?)", err)
+	return fmt.Errorf("%w (the library looks where its own configuration says, mostly by a variable, as SOFTHSM2_CONF: is it set, %s)", err, variables)
 }
 
 // astray tells whether a library does not begin, or shows no token at all.

@@ -47,7 +47,7 @@ func (r request) check() []fault {
 	if err == nil && s.PINDescr == "" { // that of the agent is not here
 		setting := map[bool]string{s.PINFile != "": "pin_file", s.PINCred != "": "pin_credential", s.PINVariable != "": "pin_variable"}[true]
 		if err := s.pinSource().Check(); err != nil {
-			faults = append(faults, fault{Setting: setting, Message: err.Error(), Warning: true})
+			faults = append(faults, fault{Setting: setting, Message: s.withPINCure(err).Error(), Warning: true})
 		}
 	}
 	if err := s.damagedCounts(); err != nil {
@@ -58,6 +58,15 @@ func (r request) check() []fault {
 		faults = append(faults, f)
 	}
 	return faults
+}
+
+// withPINCure adds to an error of the PIN's file how this user may read it.
+func (s settings) withPINCure(err error) error {
+	if s.PINFile == "" || !errors.Is(err, fs.ErrPermission) {
+		return err
+	}
+	uid := os.Geteuid()
+	return fmt.Errorf("%w; this check runs as uid %d, and should as the agent's user: if that is it, chown %d %s, chmod 400 it, and let that user pass the directories above it", err, uid, uid, s.PINFile)
 }
 
 // otherToken tells why a key's URI can mean no key on the token of the settings, whatever
@@ -147,7 +156,11 @@ func (s settings) unloaded(err error) error {
 // unreadable says what is wrong with settings that are not read at all.
 func unreadable(raw json.RawMessage, err error) error {
 	if name, ok := strings.CutPrefix(err.Error(), "json: unknown field "); ok {
-		return fmt.Errorf("settings.%s: there is no such setting; docs/hsm.md has those that are", strings.Trim(name, `"`))
+		name = strings.Trim(name, `"`)
+		if strings.EqualFold(name, "pin") {
+			return fmt.Errorf("settings.%s: the PIN itself does not belong into the configuration: write it into a file of its own, and that file's path into pin_file; or use pin_credential, pin_descriptor or pin_variable", name)
+		}
+		return fmt.Errorf("settings.%s: there is no such setting; docs/hsm.md has those that are", name)
 	}
 	if e := (*json.UnmarshalTypeError)(nil); errors.As(err, &e) && e.Field != "" {
 		return fmt.Errorf("settings.%s: must be of type %v, not %s", e.Field, e.Type, e.Value)

@@ -4,10 +4,13 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/kms-agent/kms-agent/hsm"
 	"github.com/kms-agent/kms-agent/hsm/hsmtest"
@@ -36,6 +39,7 @@ func TestCheck(t *testing.T) {
 		{setting: "module", value: "/proc/self/exe", want: "module: /proc/self/exe exports no"},
 		{setting: "token", value: "kms", want: `token: "kms" is no PKCS#11 URI, such as pkcs11:token=kms`},
 		{setting: "unknown", value: 1, want: "unknown: there is no such setting"},
+		{setting: "pin", value: hsmtest.PIN, want: "pin: the PIN itself does not belong into the configuration"},
 		{setting: "pin_file", value: empty, want: "pin_file: the PIN is empty: " + empty, warning: true},
 		{setting: "pin_file", value: r.Path("missing"), want: "pin_file: the PIN: open", warning: true},
 		{key: "pkcs11:token=kms", want: "pkcs11:token=kms: the URI"},
@@ -72,6 +76,24 @@ func TestCheck(t *testing.T) {
 	}
 	if r.settings["module"] != good {
 		t.Fatal("the settings are not as they were")
+	}
+}
+
+// A PIN's file that this user may not read is told with the cure; other faults have none
+// of that.
+func TestCureOfAnUnreadablePIN(t *testing.T) {
+	s := settings{PINFile: "/etc/kms-agent/hsm/pin"}
+	denied := fmt.Errorf("the PIN: %w", &fs.PathError{Op: "open", Path: s.PINFile, Err: unix.EACCES})
+	want := fmt.Sprintf("chown %d %s, chmod 400 it", os.Geteuid(), s.PINFile)
+	if got := s.withPINCure(denied).Error(); !strings.HasPrefix(got, denied.Error()) || !strings.Contains(got, want) {
+		t.Errorf("%q, want %q", got, want)
+	}
+	missing := fmt.Errorf("the PIN: %w", fs.ErrNotExist)
+	if got := s.withPINCure(missing); !errors.Is(got, missing) || got.Error() != missing.Error() {
+		t.Errorf("%q, want %q", got, missing)
+	}
+	if got := (settings{PINCred: "pin"}).withPINCure(denied); got.Error() != denied.Error() {
+		t.Errorf("of a credential: %q, want %q", got, denied)
 	}
 }
 
@@ -197,6 +219,9 @@ func TestCureOfConfinement(t *testing.T) {
 			if n := strings.Count(err.Error(), part); n != 1 {
 				t.Errorf("%v has %q %d times", err, part, n)
 			}
+		}
+		if got := strings.Contains(err.Error(), "mode and owner"); got != strings.Contains(cause, "denied") {
+			t.Errorf("%v: modes of files are told: %v", err, got)
 		}
 		if n := len(err.Error()); n > 512 {
 			t.Errorf("%d bytes, of which the agent shows 512: %v", n, err)
