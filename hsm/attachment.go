@@ -48,7 +48,7 @@ type attachment struct {
 // awayFor is how long the token is not asked for more sessions when it had none.
 const awayFor = 4 * time.Second
 
-func newAttachment(t *Token, slot uint, info cryptoki.Token, anchor cryptoki.Session, sessions int) *attachment {
+func newAttachment(t *Token, slot uint, info cryptoki.Token, anchor cryptoki.Session, sessions, spare int) *attachment {
 	a := &attachment{
 		token: t, since: t.now(), slot: slot, info: info, anchor: anchor, places: make(chan struct{}, sessions),
 		broken: make(chan struct{}), login: make(chan struct{}, 1), live: map[*worker]struct{}{}, empty: make(chan struct{}),
@@ -58,7 +58,7 @@ func newAttachment(t *Token, slot uint, info cryptoki.Token, anchor cryptoki.Ses
 	}
 	for i := range a.spare {
 		a.spare[i] = make(chan struct{}, 1)
-		if sessions > 1 { // else the module may be one that must be alone with its thread
+		if i >= spares-spare {
 			a.spare[i] <- struct{}{}
 		}
 	}
@@ -69,10 +69,11 @@ func newAttachment(t *Token, slot uint, info cryptoki.Token, anchor cryptoki.Ses
 type role uint8
 
 const (
-	caller role = iota
-	again       // the same, of one who has waited for a look
-	looker      // a look at a version
-	asker       // a question whether the token serves another version
+	caller   role = iota
+	bounced       // the same, of one who has waited for a look
+	verifier      // one who waits for what a look comes to, and wants no guess
+	looker        // a look at a version
+	asker         // a question whether the token serves another version
 )
 
 // spares are the sessions beside those for callers: who finds out what is wrong does not
@@ -139,9 +140,19 @@ func (a *attachment) release(w *worker) {
 		return
 	}
 	a.idle = append(a.idle, w)
-	place := w.place
+	a.vacates(w.place)
 	a.mu.Unlock()
-	place <- struct{}{}
+}
+
+// vacates gives a place back. A spare one is for callers where places of theirs were taken
+// away, as it may be the one that has a session. mu is held.
+func (a *attachment) vacates(place chan struct{}) {
+	if i := slices.Index(a.spare[:], place); i >= 0 && a.away > 0 {
+		a.away--
+		a.noSpare[i] = true
+		place = a.places
+	}
+	place <- struct{}{} // it has room
 }
 
 // discard gives up a session. Its place is free once the module has let go of it.
@@ -165,7 +176,7 @@ func (a *attachment) gone(w *worker) {
 		return
 	}
 	if !w.short || len(a.live) <= a.short {
-		w.place <- struct{}{}
+		a.vacates(w.place)
 	} else if i := slices.Index(a.spare[:], w.place); i >= 0 {
 		a.noSpare[i] = true
 	} else {

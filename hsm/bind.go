@@ -40,8 +40,8 @@ func (v *Version) out(a *attachment, wrap bool) error {
 	if err := v.pausing(a); err != nil {
 		return err
 	}
-	if !wrap {
-		return nil
+	if err := v.suspected(a, wrap); err != nil || !wrap {
+		return err
 	}
 	if b := v.proven(a, true); b != nil && OfVersion(b.unfit) {
 		return b.unfit
@@ -94,10 +94,10 @@ func (t *Token) bind(ctx context.Context, a *attachment, v *Version, wrap bool) 
 	if b := v.proven(a, wrap); b != nil {
 		return b.serve(wrap)
 	}
-	if err := v.pausing(a); err != nil {
-		return handles{}, err
-	}
 	if v.look.Load() != nil {
+		if err := v.out(a, wrap); err != nil {
+			return handles{}, err
+		}
 		// Somebody opens the canary just now. What it said a moment ago will do.
 		if b := v.provenWithin(a, wrap, 2*provenFor); b != nil {
 			return b.serve(wrap)
@@ -126,13 +126,13 @@ func (t *Token) prove(ctx context.Context, l *look) (*binding, error) {
 	}
 	switch {
 	case err == nil:
-		v.illness.Store(nil)
-		v.handles.Store(b)
+		if l.of(a) { // else another look is the one that counts
+			v.illness.Store(nil)
+			v.handles.Store(b)
+		}
 		return b, nil
 	case OfVersion(err):
-		v.pause(a, err)
-	case KindOf(err) == KeyUnusable, KindOf(err) == KeyNotFound:
-		v.illness.Store(nil) // it was guessed to be one
+		v.pause(a, l.epoch, err)
 	}
 	if !isCallers(err) {
 		v.unbind(a)
@@ -151,11 +151,14 @@ func (t *Token) mayBeOthers(ctx context.Context, l *look, err error) bool {
 		return true
 	case s != askCanary && s != reconnect:
 		return false
-	case t.ask(ctx, l.a, l.v, false) != well:
+	}
+	switch said := t.ask(ctx, l.a, l.v, false); {
+	case said == unwell, said == nobody && s == reconnect:
 		_ = l.a.lost(err)
 		return false
+	case said == well:
+		l.suspects(l.v.ailing(err, nil))
 	}
-	l.ails(err)
 	return true
 }
 

@@ -55,8 +55,7 @@ const recordedAge = 10 * time.Millisecond
 // recorded is why a version is refused by what its record says now, where that tells more
 // than the token does: another host may have disabled it a moment ago.
 func (t *Token) recorded(ctx context.Context, v *Version, err error) error {
-	known := (*Error)(nil)
-	if !errors.As(err, &known) || known.Kind != KeyUnusable && known.Kind != KeyNotFound || errors.As(err, new(uncounted)) {
+	if err == nil || KindOf(err) != KeyUnusable || errors.As(err, new(uncounted)) {
 		return err
 	}
 	got, ok := t.keys.cached(v.Key)
@@ -100,7 +99,7 @@ func (t *Token) crypt(ctx context.Context, v *Version, h header, dst, in, iv, aa
 		}
 		if last = err; errors.Is(err, errDoubted) {
 			if err = v.awaitLook(ctx, a, !unwrap); err == nil {
-				ctx = as(ctx, again)
+				ctx = as(ctx, bounced)
 				continue
 			}
 		}
@@ -170,7 +169,7 @@ func (t *Token) once(ctx context.Context, a *attachment, v *Version, h header, k
 		t.uncount(v, unwrap)
 		return nil, err
 	}
-	if v.doubted() && roleOf(ctx) == caller {
+	if v.doubted(a) && roleOf(ctx) == caller {
 		a.release(w)
 		t.uncount(v, unwrap)
 		return nil, errDoubted
@@ -202,6 +201,9 @@ func (t *Token) once(ctx context.Context, a *attachment, v *Version, h header, k
 	w.cleanAfter(max(n, len(in)))
 	a.release(w)
 	if unwrap {
+		if v.look.Load() != nil && roleOf(ctx) == looker {
+			v.took.Store(t.now() - began)
+		}
 		v.opened.Store(began)
 	} else {
 		v.wrapped.Store(began)
@@ -315,7 +317,9 @@ func (t *Token) doubt(ctx context.Context, a *attachment, v *Version, err error,
 	if unwrap {
 		return true, errOpen
 	}
-	return true, v.leftAlone(a, true, errorf(Broken, err, "the token does not do this, and is well otherwise"))
+	only := errorf(Unavailable, err, "version %d of key %s wraps what it is tested with, and not this: see docs/hsm.md for the code", v.Number, v.Key)
+	only.VersionOnly = true // others may wrap what they want to: it is not remembered
+	return true, only
 }
 
 // refusal is what it means that nothing helps.

@@ -19,22 +19,25 @@ func (t *Token) strange(ctx context.Context, l *look, keys handles, err error) e
 	case s == askCanary:
 		return t.ill(ctx, l, keys, err)
 	case s == reconnect:
-		return t.lost(ctx, l, keys, err)
+		return t.seemsLost(ctx, l, keys, err)
 	}
 	return err
 }
 
-// lost returns what it means that a canary fails as those of lost connections do.
-func (t *Token) lost(ctx context.Context, l *look, keys handles, err error) error {
+// seemsLost returns what it means that a canary fails as those of lost connections do.
+func (t *Token) seemsLost(ctx context.Context, l *look, keys handles, err error) error {
 	if t.ask(ctx, l.a, l.v, false) != well {
 		return l.a.lost(err)
 	}
-	l.ails(err)
-	again := t.openCanary(ctx, l.a, l.v, keys)
-	if s := stepFor(again); again == nil || isCallers(again) || s != reconnect && s != askCanary {
-		return again
+	l.suspects(l.v.ailing(err, nil))
+	switch again := t.openCanary(ctx, l.a, l.v, keys); {
+	case again == nil:
+		return nil
+	case stepFor(again) == reconnect:
+		return l.v.ailing(err, nil)
+	default:
+		return t.strange(ctx, l, keys, again)
 	}
-	return l.v.ailing(err, nil)
 }
 
 // lost ends an attachment whose connection is lost.
@@ -42,12 +45,6 @@ func (a *attachment) lost(err error) error {
 	why := errorf(Unavailable, err, "the connection to the token is lost")
 	a.breaks(why)
 	return why
-}
-
-// ails says that it will most likely be an outage of the version.
-func (l *look) ails(err error) {
-	only := l.v.ailing(err, nil)
-	l.suspects(only, func() { l.v.pause(l.a, only) })
 }
 
 // another says that the key of a version is another one.
@@ -66,7 +63,7 @@ func (t *Token) ill(ctx context.Context, l *look, keys handles, err error) error
 	a, v := l.a, l.v
 	said, failed := t.ask(ctx, a, v, false), error(nil)
 	if said == well {
-		l.ails(err)
+		l.suspects(v.ailing(err, nil))
 	}
 	if said != unwell {
 		failed = t.tryOwn(ctx, a, v, keys)
@@ -172,7 +169,7 @@ func (t *Token) reopen(ctx context.Context, a *attachment, v *Version, keys hand
 func (v *Version) outage(a *attachment, err error, wraps bool) error {
 	if !wraps {
 		only := v.ailing(err, nil)
-		v.pause(a, only)
+		v.pause(a, a.epoch.Load(), only)
 		v.unbind(a) // else it is used while its canary counts
 		return only
 	}
@@ -199,9 +196,9 @@ func (t *Token) tryAgain(ctx context.Context, l *look, keys handles, err error) 
 	case a.over():
 		return keys, err
 	case only:
-		l.suspects(v.unableToWrap(err), func() { v.tests(a, t.now(), v.unableToWrap(err)) })
-	case stepFor(err) == reconnect:
-		return keys, a.lost(err)
+		l.suspects(v.unableToWrap(err))
+	case stepFor(err) == reconnect && (a.wraps.Load() || time.Duration(t.now()-a.since) > reconnectMax):
+		return keys, a.lost(err) // else another connection is no cure, and those who open need this one
 	}
 	found, again := t.try(ctx, a, v, keys)
 	switch s := stepFor(again); {
@@ -252,8 +249,8 @@ func (v *Version) lately(a *attachment) error {
 	return nil
 }
 
-func (v *Version) pause(a *attachment, err error) {
-	v.illness.Store(&illness{a, a.epoch.Load(), a.token.now() + int64(illPause), err})
+func (v *Version) pause(a *attachment, epoch int64, err error) {
+	v.illness.Store(&illness{a, epoch, a.token.now() + int64(illPause), err})
 }
 
 // pausing returns what ails a version that was looked at just now.

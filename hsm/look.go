@@ -3,7 +3,6 @@ package hsm
 import (
 	"context"
 	"sync"
-	"sync/atomic"
 	"time"
 )
 
@@ -14,60 +13,57 @@ type look struct {
 	v     *Version
 	a     *attachment
 	epoch int64
-	began int64         // by the token's now
 	wrap  bool          // whether they wrap, too
-	anew  bool          // whatever is known: a call has failed
+	anew  bool          // whatever is known
 	opens chan struct{} // closed when they have opened it
-	told  chan struct{} // closed when there is an answer
+	told  chan struct{} // closed when there is an answer, or it takes long and there is a guess
 	ended chan struct{}
 
-	doubt atomic.Bool // it takes long, and a call has failed
-
 	mu    sync.Mutex
-	late  bool  // mu guards late and what follows; it takes long
-	guess guess // what is told then
+	late  bool  // mu guards late and what follows; it takes longer than it should
+	guess error // what it will most likely come to
+	said  bool  // told is closed
 	open  *binding
 	b     *binding
-	err   error
-	done  bool // b or err is the answer
-}
-
-// guess is what a look says as long as it does not know.
-type guess struct {
-	err      error
-	remember func() // so that nobody else need ask
+	err   error // b or err is the answer, when it has ended
+	over  bool  // it has
 }
 
 const (
 	// lookPatience is how long those who wait for a look get the answer that it comes to,
-	// and no guess.
+	// and no guess; it is longer for keys whose canaries take long when they are well.
 	lookPatience = 250 * time.Millisecond
+	usualTimes   = 3
 	// lookTime bounds a look of so many calls, none of which hangs.
 	lookTime = 30 * time.Second
 )
 
 // look tells whether the keys of a version open its canary and, where that is wanted,
-// wrap: what is known, or is found out just now. anew takes nothing that anybody began to
-// find out before.
+// wrap: what is known, or is found out just now. anew takes no canary that was opened
+// before.
 func (t *Token) look(ctx context.Context, a *attachment, v *Version, wrap, anew bool) (*binding, error) {
-	now := t.now()
+	final := roleOf(ctx) == verifier
 	for {
-		if err := v.out(a, wrap); err != nil {
+		if err := v.out(a, wrap); err != nil && !final {
 			return nil, err
 		}
 		if b := v.proven(a, wrap); b != nil && !anew {
 			return b, nil
 		}
 		l := t.looking(ctx, a, v, wrap, anew)
-		fits := l.a == a && l.epoch == a.epoch.Load() && (l.wrap || !wrap) && (l.anew && l.began >= now || !anew)
-		for _, until := range []chan struct{}{l.told, l.ended} {
+		fits := (l.wrap || !wrap) && (!anew || l.anew && !l.hasOpened())
+		moments := []chan struct{}{l.told, l.ended}
+		if final {
+			moments = moments[1:]
+		}
+		for _, until := range moments {
 			if err := l.wait(ctx, until, fits && !wrap); err != nil {
 				return nil, err
 			}
 			if fits {
 				return l.answer(wrap)
 			}
-			if err := v.out(a, wrap); err != nil {
+			if err := v.out(a, wrap); err != nil && !final {
 				return nil, err
 			}
 		}
@@ -89,37 +85,56 @@ func (l *look) wait(ctx context.Context, moment chan struct{}, opened bool) erro
 	return nil
 }
 
-// looking returns the look at a version that is under way; it begins one where there is none.
+// looking returns the look at a version that is under way in this login; it begins one
+// where there is none.
 func (t *Token) looking(ctx context.Context, a *attachment, v *Version, wrap, anew bool) *look {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	if l := v.look.Load(); l != nil {
+	if l := v.look.Load(); l.of(a) {
 		return l
 	}
 	l := &look{
-		v: v, a: a, epoch: a.epoch.Load(), began: t.now(), wrap: wrap, anew: anew,
-		opens: make(chan struct{}), told: make(chan struct{}), ended: make(chan struct{}), guess: guess{err: v.lately(a)},
+		v: v, a: a, epoch: a.epoch.Load(), wrap: wrap, anew: anew,
+		opens: make(chan struct{}), told: make(chan struct{}), ended: make(chan struct{}), guess: v.lately(a),
 	}
 	v.look.Store(l)
 	go t.lookOn(context.WithoutCancel(ctx), l)
 	return l
 }
 
+// of tells whether a look is one of the login that an attachment has now.
+func (l *look) of(a *attachment) bool { return l != nil && l.a == a && l.epoch == a.epoch.Load() }
+
 // lookOn looks.
 func (t *Token) lookOn(ctx context.Context, l *look) {
 	ctx, cancel := context.WithTimeout(as(ctx, looker), lookTime)
 	defer cancel()
-	timer := time.AfterFunc(lookPatience, l.isLate)
+	timer := time.AfterFunc(max(lookPatience, usualTimes*time.Duration(l.v.took.Load())), l.isLate)
 	defer timer.Stop()
 	b, err := t.lookAt(ctx, l)
-	if isCallers(err) {
-		err = errorf(Unavailable, errSlow, "version %d of key %s was not examined within %v", l.v.Number, l.v.Key, lookTime)
-	}
-	l.v.look.Store(nil)
 	l.mu.Lock()
-	l.tell(b, err)
-	l.mu.Unlock()
+	defer l.mu.Unlock()
+	if isCallers(err) {
+		if err = l.guess; err == nil {
+			err = errorf(Unavailable, errSlow, "version %d of key %s was not examined within %v", l.v.Number, l.v.Key, lookTime)
+		}
+	}
+	if l.late && l.open == nil && definite(err) { // who has not waited for it is told soon
+		l.v.pause(l.a, l.epoch, err)
+	}
+	l.b, l.err, l.over = b, err, true
+	l.v.look.CompareAndSwap(l, nil)
+	if !l.said {
+		l.said = true
+		close(l.told)
+	}
 	close(l.ended)
+}
+
+// definite tells whether an error says of a version that it is not to be used.
+func definite(err error) bool {
+	kind := KindOf(err)
+	return kind == KeyUnusable || kind == KeyNotFound
 }
 
 func (t *Token) lookAt(ctx context.Context, l *look) (b *binding, err error) {
@@ -138,40 +153,48 @@ func (t *Token) lookAt(ctx context.Context, l *look) (b *binding, err error) {
 	return b, nil
 }
 
-// tell answers those who wait. mu is held.
-func (l *look) tell(b *binding, err error) {
-	if !l.done {
-		l.done, l.b, l.err = true, b, err
-		close(l.told)
-	}
-}
-
+// answer is what a look came to for who wants it, or its guess.
 func (l *look) answer(wrap bool) (*binding, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if !wrap && l.open != nil {
+	switch {
+	case !wrap && l.open != nil:
 		return l.open, nil
+	case l.over:
+		return l.b, l.err
 	}
-	return l.b, l.err
+	return nil, l.guess
+}
+
+func (l *look) hasOpened() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.open != nil
 }
 
 // opened says that the canary was opened. What is guessed from then on is about wraps.
 func (l *look) opened(b *binding) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.open, l.guess = b, guess{}
+	l.open, l.guess = b, nil
 	close(l.opens)
 	if OfVersion(b.unfit) {
-		l.guess.err = b.unfit
-		l.tellGuess()
+		l.suspect(b.unfit)
 	}
 }
 
 // suspects says what a look will most likely come to; those who have waited long are told.
-func (l *look) suspects(err error, remember func()) {
+func (l *look) suspects(err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.guess = guess{err, remember}
+	l.suspect(err)
+}
+
+// suspect is called under mu. What the last look came to in the end is the better guess.
+func (l *look) suspect(err error) {
+	if !definite(l.guess) {
+		l.guess = err
+	}
 	l.tellGuess()
 }
 
@@ -179,40 +202,56 @@ func (l *look) isLate() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.late = true
-	l.doubt.Store(l.anew)
 	l.tellGuess()
 }
 
 // tellGuess is called under mu.
 func (l *look) tellGuess() {
-	if !l.late || l.guess.err == nil || l.done {
-		return
+	if l.late && l.guess != nil && !l.said {
+		l.said = true
+		close(l.told)
 	}
-	if l.guess.remember != nil {
-		l.guess.remember()
-	}
-	l.tell(nil, l.guess.err)
 }
 
-// doubted tells whether a look takes long that was begun because a call failed: another
-// call would take as long, and a place.
-func (v *Version) doubted() bool {
+// suspected returns what was told as a guess of a look that is under way, for who wants to
+// open or wrap.
+func (v *Version) suspected(a *attachment, wrap bool) error {
 	l := v.look.Load()
-	return l != nil && l.doubt.Load()
+	if !l.of(a) {
+		return nil
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.said && !l.over && (wrap || l.open == nil) {
+		return l.guess
+	}
+	return nil
+}
+
+// doubted tells whether a look takes long that finds out anew: another call would take as
+// long, and a place.
+func (v *Version) doubted(a *attachment) bool {
+	l := v.look.Load()
+	if !l.of(a) || !l.anew {
+		return false
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.late && l.open == nil
 }
 
 // awaitLook waits for what such a look comes to.
 func (v *Version) awaitLook(ctx context.Context, a *attachment, wrap bool) error {
-	if l := v.look.Load(); l != nil && l.a == a {
-		if err := l.wait(ctx, l.told, !wrap); err != nil {
-			return err
-		}
-		if b, err := l.answer(wrap); err != nil {
-			return err
-		} else if l.wrap || !wrap {
-			_, err := b.serve(wrap)
-			return err
-		}
+	l := v.look.Load()
+	if !l.of(a) {
+		return nil
 	}
-	return nil
+	if err := l.wait(ctx, l.told, !wrap); err != nil {
+		return err
+	}
+	b, err := l.answer(wrap)
+	if err == nil && (l.wrap || !wrap) {
+		_, err = b.serve(wrap)
+	}
+	return err
 }

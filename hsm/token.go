@@ -31,7 +31,7 @@ type Config struct {
 	// objects; nil means that it stands on the token.
 	Catalogue *CatalogueFile
 	// Sessions is how many operations are under way at once; 0 means 8, or what the
-	// token has, less three.
+	// token has, less three, and 2 where it has 4.
 	Sessions int
 	// HangAfter is how long one call of the module may take; 0 means 10 s.
 	HangAfter time.Duration
@@ -402,7 +402,8 @@ func (t *Token) enter(locks bool) (*attachment, error) {
 	if err := t.logIn(anchor, slot, &t.own); err != nil {
 		return nil, err
 	}
-	return newAttachment(t, slot, info, anchor, t.sessions(info, locks)), nil
+	sessions, spare := t.sessions(info, locks)
+	return newAttachment(t, slot, info, anchor, sessions, spare), nil
 }
 
 // find returns the slot of the one token that is meant.
@@ -484,19 +485,21 @@ func (t *Token) logIn(s cryptoki.Session, slot uint, began *atomic.Int64) error 
 	return errorf(Unavailable, err, "log in")
 }
 
-// sessions is how many operations are under way at once.
-func (t *Token) sessions(info cryptoki.Token, locks bool) int {
-	if !locks {
-		return 1
-	}
-	n := t.cfg.Sessions
-	if n == 0 {
+// sessions is how many operations are under way at once, and spare how many sessions there
+// are beside those and that of the login.
+func (t *Token) sessions(info cryptoki.Token, locks bool) (n, spare int) {
+	if n = t.cfg.Sessions; n == 0 {
 		n = defaultSessions
 	}
-	if beside := 1 + spares; info.MaxSessions > 1 { // with the anchor
-		n = min(n, int(info.MaxSessions)-beside)
+	spare = spares
+	if has := int(info.MaxSessions); has > 1 {
+		n = min(n, max(has-1-spares, min(has-spares, 2)))
+		spare = min(spare, has-1-n)
 	}
-	return max(n, 1)
+	if !locks || n <= 1 { // then the module may be one that must be alone with its thread
+		return 1, 0
+	}
+	return n, spare
 }
 
 // watch returns why the attachment is over. It keeps an idle token awake, and finds

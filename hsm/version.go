@@ -69,6 +69,7 @@ type Version struct {
 	wrapped atomic.Int64 // the same of wraps
 	mu      sync.Mutex   // of who begins a look
 	look    atomic.Pointer[look]
+	took    atomic.Int64 // how long a canary took the last time that it opened
 	used    vectors
 }
 
@@ -101,6 +102,7 @@ func (t *Token) Verify(ctx context.Context, v *Version) error {
 	if v.State == Destroyed {
 		return nil
 	}
+	ctx = as(ctx, verifier)
 	var last error
 	var a *attachment
 	doubts := 0

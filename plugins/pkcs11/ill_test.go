@@ -160,6 +160,45 @@ func TestSlowlyIllKeyIsNoOutageOfOthers(t *testing.T) {
 	unhurt(t, s, pid)
 }
 
+// Damaged messages that come together, on a token that takes its time, hurt nobody else.
+func TestDamagedMessagesOnASlowToken(t *testing.T) {
+	r := newRig(t)
+	for _, name := range []string{"orders", "good"} {
+		r.must(request{Command: "init-key", Key: name})
+	}
+	fault := hsmtest.NewFault(t, "../../hsm", hsmtest.SoftHSMModule)
+	s := r.supervised(t, fault, func(c *host.Config) { c.CallTimeout = 2 * time.Second })
+	orders, good := wrapsOf(t, s, "orders"), wrapsOf(t, s, "good")
+	damaged := append([]byte(nil), orders...)
+	damaged[len(damaged)-1] ^= 1
+	pid := s.Status().PID
+	fault.Set("C_Decrypt sleep_ms=150", "C_DecryptInit sleep_ms=150")
+	var callers sync.WaitGroup
+	until := time.Now().Add(5 * time.Second)
+	for range 6 {
+		callers.Go(func() {
+			for time.Now().Before(until) {
+				if _, err := s.Unwrap(bounded(t), keyNamed("orders"), damaged, message); plugins.ClassOf(err) != plugins.BadCiphertext {
+					t.Errorf("a damaged message: %v", err)
+					return
+				}
+			}
+		})
+	}
+	for name, wrapped := range map[string][]byte{"good": good, "orders": orders} {
+		callers.Go(func() {
+			for time.Now().Before(until) {
+				if _, err := s.Unwrap(bounded(t), keyNamed(name), wrapped, message); err != nil {
+					t.Errorf("key %s: %v", name, err)
+					return
+				}
+			}
+		})
+	}
+	callers.Wait()
+	unhurt(t, s, pid)
+}
+
 // A key that was rotated, and is too ill to wrap in all its versions, is no outage of others.
 func TestRotatedIllKeyIsNoOutageOfOthers(t *testing.T) {
 	r := newRig(t)

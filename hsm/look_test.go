@@ -1,0 +1,219 @@
+package hsm_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/kms-agent/kms-agent/hsm"
+)
+
+// staying is how the agent's plugin has it, and agentTime what it gives each call.
+func staying(_ *rig, c *hsm.Config) { c.Stay = true }
+
+const agentTime = 1800 * time.Millisecond
+
+// unwraps unwraps as the agent does.
+func (r *rig) unwraps(v *hsm.Version, wrapped []byte) error {
+	ctx, cancel := context.WithTimeout(r.t.Context(), agentTime)
+	defer cancel()
+	_, err := r.Unwrap(ctx, v, nil, wrapped, bound)
+	return err
+}
+
+// wraps wraps as the agent does.
+func (r *rig) wraps(v *hsm.Version) error {
+	ctx, cancel := context.WithTimeout(r.t.Context(), agentTime)
+	defer cancel()
+	_, err := r.Wrap(ctx, v, nil, material(32), bound)
+	return err
+}
+
+// A guess is made where it takes long to find out what ails a key. It hides no definite no,
+// neither from callers nor from who looks for himself.
+func TestGuessHidesNoDefiniteNo(t *testing.T) {
+	r, fault := newFaultyRig(t, staying)
+	v, good := r.key("orders", hsm.GCM), r.key("good", hsm.GCM)
+	m := material(32)
+	wrapped, wrappedGood := r.wrap(v, m), r.wrap(good, m)
+	r.opens(good, wrappedGood, m)
+	r.substitute(v)
+	r.logOut()
+	r.opens(good, wrappedGood, m)
+	fault.Set("* sleep_ms=40")
+	eventually(t, "it is told that the key is another", func() error {
+		if err := r.unwraps(v, wrapped); hsm.KindOf(err) != hsm.KeyUnusable {
+			return fmt.Errorf("want that it must not be used: %w", err)
+		}
+		return nil
+	})
+	for range 3 {
+		if err := r.unwraps(v, wrapped); hsm.KindOf(err) != hsm.KeyUnusable {
+			t.Errorf("Unwrap: %v, want that the key must not be used", err)
+		}
+		if err := r.Verify(bounded(t), v); hsm.KindOf(err) != hsm.KeyUnusable {
+			t.Errorf("Verify: %v, want that the key must not be used", err)
+		}
+	}
+}
+
+// A key that was replaced is a definite no also where its canary first fails as those of
+// lost connections do; what it does not open is not damaged.
+func TestReplacedKeyAndOneDeviceError(t *testing.T) {
+	for suite, function := range map[hsm.Suite]string{hsm.GCM: "C_DecryptInit", hsm.CBCHMAC: "C_SignInit"} {
+		t.Run(suite.String(), func(t *testing.T) {
+			r, fault := newFaultyRig(t)
+			v, good := r.key("orders", suite), r.key("good", hsm.GCM)
+			m := material(32)
+			wrapped, wrappedGood := r.wrap(v, m), r.wrap(good, m)
+			r.substitute(v)
+			r.logOut()
+			r.opens(good, wrappedGood, m)
+			fault.Set(function + " rv=0x30 count=1")
+			_ = r.fails(v, wrapped, hsm.KeyUnusable)
+		})
+	}
+}
+
+// Wraps and unwraps of a slowly ill key are told alike what is known of it, while it is
+// looked at again, too.
+func TestSlowlyIllKeyOfAllKindsOfCallers(t *testing.T) {
+	r, fault := newFaultyRig(t, staying)
+	bad, good := r.key("bad", hsm.GCM), r.key("good", hsm.GCM)
+	m := material(32)
+	wrapped, wrappedGood := r.wrap(bad, m), r.wrap(good, m)
+	r.opens(good, wrappedGood, m)
+	fault.Set("ill /bad/", "ill-sleep 400")
+	var callers sync.WaitGroup
+	until := time.Now().Add(6 * time.Second)
+	for i := range 8 {
+		callers.Go(func() {
+			for time.Now().Before(until) {
+				err := error(nil)
+				if i%2 == 0 {
+					err = r.unwraps(bad, wrapped)
+				} else {
+					err = r.wraps(bad)
+				}
+				if !hsm.OfVersion(err) {
+					t.Errorf("%v, want an outage of this version", err)
+					return
+				}
+				time.Sleep(time.Millisecond)
+			}
+		})
+	}
+	callers.Wait()
+	if n := r.attached(); n != 1 {
+		t.Errorf("it took %d connections, want 1", n)
+	}
+}
+
+// A key that stumbles once, slowly, and then passes its test is well.
+func TestGuessDoesNotStay(t *testing.T) {
+	r, fault := newFaultyRig(t, staying)
+	v, good := r.key("orders", hsm.GCM), r.key("good", hsm.GCM)
+	m := material(32)
+	r.wrap(good, m)
+	wrapped := r.wrap(v, m)
+	r.logOut()
+	r.opens(v, wrapped, m) // not tested for wraps
+	r.wrap(good, m)
+	fault.Set("C_Encrypt rv=0x5 count=1 sleep_ms=300")
+	if err := r.wraps(v); err != nil && !hsm.OfVersion(err) {
+		t.Errorf("Wrap: %v", err)
+	}
+	began := time.Now()
+	eventually(t, "the key wraps", func() error { return r.wraps(v) })
+	if took := time.Since(began); took > 500*time.Millisecond {
+		t.Errorf("it was told as ill for %v", took)
+	}
+}
+
+// Two wraps that fail while tests and other keys come off are no reason not to let others wrap.
+func TestTwoWrapsFail(t *testing.T) {
+	r, fault := newFaultyRig(t)
+	v, good := r.key("orders", hsm.GCM), r.key("good", hsm.GCM)
+	m := material(32)
+	_, _ = r.wrap(v, m), r.wrap(good, m)
+	fault.Set("C_Encrypt rv=0x5 count=1", "C_Encrypt skip=2 rv=0x5 count=1") // two are made for a test between them
+	r.wrapsNot(v)
+	r.wrap(v, m)
+	if n := r.attached(); n != 1 {
+		t.Errorf("it took %d connections, want 1", n)
+	}
+}
+
+// One canary that fails once costs no connection, also where there is no other key.
+func TestOneCanaryFails(t *testing.T) {
+	r, fault := newFaultyRig(t)
+	v := r.key("orders", hsm.GCM)
+	m := material(32)
+	wrapped := r.wrap(v, m)
+	r.opens(v, wrapped, m)
+	fault.Set("C_Decrypt rv=0x6 count=1")
+	if err := r.Check(bounded(t)); err != nil {
+		t.Errorf("Check: %v", err)
+	}
+	r.opens(v, wrapped, m)
+	if n := r.attached(); n != 1 {
+		t.Errorf("it took %d connections, want 1", n)
+	}
+}
+
+// Where all wraps fail as on a lost connection, and canaries open, another connection is tried
+// once; then those who open keep the one that there is.
+func TestWrapsFailAsOnALostConnection(t *testing.T) {
+	r, fault := newFaultyRig(t)
+	m := material(32)
+	v, other := r.key("orders", hsm.GCM), r.key("other", hsm.GCM)
+	wrapped, wrappedOther := r.wrap(v, m), r.wrap(other, m)
+	r.opens(other, wrappedOther, m)
+	fault.Set("C_EncryptInit rv=0x30")
+	r.wrapsNothing(v)
+	n := r.attached()
+	for range 50 {
+		if err := r.wraps(v); hsm.KindOf(err) != hsm.Broken {
+			t.Errorf("Wrap: %v, want that the token is broken", err)
+		}
+		r.opens(v, wrapped, m)
+	}
+	if got := r.attached(); n > 2 || got != n {
+		t.Errorf("it took %d connections, and then %d, want 2 at most", n, got)
+	}
+}
+
+// A session that a look had is one for callers where they have none.
+func TestSpareSessionForCallers(t *testing.T) {
+	r, fault := newFaultyRig(t, staying, func(_ *rig, c *hsm.Config) { c.Sessions = 2 })
+	v, other := r.key("orders", hsm.GCM), r.key("other", hsm.GCM)
+	m := material(32)
+	wrapped := r.wrap(v, m)
+	r.wrap(other, m)
+	// Callers hold both places, and a look a spare session; then their sessions are lost, and no other is to be had.
+	fault.Set("C_Decrypt sleep_ms=500 rv=0xb3 count=2", "C_Decrypt sleep_ms=1200 count=1", "C_OpenSession skip=2 rv=0xb1")
+	fault.Calls()
+	var callers sync.WaitGroup
+	for range 2 {
+		callers.Go(func() { _ = r.unwraps(v, wrapped) })
+	}
+	begun := 0
+	eventually(t, "both places are held", func() error {
+		if begun += fault.Calls()["C_Decrypt"]; begun < 2 {
+			return errors.New("not yet")
+		}
+		return nil
+	})
+	if err := r.Verify(bounded(t), other); err != nil {
+		t.Errorf("Verify: %v", err)
+	}
+	callers.Wait()
+	for range 5 {
+		if err := r.unwraps(v, wrapped); err != nil {
+			t.Errorf("a session is idle: %v", err)
+		}
+	}
+}
