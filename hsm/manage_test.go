@@ -116,6 +116,9 @@ func TestKeyMadeAnew(t *testing.T) {
 		}
 	}
 	r.tool("--delete-object", "--type", "data", "--label", "kmsagent/orders")
+	for i := range 3 { // else it is a record that was lost
+		r.tool("--delete-object", "--type", "privkey", "--label", fmt.Sprintf("kmsagent/orders/v%d", i+1))
+	}
 	want := elsewhere.key("orders", hsm.OAEPSHA1)
 	eventually(t, "the key is the new one", func() error {
 		k, err := r.Key(t.Context(), "orders")
