@@ -2,6 +2,7 @@ package cache_test
 
 import (
 	"errors"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -106,7 +107,7 @@ func TestNoThenRestart(t *testing.T) {
 			t.Fatal(f, err) // in the middle of grace
 		}
 		m.up.say(errNo, errNo)
-		r.Observe(a, cache.No, m.Now())
+		r.Observe(a, cache.No, nil, m.Now())
 		synctest.Wait()
 		refused(t, r.Recheck(a), cache.ErrRevoked)
 		m.crash()
@@ -150,7 +151,7 @@ func TestToldWhenOnDisk(t *testing.T) {
 		m.up.takes(time.Second)
 		m.sealer.takes(5 * time.Second)
 		before := m.sealer.advances()
-		r.Observe(a, cache.No, m.Now())
+		r.Observe(a, cache.No, nil, m.Now())
 		time.Sleep(time.Second / 2)
 		_, _, err := use()
 		refused(t, err, errNo)
@@ -169,7 +170,7 @@ func TestSuspendedThenRestart(t *testing.T) {
 		synctest.Wait()
 		m.saved()
 		m.up.takes(8 * time.Second)
-		r.Observe(a, cache.No, m.Now())
+		r.Observe(a, cache.No, errNo, m.Now())
 		stop := r.run()
 		time.Sleep(3 * time.Second) // nobody has made sure yet
 		stop()
@@ -177,7 +178,11 @@ func TestSuspendedThenRestart(t *testing.T) {
 		m.up.takes(0)
 		m.up.say(errDown, errDown)
 		r = m.start()
+		r.Observe(a, cache.No, nil, m.Now()) // which does not say why
 		refused(t, r.Recheck(a), cache.ErrSuspended)
+		if err := r.Recheck(a); !strings.Contains(err.Error(), errNo.Error()) {
+			t.Errorf("after a restart: %v, want that it says %q", err, errNo)
+		}
 		f, _, err := use()
 		r.wantRefused("suspended", f, err, cache.ErrSuspended)
 		m.up.say(nil, nil)

@@ -1,6 +1,7 @@
 package kms
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"slices"
@@ -145,6 +146,9 @@ type Endurance struct {
 	Left time.Duration
 }
 
+// maxProblem bounds what is told of a backend's own words, in bytes.
+const maxProblem = 1024
+
 // Health tells of every key without asking upstream.
 func (s *Service) Health() []KeyHealth {
 	st := s.state.Load()
@@ -162,7 +166,7 @@ func (s *Service) health(k *key) KeyHealth {
 	for part, w := range g.parts {
 		known := w.described.Load()
 		if why := w.refused.Load(); known == nil && why != nil && h.Problem == "" {
-			h.Problem = "its backend refused it when it was used last: " + why.why
+			h.Problem = "its backend refused it when it was asked last: " + plugins.Printable(why.why, maxProblem)
 		}
 		if known == nil {
 			continue
@@ -180,13 +184,16 @@ func (s *Service) health(k *key) KeyHealth {
 		h.Problem = "not all of its backends have wrapped the data keys in use: messages made meanwhile can be opened by those alone that have, which `kms-agent keys health` tells; new data keys are made when all answer again"
 	}
 	h.Spares, h.SparesWanted = s.cache.SparesOf(k.Name)
-	for direction, part := range map[cache.Direction]struct {
+	var refused error
+	for _, part := range []struct {
+		direction cache.Direction
 		confirmed *time.Duration
 		endures   *Endurance
-	}{cache.Encrypt: {&h.EncryptConfirmed, &h.Encrypt}, cache.Decrypt: {&h.DecryptConfirmed, &h.Decrypt}} {
+	}{{cache.Encrypt, &h.EncryptConfirmed, &h.Encrypt}, {cache.Decrypt, &h.DecryptConfirmed, &h.Decrypt}} {
+		direction := part.direction
 		standing := s.cache.Standing(g.authority(current, direction), k.limits(direction))
 		if standing.Refused != nil {
-			h.Problem = standing.Refused.Error()
+			refused = cmp.Or(refused, standing.Refused)
 			continue
 		}
 		if standing.Confirmed {
@@ -199,6 +206,9 @@ func (s *Service) health(k *key) KeyHealth {
 		if standing.Down && standing.Age > k.Limits.MaxAge && h.Problem == "" {
 			h.Problem = outageProblem(direction, standing)
 		}
+	}
+	if refused != nil {
+		h.Problem = plugins.Printable(refused.Error(), maxProblem)
 	}
 	return h
 }
