@@ -163,12 +163,15 @@ func (c *Cache) refuseLocked(a *authority, err error) {
 
 // revokeLocked believes a no: what it covers is destroyed.
 func (c *Cache) revokeLocked(a *authority, err error) {
+	news := a.standing != revoked // else it is on disk
 	a.standing, a.refusal, a.refusedAt = revoked, err, c.cfg.Now()
 	c.stats.Evictions += uint64(len(a.entries))
 	for _, e := range slices.Backward(a.entries) {
 		c.removeLocked(e)
 	}
-	c.keptLocked(a, atOnce)
+	if news {
+		c.keptLocked(a, atOnce)
+	}
 }
 
 // keptLocked has what is known of an authority saved, if it concerns the store.
@@ -231,6 +234,18 @@ func (c *Cache) Ask(name Authority) {
 		return
 	}
 	a.nextAsked = now + probePause
+	c.askLocked(context.Background(), a)
+}
+
+// Revisit has an Authority asked about that upstream has refused, or does not answer for, where
+// nobody else does: what it covers is gone, or serves nobody any more.
+func (c *Cache) Revisit(name Authority) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	a := c.authorities[name]
+	if a == nil || c.closed || a.standing == good && !a.reach.down || a.awaited(c.cfg.Now()) || c.asking[a.Backend] >= maxAsking {
+		return
+	}
 	c.askLocked(context.Background(), a)
 }
 

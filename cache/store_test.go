@@ -139,6 +139,29 @@ func TestNoThenRestart(t *testing.T) {
 	})
 }
 
+// TestRevokedAgain: that what is revoked is refused once more is no news for the disk, which
+// may have been made for few writes.
+func TestRevokedAgain(t *testing.T) {
+	directions(t, func(m *machine, a cache.Authority, use func() (cache.Freshness, int, error)) {
+		r := m.start()
+		_, _, _ = use()
+		synctest.Wait()
+		m.saved()
+		m.up.say(errNo, errNo)
+		r.Observe(a, cache.No, errNo, m.Now())
+		time.Sleep(time.Minute)
+		before := m.sealer.advances()
+		for range 10 {
+			r.Revisit(a)
+			time.Sleep(time.Minute)
+			refused(t, r.Recheck(a), cache.ErrRevoked)
+		}
+		if n := m.sealer.advances() - before; n != 0 {
+			t.Errorf("saved %d times", n)
+		}
+	})
+}
+
 // TestToldWhenOnDisk: who waits for the answer that revokes is told when a crash cannot
 // undo it any more.
 func TestToldWhenOnDisk(t *testing.T) {
