@@ -1,6 +1,7 @@
 package cache
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -162,12 +163,15 @@ func (c *Cache) refuseLocked(a *authority, err error) {
 
 // revokeLocked believes a no: what it covers is destroyed.
 func (c *Cache) revokeLocked(a *authority, err error) {
+	news := a.standing != revoked // else it is on disk
 	a.standing, a.refusal, a.refusedAt = revoked, err, c.cfg.Now()
 	c.stats.Evictions += uint64(len(a.entries))
 	for _, e := range slices.Backward(a.entries) {
 		c.removeLocked(e)
 	}
-	c.keptLocked(a, atOnce)
+	if news {
+		c.keptLocked(a, atOnce)
+	}
 }
 
 // keptLocked has what is known of an authority saved, if it concerns the store.
@@ -188,9 +192,10 @@ func (a *authority) suspension() error {
 	return ErrSuspended
 }
 
-// Observe tells the cache what calls past it have learned of an Authority:
-// began is when the call began. A no suspends it, and is made sure of.
-func (c *Cache) Observe(a Authority, v Verdict, began time.Duration) {
+// Observe tells the cache what calls past it have learned of an Authority: why is what
+// upstream said, nil where that is not known, and began when the call began. A no
+// suspends it, and is made sure of.
+func (c *Cache) Observe(a Authority, v Verdict, why error, began time.Duration) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.closed {
@@ -210,10 +215,10 @@ func (c *Cache) Observe(a Authority, v Verdict, began time.Duration) {
 			return
 		}
 		known.reach.answeredLocked(began)
-		c.refuseLocked(known, nil)
+		c.refuseLocked(known, why)
 	case Unreachable:
 		if known := c.authorities[a]; known != nil {
-			c.failedLocked(known, began, errObserved)
+			c.failedLocked(known, began, cmp.Or(why, errObserved))
 		}
 	case Other:
 	}
@@ -229,6 +234,18 @@ func (c *Cache) Ask(name Authority) {
 		return
 	}
 	a.nextAsked = now + probePause
+	c.askLocked(context.Background(), a)
+}
+
+// Revisit has an Authority asked about that upstream has refused, or does not answer for, where
+// nobody else does: what it covers is gone, or serves nobody any more.
+func (c *Cache) Revisit(name Authority) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	a := c.authorities[name]
+	if a == nil || c.closed || a.standing == good && !a.reach.down || a.awaited(c.cfg.Now()) || c.asking[a.Backend] >= maxAsking {
+		return
+	}
 	c.askLocked(context.Background(), a)
 }
 
@@ -250,7 +267,7 @@ func (c *Cache) Turn(name Authority, caller string) bool {
 	return true
 }
 
-// errObserved: the error is known to who made the call.
+// errObserved stands for an error that is known to who made the call alone.
 var errObserved = errors.New("a call past the cache failed")
 
 // Recheck tells whether an Authority may still be used: it returns ErrSuspended
@@ -296,12 +313,13 @@ func (c *Cache) Unconfirm(match func(Authority) bool) {
 }
 
 // Withhold suspends an authority of which the caller knows that upstream has refused it,
-// and has not allowed it since, though upstream has not been asked just now.
-func (c *Cache) Withhold(name Authority) {
+// and has not allowed it since, though upstream has not been asked just now. why says what
+// is known of that.
+func (c *Cache) Withhold(name Authority, why error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if a := c.authorityLocked(name); !c.closed && a.standing == good {
-		c.refuseLocked(a, nil)
+		c.refuseLocked(a, why)
 	}
 }
 
@@ -413,9 +431,9 @@ func (c *Cache) answeredLocked(a *authority, v Verdict, err error, began time.Du
 	}
 }
 
-// Refuse tells the cache that upstream said no, in a call that began then, to all that
-// match accepts of the authorities of a wrapping key.
-func (c *Cache) Refuse(backend, wrappingKey string, match func(Authority) bool, began time.Duration) {
+// Refuse tells the cache that upstream said no, as why, in a call that began then, to all
+// that match accepts of the authorities of a wrapping key.
+func (c *Cache) Refuse(backend, wrappingKey string, match func(Authority) bool, why error, began time.Duration) {
 	c.mu.Lock()
 	var names []Authority
 	for name := range c.authorities {
@@ -425,6 +443,6 @@ func (c *Cache) Refuse(backend, wrappingKey string, match func(Authority) bool, 
 	}
 	c.mu.Unlock()
 	for _, name := range names {
-		c.Observe(name, No, began)
+		c.Observe(name, No, why, began)
 	}
 }

@@ -28,7 +28,7 @@ func TestContextsAreIndependent(t *testing.T) {
 			served(r.t, f, n, err)
 		}
 		r.up.say(errNo, errNo)
-		r.Observe(unwrapsIn("a"), cache.No, r.Now())
+		r.Observe(unwrapsIn("a"), cache.No, nil, r.Now())
 		synctest.Wait()
 		r.up.say(nil, nil)
 		for name, want := range map[string]error{"a": cache.ErrRevoked, "b": nil, "": nil} {
@@ -69,9 +69,9 @@ func TestPastTheCacheInAContext(t *testing.T) {
 	bubble(t, func(r *rig) {
 		f, n, err := r.decrypt(0)
 		served(r.t, f, n, err)
-		r.Observe(unwraps, cache.Unreachable, r.Now())
+		r.Observe(unwraps, cache.Unreachable, nil, r.Now())
 		time.Sleep(time.Second)
-		r.Observe(unwrapsIn("a"), cache.No, r.Now())
+		r.Observe(unwrapsIn("a"), cache.No, nil, r.Now())
 		if s := r.Stats(); s.Authorities != 1 || len(r.Outages()) != 0 {
 			r.t.Errorf("%d authorities, outages %+v; want one, and none", s.Authorities, r.Outages())
 		}
@@ -96,7 +96,7 @@ func TestTurns(t *testing.T) {
 			}
 		}
 		r.up.say(nil, errNo)
-		r.Observe(unwraps, cache.No, r.Now())
+		r.Observe(unwraps, cache.No, nil, r.Now())
 		synctest.Wait()
 		for range 3 {
 			for _, caller := range []string{"a", "b"} {

@@ -279,7 +279,7 @@ func TestClose(t *testing.T) {
 			u.Release()
 			_, _, err = r.decrypt(1)
 			refused(t, err, cache.ErrClosed)
-			r.Observe(wraps, cache.No, r.Now())
+			r.Observe(wraps, cache.No, nil, r.Now())
 			if s := r.Stats(); s.EncryptionKeys+s.DecryptionKeys != 0 || s.LockedBytes == 0 {
 				t.Errorf("stats = %+v", s)
 			}

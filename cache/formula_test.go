@@ -110,7 +110,7 @@ func (r *rig) live(now moment, a cache.Authority, use func() (cache.Freshness, e
 			r.t.Errorf("at %v: the other version: %v", now.at, err)
 		}
 	case "observe no":
-		r.Observe(a, cache.No, r.Now())
+		r.Observe(a, cache.No, nil, r.Now())
 		synctest.Wait()
 	case "use":
 		f, err := use()

@@ -333,6 +333,109 @@ func TestReached(t *testing.T) {
 	})
 }
 
+// TestReachedAfterGrace: so does one of data keys that serve nobody any more, for each
+// wrapping key and whatever others have heard; in grace their refresh tells. None of them
+// serves again because of that.
+func TestReachedAfterGrace(t *testing.T) {
+	for name, tc := range map[string]struct {
+		grace, away time.Duration
+		over        bool
+	}{
+		"no grace":        {0, 6 * time.Minute, true},
+		"in grace":        {grace, 6 * time.Minute, false},
+		"grace just over": {grace, grace + 4*time.Minute, false}, // an outage that began later would have some left
+		"grace is over":   {grace, grace + 6*time.Minute, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			both(t, func(r *rig, a cache.Authority, _ func() (cache.Freshness, error)) {
+				l := limits()
+				l.Grace = tc.grace
+				use := func() error {
+					if a.Direction == cache.Encrypt {
+						_, _, err := r.encrypt(func(q *cache.EncryptRequest) { q.Limits = l })
+						return err
+					}
+					_, _, err := r.decrypt(1, func(q *cache.DecryptRequest) { q.Limits = l })
+					return err
+				}
+				if err := use(); err != nil {
+					t.Fatal(err)
+				}
+				r.up.say(errDown, errDown)
+				r.Observe(a, cache.Unreachable, errDown, r.Now())
+				time.Sleep(tc.away)
+				before := use()
+				other := a
+				other.WrappingKey = "another"
+				r.Observe(other, cache.Yes, nil, r.Now()) // ends the outage of the backend, not of this key
+				if !r.Standing(a, l).Down {
+					t.Fatal("no outage")
+				}
+				r.Reached("b")
+				if s := r.Standing(a, l); s.Down == tc.over {
+					t.Errorf("standing %+v, want that the outage is over: %v", s, tc.over)
+				}
+				if after := use(); (after == nil) != (before == nil) {
+					t.Errorf("used: %v before, %v after", before, after)
+				}
+			})
+		})
+	}
+}
+
+// TestRevisit: what nobody else asks about is asked about once, where it is not well.
+func TestRevisit(t *testing.T) {
+	for name, tc := range map[string]struct {
+		makes func(r *rig)
+		asks  int
+		heals bool
+	}{
+		"unknown": {func(*rig) {}, 0, false},
+		"well":    {func(r *rig) { _, _, _ = r.encrypt(graceful) }, 0, true},
+		"revoked": {func(r *rig) {
+			_, _, _ = r.encrypt(graceful)
+			r.up.say(errNo, errNo)
+			r.Observe(wraps, cache.No, errNo, r.Now())
+			synctest.Wait()
+		}, 1, true},
+		"in grace": {func(r *rig) {
+			_, _, _ = r.encrypt(graceful)
+			r.Observe(wraps, cache.Unreachable, errDown, r.Now())
+		}, 0, false},
+		"after grace": {func(r *rig) {
+			_, _, _ = r.encrypt(graceful)
+			r.Observe(wraps, cache.Unreachable, errDown, r.Now())
+			time.Sleep(2 * grace)
+		}, 1, true},
+		"evicted in an outage": {func(r *rig) {
+			_, _, _ = r.encrypt(graceful)
+			r.Observe(wraps, cache.Unreachable, errDown, r.Now())
+			r.EvictKey("orders")
+		}, 1, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(r *rig) {
+				tc.makes(r)
+				_, before := r.up.counts()
+				r.up.say(nil, nil)
+				r.up.takes(time.Second)
+				for range 3 {
+					r.Revisit(wraps)
+				}
+				time.Sleep(2 * time.Second)
+				_, after := r.up.counts()
+				if after-before != tc.asks {
+					t.Errorf("%d questions, want %d", after-before, tc.asks)
+				}
+				s := r.Standing(wraps, limits())
+				if heals := s.Confirmed && !s.Down && s.Refused == nil; heals != tc.heals {
+					t.Errorf("standing %+v, want that it is well: %v", s, tc.heals)
+				}
+			})
+		})
+	}
+}
+
 // TestOwnRequestsAreNoCost: what the agent itself holds ready is nobody's request, served
 // or not.
 func TestOwnRequestsAreNoCost(t *testing.T) {

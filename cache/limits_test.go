@@ -126,7 +126,7 @@ func TestForgettingDoesNotLoseAFill(t *testing.T) {
 		served(t, f, n, err)
 		r.up.takes(0)
 		r.up.say(errNo, errNo)
-		r.Observe(unwraps, cache.No, r.Now())
+		r.Observe(unwraps, cache.No, nil, r.Now())
 		synctest.Wait()
 		if s := r.Stats(); s.DecryptionKeys != 0 {
 			t.Errorf("%d data keys outlive the revocation of their authority", s.DecryptionKeys)

@@ -201,7 +201,7 @@ func (w *world) take(s step) {
 		}
 		w.lastAsk = w.now()
 		w.mu.Unlock()
-		w.Observe(a, s.Fill, w.now())
+		w.Observe(a, s.Fill, nil, w.now())
 	case "evict key":
 		w.EvictKey("orders")
 		w.forget(func(*account) bool { return true })

@@ -22,7 +22,7 @@ func TestANo(t *testing.T) {
 			_, _, err := r.decrypt(1, func(req *cache.DecryptRequest) { req.MaxStale = stale(0) })
 			refused(r.t, err, errNo)
 		},
-		"from elsewhere": func(r *rig) { r.Observe(unwraps, cache.No, r.Now()) },
+		"from elsewhere": func(r *rig) { r.Observe(unwraps, cache.No, nil, r.Now()) },
 	}
 	probes := []struct {
 		name  string
@@ -90,7 +90,7 @@ func TestALaterYes(t *testing.T) {
 			f, n, err := r.decrypt(1)
 			served(r.t, f, n, err)
 		},
-		"from elsewhere": func(r *rig) { r.Observe(unwraps, cache.Yes, r.Now()) },
+		"from elsewhere": func(r *rig) { r.Observe(unwraps, cache.Yes, nil, r.Now()) },
 		"from a fill": func(r *rig) {
 			r.up.say(nil, errDown)
 			f, n, err := r.decrypt(2)
@@ -110,7 +110,7 @@ func TestALaterYes(t *testing.T) {
 				served(t, f, n, err)
 				time.Sleep(time.Minute)
 				r.up.say(errNo, errDown)
-				r.Observe(unwraps, cache.No, r.Now())
+				r.Observe(unwraps, cache.No, nil, r.Now())
 				synctest.Wait()
 				time.Sleep(time.Minute)
 				refused(t, r.Recheck(unwraps), cache.ErrSuspended)
@@ -188,20 +188,20 @@ func TestEarlierYes(t *testing.T) {
 			r.up.say(errDown, errDown)
 			began := r.Now()
 			time.Sleep(time.Second)
-			r.Observe(unwraps, cache.No, r.Now())
-			r.Observe(unwraps, cache.Yes, began)
+			r.Observe(unwraps, cache.No, nil, r.Now())
+			r.Observe(unwraps, cache.Yes, nil, began)
 			refused(t, r.Recheck(unwraps), cache.ErrSuspended)
 		})
 	})
 	t.Run("before the last no", func(t *testing.T) {
 		bubble(t, func(r *rig) {
 			r.up.say(errDown, errDown)
-			r.Observe(unwraps, cache.No, r.Now())
+			r.Observe(unwraps, cache.No, nil, r.Now())
 			time.Sleep(time.Second)
 			began := r.Now()
 			time.Sleep(time.Second)
-			r.Observe(unwraps, cache.No, r.Now())
-			r.Observe(unwraps, cache.Yes, began)
+			r.Observe(unwraps, cache.No, nil, r.Now())
+			r.Observe(unwraps, cache.Yes, nil, began)
 			refused(t, r.Recheck(unwraps), cache.ErrSuspended)
 		})
 	})
@@ -218,7 +218,7 @@ func TestEarlierYes(t *testing.T) {
 			})
 			time.Sleep(time.Millisecond)
 			r.up.say(errNo, errNo)
-			r.Observe(unwraps, cache.No, r.Now())
+			r.Observe(unwraps, cache.No, nil, r.Now())
 			wg.Wait()
 			refused(t, r.Recheck(unwraps), cache.ErrRevoked)
 			r.wantCalls(1, 2)
@@ -235,7 +235,7 @@ func TestEarlierYes(t *testing.T) {
 			time.Sleep(500 * time.Millisecond)
 			r.up.say(errNo, errNo)
 			r.up.takes(0)
-			r.Observe(unwraps, cache.No, r.Now())
+			r.Observe(unwraps, cache.No, nil, r.Now())
 			synctest.Wait()
 			refused(t, r.Recheck(unwraps), cache.ErrRevoked)
 			wg.Wait()
@@ -275,7 +275,7 @@ func TestQuestionFromBeforeTheNo(t *testing.T) {
 				refused(t, err, context.DeadlineExceeded)
 				time.Sleep(400 * time.Millisecond)
 				r.up.say(nil, tc.probe)
-				r.Observe(unwraps, cache.No, r.Now())
+				r.Observe(unwraps, cache.No, nil, r.Now())
 				time.Sleep(time.Minute)
 				r.wantCalls(1, 2)
 				refused(t, r.Recheck(unwraps), tc.want)
@@ -291,7 +291,7 @@ func TestRequestsWaitForTheProbe(t *testing.T) {
 		f, n, err := r.decrypt(1)
 		served(t, f, n, err)
 		r.up.takes(time.Second)
-		r.Observe(unwraps, cache.No, r.Now())
+		r.Observe(unwraps, cache.No, nil, r.Now())
 		refused(t, r.Recheck(unwraps), cache.ErrSuspended)
 		f, n, err = r.decrypt(1)
 		served(t, f, n, err)
@@ -306,8 +306,8 @@ func TestProbesAreBounded(t *testing.T) {
 		for i := range 1000 {
 			a := unwraps
 			a.Version = string(rune(i))
-			r.Observe(a, cache.No, r.Now())
-			r.Observe(a, cache.No, r.Now())
+			r.Observe(a, cache.No, nil, r.Now())
+			r.Observe(a, cache.No, nil, r.Now())
 		}
 		r.wantCalls(0, 8)
 	})
@@ -320,7 +320,7 @@ func TestSuspendedInAnOutage(t *testing.T) {
 		f, n, err := r.decrypt(1)
 		served(t, f, n, err)
 		r.up.say(errDown, errDown)
-		r.Observe(unwraps, cache.No, r.Now())
+		r.Observe(unwraps, cache.No, nil, r.Now())
 		for range 100 {
 			synctest.Wait()
 			_, _, err = r.decrypt(1)
@@ -366,8 +366,16 @@ func TestReasonIsKept(t *testing.T) {
 		r.up.say(errNo, errDown)
 		_, _, err := r.decrypt(1)
 		refused(t, err, errNo)
-		r.Observe(unwraps, cache.No, r.Now())
+		r.Observe(unwraps, cache.No, nil, r.Now())
 		refused(t, r.Recheck(unwraps), errNo)
+	})
+	bubble(t, func(r *rig) { // nor is that of a call past the cache lost
+		r.up.say(errDown, errDown)
+		r.Observe(unwraps, cache.No, errNo, r.Now())
+		r.Observe(unwraps, cache.No, nil, r.Now())
+		refused(t, r.Recheck(unwraps), errNo)
+		r.Withhold(wraps, errNo)
+		refused(t, r.Recheck(wraps), errNo)
 	})
 }
 
@@ -376,17 +384,17 @@ func TestObserve(t *testing.T) {
 		if _, ok := r.Confirmed(wraps); ok {
 			t.Error("confirmed from the start")
 		}
-		r.Observe(wraps, cache.Unreachable, r.Now())
-		r.Observe(wraps, cache.Other, r.Now())
+		r.Observe(wraps, cache.Unreachable, nil, r.Now())
+		r.Observe(wraps, cache.Other, nil, r.Now())
 		if s := r.Stats(); s.Authorities != 0 {
 			t.Error("what says nothing is remembered")
 		}
-		r.Observe(wraps, cache.Yes, r.Now())
+		r.Observe(wraps, cache.Yes, nil, r.Now())
 		time.Sleep(time.Minute)
 		if age, ok := r.Confirmed(wraps); !ok || age != time.Minute {
 			t.Errorf("Confirmed = %v, %v; want 1m", age, ok)
 		}
-		r.Observe(wraps, cache.Yes, r.Now()-2*time.Minute) // an older one changes nothing
+		r.Observe(wraps, cache.Yes, nil, r.Now()-2*time.Minute) // an older one changes nothing
 		if age, _ := r.Confirmed(wraps); age != time.Minute {
 			t.Errorf("Confirmed = %v, want 1m", age)
 		}
@@ -394,7 +402,7 @@ func TestObserve(t *testing.T) {
 		f, n, err := r.encrypt()
 		served(t, f, n, err)
 		time.Sleep(6 * time.Minute)
-		r.Observe(wraps, cache.Yes, r.Now()-time.Minute)
+		r.Observe(wraps, cache.Yes, nil, r.Now()-time.Minute)
 		f, n, err = r.encrypt()
 		if f = served(t, f, n, err); f.Source != cache.Cached || f.Age != time.Minute {
 			t.Errorf("freshness = %+v, want cached, 1m", f)

@@ -250,7 +250,7 @@ func TestWear(t *testing.T) {
 		m.saved()
 		before := m.sealer.advances()
 		m.up.say(errNo, errNo)
-		r.Observe(wraps, cache.No, m.Now())
+		r.Observe(wraps, cache.No, nil, m.Now())
 		synctest.Wait()
 		if n := m.sealer.advances(); n != before+1 {
 			t.Errorf("the counter moved by %d, want 1 at once", n-before)

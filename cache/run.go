@@ -113,18 +113,21 @@ func (c *Cache) sweepEntriesLocked(a *authority, now time.Duration) {
 // was used since, and lately; in an outage, of everything that waits for its end.
 func (a *authority) due(now time.Duration) bool {
 	if a.reach.down {
-		return a.standing == good && a.known && len(a.entries) > 0 && now >= a.nextRefresh && a.servesUntil() > now
+		return a.standing == good && now >= a.nextRefresh && a.awaited(now)
 	}
 	part := refreshFrom + refreshJitter*a.jitter
 	return a.standing == good && a.used && a.known && a.maxAge > 0 && now >= a.nextRefresh && now-a.usedAt <= a.maxAge &&
 		now-a.confirmed >= time.Duration(part*float64(a.maxAge))
 }
 
-// servesUntil is until when what an authority covers serves somebody in an outage,
-// by the limits that it was used with.
-func (a *authority) servesUntil() time.Duration {
-	l := Limits{MaxAge: a.maxAge, Grace: a.grace}
-	return max(a.confirmed+a.maxAge, a.graceEnd(l, a.reach.since))
+// awaited tells whether the sweep asks about an authority in an outage until upstream
+// answers: it covers what may serve somebody still, by the limits that it was used with and
+// whenever the outage began, or what is suspended.
+func (a *authority) awaited(now time.Duration) bool {
+	if len(a.entries) == 0 {
+		return false
+	}
+	return a.standing == suspended || a.standing == good && a.known && a.confirmed+a.maxAge+a.grace > now
 }
 
 // refreshPause is how long after so many refreshes that failed in a row the next

@@ -103,7 +103,7 @@ func TestSparesAreRevoked(t *testing.T) {
 		_, _, _ = r.encrypt(withSpares(2))
 		r.wantSpares(2, 2)
 		r.up.say(errNo, errNo)
-		r.Observe(wraps, cache.No, r.Now())
+		r.Observe(wraps, cache.No, nil, r.Now())
 		r.wantSpares(0, 2)
 		f, _, err := r.encrypt(withSpares(2))
 		r.wantRefused("revoked", f, err, errNo)
@@ -188,7 +188,7 @@ func TestSparesOutliveTheDataKey(t *testing.T) {
 				}
 				r.up.say(errDown, errDown)
 				if known {
-					r.Observe(wraps, cache.Unreachable, r.Now())
+					r.Observe(wraps, cache.Unreachable, nil, r.Now())
 				}
 				for time.Since(began) < time.Hour+50*time.Minute {
 					if _, _, err := r.encrypt(hour); err != nil {

@@ -79,20 +79,26 @@ func (c *Cache) SparesOf(key string) (ready, wanted int) {
 
 // Reached tells the cache that a backend answers again, by a question that concerned
 // no key, so that an outage of which nothing is left to be served does not last for
-// ever.
+// ever: neither that of the backend nor those of its wrapping keys.
 func (c *Cache) Reached(backend string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	u := c.upstreams[backend]
-	if u == nil || !u.down {
-		return
-	}
+	now := c.cfg.Now()
+	awaited := map[*reach]bool{}
 	for name, a := range c.authorities {
-		if name.Backend == backend && a.reach.down && len(a.entries) > 0 {
-			return // its own refresh will tell
+		if name.Backend == backend && a.reach.down && a.awaited(now) {
+			awaited[a.reach] = true // its own refresh will tell
 		}
 	}
-	u.down = false
+	for of, r := range c.reaches {
+		if of.backend == backend && r.down && !awaited[r] {
+			r.down = false
+			c.changedLocked(ordinary)
+		}
+	}
+	if u := c.upstreams[backend]; u != nil && len(awaited) == 0 {
+		u.down = false
+	}
 }
 
 // Forget tells the cache that a backend is not used any more, so that an outage of it is

@@ -2,6 +2,7 @@ package cache_test
 
 import (
 	"errors"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -106,7 +107,7 @@ func TestNoThenRestart(t *testing.T) {
 			t.Fatal(f, err) // in the middle of grace
 		}
 		m.up.say(errNo, errNo)
-		r.Observe(a, cache.No, m.Now())
+		r.Observe(a, cache.No, nil, m.Now())
 		synctest.Wait()
 		refused(t, r.Recheck(a), cache.ErrRevoked)
 		m.crash()
@@ -138,6 +139,29 @@ func TestNoThenRestart(t *testing.T) {
 	})
 }
 
+// TestRevokedAgain: that what is revoked is refused once more is no news for the disk, which
+// may have been made for few writes.
+func TestRevokedAgain(t *testing.T) {
+	directions(t, func(m *machine, a cache.Authority, use func() (cache.Freshness, int, error)) {
+		r := m.start()
+		_, _, _ = use()
+		synctest.Wait()
+		m.saved()
+		m.up.say(errNo, errNo)
+		r.Observe(a, cache.No, errNo, m.Now())
+		time.Sleep(time.Minute)
+		before := m.sealer.advances()
+		for range 10 {
+			r.Revisit(a)
+			time.Sleep(time.Minute)
+			refused(t, r.Recheck(a), cache.ErrRevoked)
+		}
+		if n := m.sealer.advances() - before; n != 0 {
+			t.Errorf("saved %d times", n)
+		}
+	})
+}
+
 // TestToldWhenOnDisk: who waits for the answer that revokes is told when a crash cannot
 // undo it any more.
 func TestToldWhenOnDisk(t *testing.T) {
@@ -150,7 +174,7 @@ func TestToldWhenOnDisk(t *testing.T) {
 		m.up.takes(time.Second)
 		m.sealer.takes(5 * time.Second)
 		before := m.sealer.advances()
-		r.Observe(a, cache.No, m.Now())
+		r.Observe(a, cache.No, nil, m.Now())
 		time.Sleep(time.Second / 2)
 		_, _, err := use()
 		refused(t, err, errNo)
@@ -169,7 +193,7 @@ func TestSuspendedThenRestart(t *testing.T) {
 		synctest.Wait()
 		m.saved()
 		m.up.takes(8 * time.Second)
-		r.Observe(a, cache.No, m.Now())
+		r.Observe(a, cache.No, errNo, m.Now())
 		stop := r.run()
 		time.Sleep(3 * time.Second) // nobody has made sure yet
 		stop()
@@ -177,7 +201,11 @@ func TestSuspendedThenRestart(t *testing.T) {
 		m.up.takes(0)
 		m.up.say(errDown, errDown)
 		r = m.start()
+		r.Observe(a, cache.No, nil, m.Now()) // which does not say why
 		refused(t, r.Recheck(a), cache.ErrSuspended)
+		if err := r.Recheck(a); !strings.Contains(err.Error(), errNo.Error()) {
+			t.Errorf("after a restart: %v, want that it says %q", err, errNo)
+		}
 		f, _, err := use()
 		r.wantRefused("suspended", f, err, cache.ErrSuspended)
 		m.up.say(nil, nil)

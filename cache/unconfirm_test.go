@@ -23,7 +23,7 @@ func TestUnconfirm(t *testing.T) {
 			t.Fatal(err)
 		}
 		a := cache.Authority{Backend: "b", WrappingKey: "k", Version: "1", Direction: cache.Decrypt}
-		c.Observe(a, cache.Yes, now())
+		c.Observe(a, cache.Yes, nil, now())
 		ctx, cancel := context.WithCancel(t.Context())
 		ended := make(chan struct{})
 		go func() {
@@ -37,11 +37,11 @@ func TestUnconfirm(t *testing.T) {
 			t.Error("it is confirmed still")
 		}
 		time.Sleep(5 * time.Second)
-		c.Observe(a, cache.Yes, began)
+		c.Observe(a, cache.Yes, nil, began)
 		if age, ok := c.Confirmed(a); ok {
 			t.Errorf("confirmed %v ago by a call that began before", age)
 		}
-		c.Observe(a, cache.Yes, now())
+		c.Observe(a, cache.Yes, nil, now())
 		if _, ok := c.Confirmed(a); !ok {
 			t.Error("not confirmed by a call that began since")
 		}

@@ -50,7 +50,7 @@ func (s *Service) confirmGroup(ctx context.Context, g *group, a cache.Authority,
 		},
 		late: func(_ int, err error) {
 			if g.refuses(err) && s.inUse(g) {
-				s.cache.Observe(a, cache.No, began)
+				s.cache.Observe(a, cache.No, err, began)
 			}
 		},
 	})

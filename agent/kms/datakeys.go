@@ -123,7 +123,7 @@ func (s *Service) observe(ctx context.Context, g *group, a cache.Authority, err 
 		return
 	}
 	verdict := verdictOf(err)
-	s.cache.Observe(a, verdict, began)
+	s.cache.Observe(a, verdict, err, began)
 	if verdict == cache.No && a.Context != "" {
 		a.Context = "" // it may be more than a word on the context
 		s.cache.Ask(a)

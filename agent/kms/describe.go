@@ -1,6 +1,7 @@
 package kms
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"slices"
@@ -134,6 +135,9 @@ type KeyHealth struct {
 	Encrypt, Decrypt Endurance
 	// Spares are ready, of SparesWanted.
 	Spares, SparesWanted int
+	// askable: the backend may say by now that the problem is none any more, which nobody
+	// hears who does not ask.
+	askable bool
 }
 
 // Endurance is how long a key lasts in one direction without its backend.
@@ -144,6 +148,9 @@ type Endurance struct {
 	// Left is how long the key still serves if it does not answer from now on.
 	Left time.Duration
 }
+
+// maxProblem bounds what is told of a backend's own words, in bytes.
+const maxProblem = 1024
 
 // Health tells of every key without asking upstream.
 func (s *Service) Health() []KeyHealth {
@@ -162,14 +169,15 @@ func (s *Service) health(k *key) KeyHealth {
 	for part, w := range g.parts {
 		known := w.described.Load()
 		if why := w.refused.Load(); known == nil && why != nil && h.Problem == "" {
-			h.Problem = "its backend refused it when it was used last: " + why.why
+			h.Problem = "its backend refused it when it was asked last: " + plugins.Printable(why.why, maxProblem)
+			h.askable = true
 		}
 		if known == nil {
 			continue
 		}
 		current[part] = known.Current
-		if h.Problem == "" {
-			h.Problem = k.tooOld(known, warnVersionAge)
+		if old := k.tooOld(known, warnVersionAge); old != "" {
+			h.Problem, h.askable = cmp.Or(h.Problem, old), true
 		}
 	}
 	if !slices.ContainsFunc(current, func(v string) bool { return v != "" }) {
@@ -180,27 +188,36 @@ func (s *Service) health(k *key) KeyHealth {
 		h.Problem = "not all of its backends have wrapped the data keys in use: messages made meanwhile can be opened by those alone that have, which `kms-agent keys health` tells; new data keys are made when all answer again"
 	}
 	h.Spares, h.SparesWanted = s.cache.SparesOf(k.Name)
-	for direction, part := range map[cache.Direction]struct {
-		confirmed *time.Duration
-		endures   *Endurance
-	}{cache.Encrypt: {&h.EncryptConfirmed, &h.Encrypt}, cache.Decrypt: {&h.DecryptConfirmed, &h.Decrypt}} {
-		standing := s.cache.Standing(g.authority(current, direction), k.limits(direction))
-		if standing.Refused != nil {
-			h.Problem = standing.Refused.Error()
-			continue
-		}
-		if standing.Confirmed {
-			*part.confirmed = standing.Age
-		}
-		if standing.DataKeys == 0 && (direction == cache.Encrypt || s.away(k, current)) {
-			standing.GraceLeft = 0 // there is nothing that could serve
-		}
-		*part.endures = Endurance{Down: standing.Down, Since: standing.Since, Left: standing.GraceLeft}
-		if standing.Down && standing.Age > k.Limits.MaxAge && h.Problem == "" {
-			h.Problem = outageProblem(direction, standing)
-		}
+	refused := cmp.Or(s.stands(&h, k, current, cache.Encrypt), s.stands(&h, k, current, cache.Decrypt))
+	if refused != nil {
+		h.Problem, h.askable = plugins.Printable(refused.Error(), maxProblem), true
 	}
 	return h
+}
+
+// stands adds what is known of the current versions in one direction. It returns why they
+// are refused, nil where they are not.
+func (s *Service) stands(h *KeyHealth, k *key, current versions, d cache.Direction) error {
+	standing := s.cache.Standing(k.group.authority(current, d), k.limits(d))
+	if standing.Refused != nil {
+		return standing.Refused
+	}
+	confirmed, endures := &h.EncryptConfirmed, &h.Encrypt
+	if d == cache.Decrypt {
+		confirmed, endures = &h.DecryptConfirmed, &h.Decrypt
+	}
+	if standing.Confirmed {
+		*confirmed = standing.Age
+	}
+	if standing.DataKeys == 0 && (d == cache.Encrypt || s.away(k, current)) {
+		standing.GraceLeft = 0 // there is nothing that could serve
+	}
+	*endures = Endurance{Down: standing.Down, Since: standing.Since, Left: standing.GraceLeft}
+	if standing.Down && standing.Age > k.Limits.MaxAge {
+		h.Problem = cmp.Or(h.Problem, outageProblem(d, standing))
+		h.askable = h.askable || standing.GraceLeft <= 0 // else its own refresh will tell
+	}
+	return nil
 }
 
 // away tells whether a key's backend does not answer, in either direction.

@@ -13,13 +13,14 @@ import (
 	"github.com/kms-agent/kms-agent/plugins"
 )
 
-// warm is a rig whose key orders has an hour of grace, one message encrypted, decrypted and
-// one data key given away, all confirmed just now.
+// warm is a rig whose key orders has an hour of grace, one message encrypted, decrypted,
+// one data key given away and one key wrapped, all confirmed just now.
 type warm struct {
 	*rig
 	call     kms.Call
 	message  []byte
 	exported []envelope.EDK
+	wrapped  []envelope.EDK
 }
 
 func newWarm(t *testing.T) *warm {
@@ -34,7 +35,11 @@ func newWarm(t *testing.T) *warm {
 	if err != nil {
 		t.Fatal(err)
 	}
-	w.message, w.exported = made.Message, given.EDKs
+	wrapped, err := w.Wrap(t.Context(), w.call, kms.WrapRequest{Key: "orders", Plaintext: []byte("mine")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.message, w.exported, w.wrapped = made.Message, given.EDKs, wrapped.EDKs
 	if _, err := w.decrypt(); err != nil {
 		t.Fatal(err)
 	}

@@ -29,7 +29,8 @@ type group struct {
 	// least is how many must wrap a data key.
 	least int
 	// lacking: data keys in use, or spares, miss a wrap.
-	lacking atomic.Bool
+	lacking   atomic.Bool
+	attention attention
 }
 
 func newGroup(key string, parts []*wrapping, least int) *group {

@@ -166,7 +166,7 @@ func (s *Service) refused(w *wrapping, q question, said word) {
 		}
 		v, err := g.parseVersions(a.Version)
 		return err == nil && w.withholds(v[part], q.direction, a.Context)
-	}, s.now()-time.Since(said.began))
+	}, said.err, s.now()-time.Since(said.began))
 	if plugins.ClassOf(said.err) != plugins.Denied { // that is made sure of first: it may be said to a forgery
 		s.disbelieve(g)
 	}
@@ -338,16 +338,17 @@ func (s *Service) unrevoked(g *group, a cache.Authority, v versions) error {
 		if !w.withholds(version, a.Direction, a.Context) {
 			continue
 		}
+		err := s.suspended(g, part, version)
 		if s.inUse(g) {
-			s.cache.Withhold(a)
+			s.cache.Withhold(a, err.Cause)
 		}
-		return s.suspended(g, part, version)
+		return err
 	}
 	return nil
 }
 
 // suspended says that a part has refused a version before.
-func (s *Service) suspended(g *group, part int, version string) error {
+func (s *Service) suspended(g *group, part int, version string) *Error {
 	w := g.parts[part]
 	return &Error{
 		Reason: ReasonKeySuspended, Key: g.key, RetryAfter: time.Second,

@@ -134,9 +134,14 @@ func New(o Options) (*Service, error) {
 	return s, nil
 }
 
-// Run refreshes confirmations ahead of their age and forgets what expired. It
-// returns when ctx ends.
-func (s *Service) Run(ctx context.Context) error { return s.cache.Run(ctx) }
+// Run refreshes confirmations ahead of their age, forgets what expired and asks about keys
+// that are not well. It returns when ctx ends.
+func (s *Service) Run(ctx context.Context) error {
+	var attending sync.WaitGroup
+	attending.Go(func() { s.attendAlways(ctx) })
+	defer attending.Wait()
+	return s.cache.Run(ctx)
+}
 
 // Close saves what the store is to have, and destroys every data key. Operations after
 // it fail.

@@ -131,7 +131,7 @@ func (s *Service) newMessageKey(ctx context.Context, k *key, current versions, p
 	}
 	s.leaveCanaries(ctx, k.group, wrapped)
 	if all && s.inUse(k.group) {
-		s.cache.Observe(k.group.authorityIn(current, cache.Decrypt, k.BindContext, encryptionContext), cache.Yes, began)
+		s.cache.Observe(k.group.authorityIn(current, cache.Decrypt, k.BindContext, encryptionContext), cache.Yes, nil, began)
 	}
 	return cache.Material{DataKey: material, Origin: k.group.made(wrapped), Unconfirmed: !all}, nil
 }

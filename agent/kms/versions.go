@@ -253,7 +253,7 @@ func (s *Service) descriptionFailed(w *wrapping, err error, began time.Duration)
 	if g == nil || !g.refuses(err) || before != nil && before.class == class {
 		return
 	}
-	s.cache.Refuse(g.id.backend, g.id.uri, func(cache.Authority) bool { return true }, began)
+	s.cache.Refuse(g.id.backend, g.id.uri, func(cache.Authority) bool { return true }, err, began)
 	s.cache.NotesChanged(true)
 }
 
