@@ -147,9 +147,9 @@ func (a *attachment) release(w *worker) {
 // vacates gives a place back. A spare one is for callers where places of theirs were taken
 // away, as it may be the one that has a session. mu is held.
 func (a *attachment) vacates(place chan struct{}) {
-	if i := slices.Index(a.spare[:], place); i >= 0 && a.away > 0 {
+	if place != a.places && a.away > 0 {
 		a.away--
-		a.noSpare[i] = true
+		a.noSpare[slices.Index(a.spare[:], place)] = true
 		place = a.places
 	}
 	place <- struct{}{} // it has room

@@ -28,7 +28,10 @@ func (t *Token) Wrap(ctx context.Context, v *Version, dst, plaintext, aad []byte
 		h.flags |= flagHybrid
 	}
 	out, err := t.crypt(ctx, v, h, dst, plaintext, nil, aad, false)
-	return out, t.recorded(ctx, v, err)
+	if err != nil {
+		return nil, t.recorded(ctx, v, err)
+	}
+	return out, nil
 }
 
 // Unwrap appends to dst the material of what Wrap made under version v with the
@@ -46,7 +49,10 @@ func (t *Token) Unwrap(ctx context.Context, v *Version, dst, wrapped, aad []byte
 		return nil, errOpen
 	}
 	out, err := t.crypt(ctx, v, h, dst, ciphertext, iv, aad, true)
-	return out, t.recorded(ctx, v, err)
+	if err != nil {
+		return nil, t.recorded(ctx, v, err)
+	}
+	return out, nil
 }
 
 // recordedAge is how old what was read of a record may be where a refusal is explained.
@@ -55,7 +61,7 @@ const recordedAge = 10 * time.Millisecond
 // recorded is why a version is refused by what its record says now, where that tells more
 // than the token does: another host may have disabled it a moment ago.
 func (t *Token) recorded(ctx context.Context, v *Version, err error) error {
-	if err == nil || KindOf(err) != KeyUnusable || errors.As(err, new(uncounted)) {
+	if KindOf(err) != KeyUnusable || errors.As(err, new(uncounted)) {
 		return err
 	}
 	got, ok := t.keys.cached(v.Key)
@@ -169,7 +175,7 @@ func (t *Token) once(ctx context.Context, a *attachment, v *Version, h header, k
 		t.uncount(v, unwrap)
 		return nil, err
 	}
-	if v.doubted(a) && roleOf(ctx) == caller {
+	if v.look.Load() != nil && v.doubted(a) && roleOf(ctx) == caller {
 		a.release(w)
 		t.uncount(v, unwrap)
 		return nil, errDoubted
