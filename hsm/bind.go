@@ -95,7 +95,7 @@ func (t *Token) bind(ctx context.Context, a *attachment, v *Version, wrap bool) 
 		return b.serve(wrap)
 	}
 	if v.look.Load() != nil {
-		if err := v.out(a, wrap); err != nil {
+		if err := v.out(a, wrap); err != nil && roleOf(ctx) != verifier {
 			return handles{}, err
 		}
 		// Somebody opens the canary just now. What it said a moment ago will do.
@@ -123,6 +123,9 @@ func (t *Token) prove(ctx context.Context, l *look) (*binding, error) {
 		}
 	} else {
 		err = t.proveFound(ctx, l, b)
+	}
+	if denied(err) {
+		err = refusal(err)
 	}
 	switch {
 	case err == nil:
@@ -179,7 +182,7 @@ func (t *Token) test(ctx context.Context, l *look, b *binding) (*binding, error)
 	next := *b
 	next.unfit, next.tested = nil, t.now()
 	keys, err := t.try(ctx, l.a, l.v, b.keys)
-	if s := stepFor(err); err != nil && (s == reconnect || s == askCanary) {
+	if mayBeToken(err) {
 		keys, err = t.tryAgain(ctx, l, b.keys, err)
 	}
 	switch {
@@ -198,6 +201,19 @@ func (t *Token) test(ctx context.Context, l *look, b *binding) (*binding, error)
 	}
 	l.v.handles.CompareAndSwap(b, &next) // else somebody found them stale meanwhile
 	return &next, nil
+}
+
+// mayBeToken tells whether what a wrap failed with may be the token's matter as well as the
+// key's.
+func mayBeToken(err error) bool {
+	switch stepFor(err) {
+	case reconnect, askCanary, refuse:
+		return err != nil
+	case giveUp:
+		return errors.As(err, new(cryptoki.Error)) && !errors.As(err, new(*Error)) && !denied(err)
+	case newSession, findAgain, loginAgain, fixPIN, fewer:
+	}
+	return false
 }
 
 // retest has the keys tested before they wrap again.

@@ -55,27 +55,37 @@ func (t *Token) Unwrap(ctx context.Context, v *Version, dst, wrapped, aad []byte
 	return out, nil
 }
 
-// recordedAge is how old what was read of a record may be where a refusal is explained.
-const recordedAge = 10 * time.Millisecond
+// explanation is why a version is refused, by its record; nil where that does not tell.
+type explanation struct {
+	until int64 // by the token's now
+	err   error
+}
+
+// explained is how long an explanation lasts.
+const explained = time.Second
 
 // recorded is why a version is refused by what its record says now, where that tells more
-// than the token does: another host may have disabled it a moment ago.
+// than the token does: another host may have disabled it a moment ago. One caller reads it,
+// once in a while.
 func (t *Token) recorded(ctx context.Context, v *Version, err error) error {
 	if KindOf(err) != KeyUnusable || errors.As(err, new(uncounted)) {
 		return err
 	}
-	got, ok := t.keys.cached(v.Key)
-	k := got.key
-	if !ok || time.Duration(t.now()-got.at) > recordedAge {
-		var unread error
-		if k, unread = t.readKey(ctx, v.Key); unread != nil {
-			return err
+	known := v.explained.Load()
+	if (known == nil || t.now() >= known.until) && v.explaining.CompareAndSwap(false, true) {
+		next := &explanation{}
+		if k, unread := t.readKey(ctx, v.Key); unread == nil {
+			if now, gone := k.Version(v.Number); gone == nil && now.ID == v.ID {
+				next.err = now.mayUnwrap()
+			}
 		}
+		next.until = t.now() + int64(explained)
+		v.explained.Store(next)
+		v.explaining.Store(false)
+		known = next
 	}
-	if now, gone := k.Version(v.Number); gone == nil {
-		if refused := now.mayUnwrap(); refused != nil {
-			return refused
-		}
+	if known != nil && known.err != nil {
+		return known.err
 	}
 	return err
 }
@@ -299,7 +309,10 @@ func (v *Version) leftAlone(a *attachment, wraps bool, err error) error {
 // says nothing of the key, whatever the token makes of it.
 func (t *Token) stepOf(a *attachment, v *Version, err error, unwrap bool) step {
 	s := stepFor(err)
-	if v.bound(a, false) != nil && (s == reconnect || unwrap && s == giveUp && errors.As(err, new(cryptoki.Error))) {
+	if v.bound(a, false) == nil {
+		return s
+	}
+	if unwrap && s == giveUp && errors.As(err, new(cryptoki.Error)) || s == reconnect || !unwrap && mayBeToken(err) {
 		return askCanary
 	}
 	return s

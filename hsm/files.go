@@ -60,17 +60,28 @@ func lockFile(path string, patience time.Duration) (unlock func(), err error) {
 			return func() { _ = f.Close() }, nil
 		}
 		if !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, unix.EINTR) || time.Now().After(deadline) {
-			return nil, errors.Join(fmt.Errorf("another process holds it: %w", err), f.Close())
+			if errors.Is(err, unix.EWOULDBLOCK) {
+				err = ErrHeld
+			}
+			return nil, errors.Join(err, f.Close())
 		}
 	}
 }
 
+// ErrHeld says that another process holds a lock.
+var ErrHeld = errors.New("another process holds it")
+
 // Exclusive keeps other processes of this host away that ask for the same path, until
-// unlock; it waits for them until ctx ends.
-func Exclusive(ctx context.Context, path string) (unlock func(), err error) {
-	for {
-		if unlock, err = lockFile(path, lockPatience); err == nil || !errors.Is(err, unix.EWOULDBLOCK) {
+// unlock; it waits for them until ctx ends, and then fails with ErrHeld. waits is called
+// where it has to.
+func Exclusive(ctx context.Context, path string, waits func()) (unlock func(), err error) {
+	const often = 100 * time.Millisecond
+	for first := true; ; first = false {
+		if unlock, err = lockFile(path, often); err == nil || !errors.Is(err, ErrHeld) {
 			return unlock, err
+		}
+		if first {
+			waits()
 		}
 		if ctx.Err() != nil {
 			return nil, errors.Join(context.Cause(ctx), err)

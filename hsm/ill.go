@@ -201,8 +201,8 @@ func (t *Token) tryAgain(ctx context.Context, l *look, keys handles, err error) 
 		return keys, a.lost(err) // else another connection is no cure, and those who open need this one
 	}
 	found, again := t.try(ctx, a, v, keys)
-	switch s := stepFor(again); {
-	case again == nil, isCallers(again), s != reconnect && s != askCanary:
+	switch {
+	case !mayBeToken(again):
 		return found, again
 	case only:
 		return keys, v.unableToWrap(err)

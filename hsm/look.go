@@ -31,9 +31,10 @@ type look struct {
 
 const (
 	// lookPatience is how long those who wait for a look get the answer that it comes to,
-	// and no guess; it is longer for keys whose canaries take long when they are well.
-	lookPatience = 250 * time.Millisecond
-	usualTimes   = 3
+	// and no guess; it is longer, to a bound, for keys whose canaries take long when they
+	// are well.
+	lookPatience, mostPatience = 250 * time.Millisecond, time.Second
+	usualTimes                 = 3
 	// lookTime bounds a look of so many calls, none of which hangs.
 	lookTime = 30 * time.Second
 )
@@ -61,7 +62,9 @@ func (t *Token) look(ctx context.Context, a *attachment, v *Version, wrap, anew 
 				return nil, err
 			}
 			if fits {
-				return l.answer(wrap)
+				if b, err := l.answer(wrap); b != nil || err != nil {
+					return b, err
+				} // else the guess that was told turned out wrong, and it goes on
 			}
 			if err := v.out(a, wrap); err != nil && !final {
 				return nil, err
@@ -109,7 +112,7 @@ func (l *look) of(a *attachment) bool { return l != nil && l.a == a && l.epoch =
 func (t *Token) lookOn(ctx context.Context, l *look) {
 	ctx, cancel := context.WithTimeout(as(ctx, looker), lookTime)
 	defer cancel()
-	timer := time.AfterFunc(max(lookPatience, usualTimes*time.Duration(l.v.took.Load())), l.isLate)
+	timer := time.AfterFunc(min(max(lookPatience, usualTimes*time.Duration(l.v.took.Load())), mostPatience), l.isLate)
 	defer timer.Stop()
 	b, err := t.lookAt(ctx, l)
 	l.mu.Lock()
@@ -153,7 +156,8 @@ func (t *Token) lookAt(ctx context.Context, l *look) (b *binding, err error) {
 	return b, nil
 }
 
-// answer is what a look came to for who wants it, or its guess.
+// answer is what a look came to for who wants it, or its guess; none of both where it is
+// under way and there is none.
 func (l *look) answer(wrap bool) (*binding, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -246,12 +250,17 @@ func (v *Version) awaitLook(ctx context.Context, a *attachment, wrap bool) error
 	if !l.of(a) {
 		return nil
 	}
-	if err := l.wait(ctx, l.told, !wrap); err != nil {
-		return err
+	for _, until := range []chan struct{}{l.told, l.ended} {
+		if err := l.wait(ctx, until, !wrap); err != nil {
+			return err
+		}
+		b, err := l.answer(wrap)
+		if b != nil && l.wrap == wrap {
+			_, err = b.serve(wrap)
+		}
+		if b != nil || err != nil {
+			return err
+		}
 	}
-	b, err := l.answer(wrap)
-	if err == nil && (l.wrap || !wrap) {
-		_, err = b.serve(wrap)
-	}
-	return err
+	return nil
 }

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/kms-agent/kms-agent/hsm"
+	"github.com/kms-agent/kms-agent/hsm/hsmtest"
 )
 
 // staying is how the agent's plugin has it, and agentTime what it gives each call.
@@ -216,4 +217,117 @@ func TestSpareSessionForCallers(t *testing.T) {
 			t.Errorf("a session is idle: %v", err)
 		}
 	}
+}
+
+// A key that was ill, is well again and slow wraps: a guess that has been told and was wrong is
+// nobody's answer.
+func TestIllKeyIsWellAgainAndSlow(t *testing.T) {
+	r, fault := newFaultyRig(t, staying)
+	bad, good := r.key("bad", hsm.GCM), r.key("good", hsm.GCM)
+	m := material(32)
+	wrapped, wrappedGood := r.wrap(bad, m), r.wrap(good, m)
+	r.opens(good, wrappedGood, m)
+	fault.Set("ill /bad/")
+	r.ofVersion(bad, wrapped)
+	fault.Set("* sleep_ms=120")
+	var callers sync.WaitGroup
+	until := time.Now().Add(5 * time.Second)
+	for range 3 {
+		callers.Go(func() {
+			for time.Now().Before(until) {
+				if err := r.wraps(bad); err != nil && !hsm.OfVersion(err) && !errors.Is(err, context.DeadlineExceeded) {
+					t.Errorf("Wrap: %v", err)
+				}
+				time.Sleep(20 * time.Millisecond)
+			}
+		})
+	}
+	callers.Wait()
+	if err := r.wraps(bad); err != nil {
+		t.Errorf("Wrap by a key that is well: %v", err)
+	}
+}
+
+// One slow canary of a key that is well does not make what ails it later a secret for long.
+func TestOneSlowCanary(t *testing.T) {
+	r, fault := newFaultyRig(t, staying)
+	bad, good := r.key("bad", hsm.GCM), r.key("good", hsm.GCM)
+	m := material(32)
+	wrapped, wrappedGood := r.wrap(bad, m), r.wrap(good, m)
+	r.logOut()
+	fault.Set("C_Decrypt sleep_ms=1500 count=1")
+	r.opens(bad, wrapped, m)
+	r.opens(good, wrappedGood, m)
+	fault.Set("ill /bad/", "ill-sleep 400")
+	if err := r.unwraps(bad, wrapped); !hsm.OfVersion(err) {
+		t.Errorf("Unwrap: %v, want an outage of this version", err)
+	}
+	if err := r.unwraps(bad, wrapped); !hsm.OfVersion(err) {
+		t.Errorf("Unwrap: %v, want an outage of this version", err)
+	}
+}
+
+// A key that may not open any more is that on a slow token, too.
+func TestPolicyOfASlowToken(t *testing.T) {
+	r, fault := newFaultyRig(t, staying)
+	v := r.key("orders", hsm.GCM)
+	wrapped := r.wrap(v, material(32))
+	r.logOut()
+	fault.Set("C_DecryptInit rv=0x68 sleep_ms=100", "* sleep_ms=100")
+	told := 0
+	for range 10 {
+		switch err := r.unwraps(v, wrapped); {
+		case hsm.KindOf(err) == hsm.KeyUnusable:
+			told++
+		case !errors.Is(err, context.DeadlineExceeded):
+			t.Errorf("Unwrap: %v, want that the key must not be used", err)
+		}
+	}
+	if told < 8 {
+		t.Errorf("%d of 10 callers were told, want all but the first", told)
+	}
+}
+
+// One wrap that fails, with whatever code, is made again; others go on.
+func TestOneWrapFails(t *testing.T) {
+	for _, code := range []string{"0x5", "0x7", "0x21", "0x30", "0x40"} {
+		t.Run(code, func(t *testing.T) {
+			r, fault := newFaultyRig(t)
+			v := r.key("orders", hsm.GCM)
+			r.wrap(v, material(32))
+			fault.Set("C_Encrypt count=1 rv=" + code)
+			for range 3 {
+				r.wrap(v, material(32))
+			}
+		})
+	}
+}
+
+// Callers of a version that must not be used have its record read once in a while at most.
+func TestRefusalsCostLittle(t *testing.T) {
+	r, fault := newFaultyRig(t, staying)
+	v, good := r.key("orders", hsm.GCM), r.key("good", hsm.GCM)
+	m := material(32)
+	wrapped, wrappedGood := r.wrap(v, m), r.wrap(good, m)
+	r.substitute(v)
+	r.logOut()
+	r.opens(good, wrappedGood, m)
+	_ = r.fails(v, wrapped, hsm.KeyUnusable)
+	fault.Calls()
+	before := r.searchesOf(fault, func() { _ = r.fails(v, wrapped, hsm.KeyUnusable) })
+	if all := r.searchesOf(fault, func() {
+		for range 20 {
+			_ = r.fails(v, wrapped, hsm.KeyUnusable)
+		}
+	}); all > 20*before+2 || before > 1 {
+		t.Errorf("one refusal takes %d searches, 20 take %d: the record is read each time", before, all)
+	}
+}
+
+// searchesOf counts the searches of a module.
+func (r *rig) searchesOf(fault *hsmtest.Fault, do func()) int {
+	r.t.Helper()
+	fault.Calls()
+	do()
+	return fault.Calls()["C_FindObjectsInit"]
 }

@@ -34,7 +34,8 @@ func (t *Token) CreateKey(ctx context.Context, name string, suite Suite) (*Key, 
 		if err := t.cfg.Catalogue.mayBegin(); err != nil {
 			return nil, err
 		}
-	} else if err := t.mayCreate(ctx, name); err != nil {
+	}
+	if err := t.mayCreate(ctx, name); err != nil {
 		return nil, err
 	}
 	return t.addVersion(ctx, &Key{Name: name}, suite)

@@ -2,6 +2,7 @@ package hsm
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"regexp"
 	"slices"
@@ -21,11 +22,16 @@ type Stray struct {
 
 var keyLabel = regexp.MustCompile("^" + regexp.QuoteMeta(labelPrefix) + `([A-Za-z0-9._-]+)/v[1-9][0-9]{0,9}$`)
 
-// Strays returns the strays among the first thousand secret keys and private keys on the
-// token, by label.
+// Strays returns the strays among the first secret keys and private keys on the token, of
+// which it looks at ten thousand, by label. Keys that are being made just now may be among
+// them.
 func (t *Token) Strays(ctx context.Context) ([]Stray, error) {
-	keys, err := t.readKeys(ctx, "")
+	strays, err := t.labelled(ctx) // first, as who makes a key writes its record last
 	if err != nil {
+		return nil, err
+	}
+	keys, err := t.readKeys(ctx, "")
+	if err != nil && !errors.Is(err, errNoCatalogue) {
 		return nil, err
 	}
 	known, unknown := map[string]bool{}, map[string]bool{} // IDs, and keys one of whose records we do not see
@@ -35,16 +41,21 @@ func (t *Token) Strays(ctx context.Context) ([]Stray, error) {
 			known[string(v.ID[:])], known[string(v.macID[:])] = true, true
 		}
 	}
-	found := new([]Stray)
-	if err := t.manage(ctx, func(w *worker) (err error) {
-		*found, err = labelled(w)
-		return err
-	}); err != nil {
-		return nil, err
-	}
-	strays := slices.DeleteFunc(*found, func(s Stray) bool { return known[string(s.ID)] || unknown[s.Key] })
+	strays = slices.DeleteFunc(strays, func(s Stray) bool { return known[string(s.ID)] || unknown[s.Key] })
 	slices.SortFunc(strays, func(a, b Stray) int { return strings.Compare(a.Label, b.Label) })
 	return strays, nil
+}
+
+// maxLabelled is how many keys of a class are looked at.
+const maxLabelled = 10000
+
+func (t *Token) labelled(ctx context.Context) ([]Stray, error) {
+	found := new([]Stray)
+	err := t.manage(ctx, func(w *worker) (err error) {
+		*found, err = labelled(w)
+		return err
+	})
+	return *found, err
 }
 
 // labelled returns the keys that are labelled as ours, as far as they say that.
@@ -52,34 +63,48 @@ func labelled(w *worker) (all []Stray, err error) {
 	for _, class := range []uint{pkcs11.CKO_SECRET_KEY, pkcs11.CKO_PRIVATE_KEY} {
 		objects, err := w.session.Find([]cryptoki.Attribute{
 			cryptoki.Number(pkcs11.CKA_CLASS, class), cryptoki.Bool(pkcs11.CKA_TOKEN, true), cryptoki.Bool(pkcs11.CKA_PRIVATE, true),
-		}, maxKeys)
+		}, maxLabelled)
 		if err != nil {
 			return nil, err
 		}
 		for _, o := range objects {
 			w.lives() // it is calls by the hundred, none of which hangs
-			label, err := w.session.Attribute(o, pkcs11.CKA_LABEL)
+			label, err := attributeOf(w.session, o, pkcs11.CKA_LABEL)
+			if err != nil {
+				return nil, err
+			}
 			name := keyLabel.FindSubmatch(label)
-			if err != nil || name == nil {
+			if name == nil {
 				continue
 			}
-			if id, err := w.session.Attribute(o, pkcs11.CKA_ID); err == nil {
-				all = append(all, Stray{Key: string(name[1]), Label: string(label), ID: id})
+			id, err := attributeOf(w.session, o, pkcs11.CKA_ID)
+			if err != nil {
+				return nil, err
 			}
+			all = append(all, Stray{Key: string(name[1]), Label: string(label), ID: id})
 		}
 	}
 	return all, nil
 }
 
+// attributeOf reads an attribute, nil where there is none or the object is gone meanwhile.
+func attributeOf(s cryptoki.Session, o cryptoki.Object, attribute uint) ([]byte, error) {
+	value, err := s.Attribute(o, attribute)
+	if errors.Is(err, cryptoki.ErrNoAttribute) || stepFor(err) == findAgain {
+		return nil, nil
+	}
+	return value, err
+}
+
 // mayCreate refuses to make a key whose record was lost, it seems: what the old one has
 // wrapped would be taken for damaged.
 func (t *Token) mayCreate(ctx context.Context, name string) error {
-	strays, err := t.Strays(ctx)
+	all, err := t.labelled(ctx)
 	if err != nil {
 		return err
 	}
 	var ids []string
-	for _, s := range strays {
+	for _, s := range all { // it is in no record: there is none of this name
 		if s.Key == name {
 			ids = append(ids, fmt.Sprintf("%s with the ID %x", s.Label, s.ID))
 		}

@@ -62,15 +62,17 @@ type Version struct {
 	takes     int   // bytes of material that the token wraps itself
 	seen      int64 // by the token's now; 0 for one that is being made
 
-	handles atomic.Pointer[binding]
-	illness atomic.Pointer[illness]
-	tried   atomic.Pointer[trial]
-	opened  atomic.Int64 // when the last call that opened began, by the token's now
-	wrapped atomic.Int64 // the same of wraps
-	mu      sync.Mutex   // of who begins a look
-	look    atomic.Pointer[look]
-	took    atomic.Int64 // how long a canary took the last time that it opened
-	used    vectors
+	handles    atomic.Pointer[binding]
+	illness    atomic.Pointer[illness]
+	tried      atomic.Pointer[trial]
+	explained  atomic.Pointer[explanation]
+	explaining atomic.Bool  // somebody reads it
+	opened     atomic.Int64 // when the last call that opened began, by the token's now
+	wrapped    atomic.Int64 // the same of wraps
+	mu         sync.Mutex   // of who begins a look
+	look       atomic.Pointer[look]
+	took       atomic.Int64 // how long a canary took the last time that it opened
+	used       vectors
 }
 
 func (v *Version) header() header { return header{suite: v.Suite, id: v.ID, version: v.Number} }

@@ -141,7 +141,7 @@ func (r request) serve(ctx context.Context, diagnostics io.Writer) (answer, erro
 	}
 	s.retryPIN = r.Retry
 	if r.Command != "probe" && r.Command != "list" {
-		unlock, err := s.alone(ctx)
+		unlock, err := s.alone(ctx, diagnostics)
 		if err != nil {
 			return answer{}, err
 		}
@@ -205,14 +205,20 @@ func (r request) serve(ctx context.Context, diagnostics io.Writer) (answer, erro
 
 // alone keeps other commands of this host from changing keys meanwhile: there are modules
 // in which each process sees late what the others do.
-func (s settings) alone(ctx context.Context) (unlock func(), err error) {
+func (s settings) alone(ctx context.Context, diagnostics io.Writer) (unlock func(), err error) {
 	dir, err := s.stateDirectory()
 	if err != nil {
 		return nil, &hsm.Error{Kind: hsm.Invalid, Err: err}
 	}
 	path := filepath.Join(dir, "administer.lock")
-	if unlock, err = hsm.Exclusive(ctx, path); err != nil {
-		return nil, &hsm.Error{Kind: hsm.Unavailable, Detail: fmt.Sprintf("another kms-agent hsm of this host changes keys (%s)", path), Err: err}
+	unlock, err = hsm.Exclusive(ctx, path, func() {
+		_, _ = fmt.Fprintf(diagnostics, "waiting for another kms-agent hsm that changes keys (%s)\n", path)
+	})
+	switch {
+	case errors.Is(err, hsm.ErrHeld):
+		return nil, &hsm.Error{Kind: hsm.Unavailable, Detail: fmt.Sprintf("another kms-agent hsm changes keys (%s)", path), Err: err}
+	case err != nil:
+		return nil, &hsm.Error{Kind: hsm.Invalid, Detail: "commands that change keys wait for each other by a file that this user must be able to write", Err: err}
 	}
 	return unlock, nil
 }
@@ -323,7 +329,7 @@ func (r request) perform(ctx context.Context, t *hsm.Token, wraps *hsm.Counter, 
 	case "list":
 		keys, err := list(ctx, t, wraps)
 		if err == nil {
-			err = warnOfStrays(ctx, t, diagnostics)
+			warnOfStrays(ctx, t, diagnostics)
 		}
 		return answer{Keys: keys}, err
 	case "init-key":

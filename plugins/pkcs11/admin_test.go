@@ -326,26 +326,14 @@ func (r *rig) data(label string, value []byte) {
 	if err := os.WriteFile(file, value, 0o600); err != nil {
 		r.t.Fatal(err)
 	}
-	r.tool("--write-object", file, "--type", "data", "--label", label, "--application-label", "kms-agent", "--private")
-}
-
-// tool runs pkcs11-tool, as an operator does.
-func (r *rig) tool(args ...string) []byte {
-	r.t.Helper()
-	cmd := exec.Command("pkcs11-tool", append([]string{"--module", hsmtest.SoftHSMModule, "--token-label", "kms", "--login", "--pin", hsmtest.PIN}, args...)...)
-	cmd.Env = append(os.Environ(), r.Env()...)
-	out, err := cmd.CombinedOutput()
-	if err != nil {
-		r.t.Fatalf("pkcs11-tool %v: %v\n%s", args, err, out)
-	}
-	return out
+	r.Tool("--write-object", file, "--type", "data", "--label", label, "--application-label", "kms-agent", "--private")
 }
 
 // record reads the record of a key.
 func (r *rig) record(key string) []byte {
 	r.t.Helper()
 	file := r.Path("record")
-	r.tool("--read-object", "--type", "data", "--label", "kmsagent/"+key, "--application-label", "kms-agent", "--output-file", file)
+	r.Tool("--read-object", "--type", "data", "--label", "kmsagent/"+key, "--application-label", "kms-agent", "--output-file", file)
 	value, err := os.ReadFile(file)
 	if err != nil {
 		r.t.Fatal(err)
@@ -355,7 +343,7 @@ func (r *rig) record(key string) []byte {
 
 func (r *rig) deleteRecord(key string) {
 	r.t.Helper()
-	r.tool("--delete-object", "--type", "data", "--label", "kmsagent/"+key, "--application-label", "kms-agent")
+	r.Tool("--delete-object", "--type", "data", "--label", "kmsagent/"+key, "--application-label", "kms-agent")
 }
 
 // A key with two records of one revision is not used; the others are listed and used, and
@@ -432,5 +420,32 @@ func TestRefusalsAreExplained(t *testing.T) {
 	r.must(request{Command: "disable", Key: "orders", Version: 1, Confirmed: true})
 	if _, err := b.Unwrap(bounded(t), keyNamed("orders"), wrapped, message); plugins.ClassOf(err) != plugins.KeyUnusable || !strings.Contains(err.Error(), "version 1 of key orders is disabled") {
 		t.Errorf("Unwrap with a version that was just disabled: %v", err)
+	}
+}
+
+// The list is not lost for the sake of a warning.
+func TestListWithoutStrays(t *testing.T) {
+	r := newRig(t)
+	fault := hsmtest.NewFault(t, "../../hsm", hsmtest.SoftHSMModule)
+	r.settings["module"] = fault.Module
+	r.must(request{Command: "init-key", Key: "orders"})
+	fault.Calls()
+	r.must(request{Command: "list"})
+	searches := fault.Calls()["C_FindObjectsInit"]
+	fault.Set(fmt.Sprintf("C_FindObjectsInit rv=0x54 skip=%d", searches-1)) // the last one alone
+	a, said := r.ask(request{Command: "list"})
+	if a.Error != "" || len(a.Keys) != 1 || !bytes.Contains(said, []byte("whether there are keys in no record is not known")) {
+		t.Errorf("list: %+v\n%s", a, said)
+	}
+}
+
+// What is wrong with the file by which commands wait for each other is told for what it is.
+func TestLockThatCannotBeHeld(t *testing.T) {
+	r := newRig(t)
+	if err := os.Mkdir(filepath.Join(r.state(), "administer.lock"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if a := r.administer(request{Command: "init-key", Key: "orders"}); a.Class != "invalid" || !strings.Contains(a.Error, "this user must be able to write") {
+		t.Errorf("init-key: %+v", a)
 	}
 }

@@ -75,20 +75,20 @@ func problems(ctx context.Context, t *hsm.Token, k *hsm.Key, state *keyState) er
 }
 
 // warnOfStrays says which keys are in no record.
-func warnOfStrays(ctx context.Context, t *hsm.Token, diagnostics io.Writer) error {
+func warnOfStrays(ctx context.Context, t *hsm.Token, diagnostics io.Writer) {
 	strays, err := t.Strays(ctx)
 	if err != nil {
-		return err
+		_, _ = fmt.Fprintln(diagnostics, "warning: whether there are keys in no record is not known:", told(err))
+		return
 	}
 	const most = 8
 	for _, s := range strays[:min(len(strays), most)] {
 		_, _ = fmt.Fprintf(diagnostics, "warning: the key %s with the ID %x is in no record: its record was lost (restore it from the HSM's backup, and delete nothing), "+
-			"or it is left of a command that was cut off, and was never used\n", s.Label, s.ID)
+			"or it is left of a command that was cut off, and was never used, or is being made just now\n", s.Label, s.ID)
 	}
 	if more := len(strays) - most; more > 0 {
 		_, _ = fmt.Fprintf(diagnostics, "warning: so are %d more keys\n", more)
 	}
-	return nil
 }
 
 // ofVersion tells whether an error says something of the version that was asked for,
