@@ -207,9 +207,9 @@ func (t *Token) test(ctx context.Context, l *look, b *binding) (*binding, error)
 // key's.
 func mayBeToken(err error) bool {
 	switch stepFor(err) {
-	case reconnect, askCanary, refuse:
-		return err != nil
-	case giveUp:
+	case reconnect, askCanary:
+		return true
+	case refuse, giveUp: // else it is what we say of it
 		return errors.As(err, new(cryptoki.Error)) && !errors.As(err, new(*Error)) && !denied(err)
 	case newSession, findAgain, loginAgain, fixPIN, fewer:
 	}
