@@ -200,6 +200,13 @@ func (t *Token) tryAgain(ctx context.Context, l *look, keys handles, err error) 
 	case stepFor(err) == reconnect && (a.wraps.Load() || time.Duration(t.now()-a.since) > reconnectMax):
 		return keys, a.lost(err) // else another connection is no cure, and those who open need this one
 	}
+	if !only { // it may have been lost since the canary was opened
+		if gone := t.openCanary(ctx, a, v, keys); isCallers(gone) {
+			return keys, gone
+		} else if s := stepFor(gone); gone != nil && (s == reconnect || s == askCanary) {
+			return keys, a.lost(gone)
+		}
+	}
 	found, again := t.try(ctx, a, v, keys)
 	switch {
 	case !mayBeToken(again):

@@ -331,3 +331,27 @@ func (r *rig) searchesOf(fault *hsmtest.Fault, do func()) int {
 	do()
 	return fault.Calls()["C_FindObjectsInit"]
 }
+
+// A connection that is lost between the canary and the first wrap is made anew.
+func TestLostBetweenCanaryAndWrap(t *testing.T) {
+	r, fault := newFaultyRig(t)
+	v := r.key("orders", hsm.GCM)
+	m := material(32)
+	r.wrap(v, m)
+	fault.Set("dead")
+	_ = r.Check(bounded(t))
+	fault.Set()
+	if err := r.Check(bounded(t)); err != nil { // by another connection, which has not wrapped yet
+		t.Fatal(err)
+	}
+	n := r.attached()
+	fault.Set("dead")
+	if _, err := r.Wrap(bounded(t), v, nil, m, bound); hsm.KindOf(err) != hsm.Unavailable {
+		t.Errorf("Wrap: kind %v, %v; want an outage", hsm.KindOf(err), err)
+	}
+	fault.Set()
+	eventually(t, "it wraps", func() error { return r.wraps(v) })
+	if r.attached() <= n {
+		t.Error("the connection was not made anew")
+	}
+}
