@@ -51,8 +51,8 @@ func (t *Token) look(ctx context.Context, a *attachment, v *Version, wrap, anew 
 		if b := v.proven(a, wrap); b != nil && !anew {
 			return b, nil
 		}
-		l := t.looking(ctx, a, v, wrap, anew)
-		fits := (l.wrap || !wrap) && (!anew || l.anew && !l.hasOpened())
+		l, began := t.looking(ctx, a, v, wrap, anew)
+		fits := began || (l.wrap || !wrap) && (!anew || l.anew && !l.hasOpened())
 		moments := []chan struct{}{l.told, l.ended}
 		if final {
 			moments = moments[1:]
@@ -90,19 +90,19 @@ func (l *look) wait(ctx context.Context, moment chan struct{}, opened bool) erro
 
 // looking returns the look at a version that is under way in this login; it begins one
 // where there is none.
-func (t *Token) looking(ctx context.Context, a *attachment, v *Version, wrap, anew bool) *look {
+func (t *Token) looking(ctx context.Context, a *attachment, v *Version, wrap, anew bool) (l *look, began bool) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	if l := v.look.Load(); l.of(a) {
-		return l
+		return l, false
 	}
-	l := &look{
+	l = &look{
 		v: v, a: a, epoch: a.epoch.Load(), wrap: wrap, anew: anew,
 		opens: make(chan struct{}), told: make(chan struct{}), ended: make(chan struct{}), guess: v.lately(a),
 	}
 	v.look.Store(l)
 	go t.lookOn(context.WithoutCancel(ctx), l)
-	return l
+	return l, true
 }
 
 // of tells whether a look is one of the login that an attachment has now.
