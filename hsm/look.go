@@ -53,24 +53,36 @@ func (t *Token) look(ctx context.Context, a *attachment, v *Version, wrap, anew 
 		}
 		l, began := t.looking(ctx, a, v, wrap, anew)
 		fits := began || (l.wrap || !wrap) && (!anew || l.anew && !l.hasOpened())
-		moments := []chan struct{}{l.told, l.ended}
-		if final {
-			moments = moments[1:]
+		if fits {
+			return l.outcome(ctx, wrap, final)
 		}
-		for _, until := range moments {
-			if err := l.wait(ctx, until, fits && !wrap); err != nil {
+		for _, until := range []chan struct{}{l.told, l.ended} {
+			if err := l.wait(ctx, until, false); err != nil {
 				return nil, err
-			}
-			if fits {
-				if b, err := l.answer(wrap); b != nil || err != nil {
-					return b, err
-				} // else the guess that was told turned out wrong, and it goes on
 			}
 			if err := v.out(a, wrap); err != nil && !final {
 				return nil, err
 			}
 		}
 	}
+}
+
+// outcome waits for what a look comes to, or for its guess unless that is final. A guess
+// that was told and turned out wrong is none.
+func (l *look) outcome(ctx context.Context, wrap, final bool) (b *binding, err error) {
+	moments := []chan struct{}{l.told, l.ended}
+	if final {
+		moments = moments[1:]
+	}
+	for _, until := range moments {
+		if err := l.wait(ctx, until, !wrap); err != nil {
+			return nil, err
+		}
+		if b, err = l.answer(wrap); b != nil || err != nil {
+			break
+		}
+	}
+	return b, err
 }
 
 // wait waits for a moment of a look, or until the canary is opened.
@@ -250,17 +262,9 @@ func (v *Version) awaitLook(ctx context.Context, a *attachment, wrap bool) error
 	if !l.of(a) {
 		return nil
 	}
-	for _, until := range []chan struct{}{l.told, l.ended} {
-		if err := l.wait(ctx, until, !wrap); err != nil {
-			return err
-		}
-		b, err := l.answer(wrap)
-		if b != nil && l.wrap == wrap {
-			_, err = b.serve(wrap)
-		}
-		if b != nil || err != nil {
-			return err
-		}
+	b, err := l.outcome(ctx, wrap, false)
+	if err == nil && l.wrap {
+		_, err = b.serve(wrap)
 	}
-	return nil
+	return err
 }
