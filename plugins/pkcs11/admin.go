@@ -110,6 +110,9 @@ func administer(args []string, in io.Reader, out, diagnostics io.Writer) int {
 	return 0
 }
 
+// reads tells whether a command changes nothing on the token.
+func (r request) reads() bool { return r.Command == "probe" || r.Command == "list" }
+
 // variables says where those of the library's process are set.
 func (r request) variables() string {
 	if r.ByFlags {
@@ -140,7 +143,7 @@ func (r request) serve(ctx context.Context, diagnostics io.Writer) (answer, erro
 		return answer{}, &hsm.Error{Kind: hsm.Invalid, Err: err}
 	}
 	s.retryPIN = r.Retry
-	if r.Command != "probe" && r.Command != "list" {
+	if !r.reads() {
 		unlock, err := s.alone(ctx, diagnostics)
 		if err != nil {
 			return answer{}, err
@@ -184,7 +187,7 @@ func (r request) serve(ctx context.Context, diagnostics io.Writer) (answer, erro
 	// the token. Each call of the module is bounded by hang_after.
 	bounded, cancel := context.WithTimeout(context.WithoutCancel(ctx), adminTimeout)
 	defer cancel()
-	if r.Command == "probe" || r.Command == "list" {
+	if r.reads() {
 		bounded = ctx
 	}
 	hung, end := context.WithCancelCause(bounded)

@@ -44,6 +44,21 @@ func wrapsOf(t *testing.T, s *host.Supervisor, name string) (out []byte) {
 	return out
 }
 
+// asAgent is how the agent has its backends.
+func asAgent(c *host.Config) { c.CallTimeout = 2 * time.Second }
+
+// twoKeys runs the backend with two keys, a name and "good", and returns what each has wrapped.
+func twoKeys(t *testing.T, name string, change ...func(*host.Config)) (s *host.Supervisor, fault *hsmtest.Fault, wrapped, good []byte) {
+	t.Helper()
+	r := newRig(t)
+	for _, key := range []string{name, "good"} {
+		r.must(request{Command: "init-key", Key: key})
+	}
+	fault = hsmtest.NewFault(t, "../../hsm", hsmtest.SoftHSMModule)
+	s = r.supervised(t, fault, change...)
+	return s, fault, wrapsOf(t, s, name), wrapsOf(t, s, "good")
+}
+
 // unhurt fails a test where anything but the calls of one key has come to grief.
 func unhurt(t *testing.T, s *host.Supervisor, pid int) {
 	t.Helper()
@@ -93,13 +108,7 @@ func TestIllKeyIsNoOutageOfOthers(t *testing.T) {
 func TestIllKeyWithAnyCodeIsNoOutageOfOthers(t *testing.T) {
 	for _, code := range []string{"0x30", "0x60"} {
 		t.Run(code, func(t *testing.T) {
-			r := newRig(t)
-			for _, name := range []string{"bad", "good"} {
-				r.must(request{Command: "init-key", Key: name})
-			}
-			fault := hsmtest.NewFault(t, "../../hsm", hsmtest.SoftHSMModule)
-			s := r.supervised(t, fault)
-			bad, good := wrapsOf(t, s, "bad"), wrapsOf(t, s, "good")
+			s, fault, bad, good := twoKeys(t, "bad")
 			pid := s.Status().PID
 			fault.Set("ill /bad/", "ill-code "+code)
 			for range 20 {
@@ -120,13 +129,7 @@ func TestIllKeyWithAnyCodeIsNoOutageOfOthers(t *testing.T) {
 // So it is with a key that fails slowly while more callers want it than there are sessions:
 // those of another key are served, by the same process.
 func TestSlowlyIllKeyIsNoOutageOfOthers(t *testing.T) {
-	r := newRig(t)
-	for _, name := range []string{"bad", "good"} {
-		r.must(request{Command: "init-key", Key: name})
-	}
-	fault := hsmtest.NewFault(t, "../../hsm", hsmtest.SoftHSMModule)
-	s := r.supervised(t, fault, func(c *host.Config) { c.CallTimeout = 2 * time.Second }) // as the agent has it
-	bad, good := wrapsOf(t, s, "bad"), wrapsOf(t, s, "good")
+	s, fault, bad, good := twoKeys(t, "bad", asAgent)
 	pid := s.Status().PID
 	fault.Set("ill /bad/", "ill-sleep 300")
 	ctx, cancel := context.WithTimeout(t.Context(), 6*time.Second)
@@ -162,13 +165,7 @@ func TestSlowlyIllKeyIsNoOutageOfOthers(t *testing.T) {
 
 // Damaged messages that come together, on a token that takes its time, hurt nobody else.
 func TestDamagedMessagesOnASlowToken(t *testing.T) {
-	r := newRig(t)
-	for _, name := range []string{"orders", "good"} {
-		r.must(request{Command: "init-key", Key: name})
-	}
-	fault := hsmtest.NewFault(t, "../../hsm", hsmtest.SoftHSMModule)
-	s := r.supervised(t, fault, func(c *host.Config) { c.CallTimeout = 2 * time.Second })
-	orders, good := wrapsOf(t, s, "orders"), wrapsOf(t, s, "good")
+	s, fault, orders, good := twoKeys(t, "orders", asAgent)
 	damaged := append([]byte(nil), orders...)
 	damaged[len(damaged)-1] ^= 1
 	pid := s.Status().PID
@@ -290,13 +287,7 @@ func TestDamagedCountsAreNoOutageOfUnwraps(t *testing.T) {
 
 // An outage of the token is one of the backend, also where a key is ill.
 func TestOutageIsNotOfOneKey(t *testing.T) {
-	r := newRig(t)
-	for _, name := range []string{"bad", "good"} {
-		r.must(request{Command: "init-key", Key: name})
-	}
-	fault := hsmtest.NewFault(t, "../../hsm", hsmtest.SoftHSMModule)
-	s := r.supervised(t, fault)
-	bad, good := wrapsOf(t, s, "bad"), wrapsOf(t, s, "good")
+	s, fault, bad, good := twoKeys(t, "bad")
 	fault.Set("C_Decrypt rv=0x05", "C_Encrypt rv=0x05")
 	eventually(t, func() error {
 		_, first := s.Unwrap(bounded(t), keyNamed("bad"), bad, message)
@@ -358,7 +349,7 @@ func TestSlowFailureIsAttachedAgain(t *testing.T) {
 		r.must(request{Command: "init-key", Key: fmt.Sprintf("k%d", i)})
 	}
 	fault := hsmtest.NewFault(t, "../../hsm", hsmtest.SoftHSMModule)
-	s := r.supervised(t, fault, func(cfg *host.Config) { cfg.CallTimeout = 2 * time.Second }) // the agent's
+	s := r.supervised(t, fault, asAgent)
 	var c []byte
 	for i := range 18 {
 		c = wrapsOf(t, s, fmt.Sprintf("k%d", i))
