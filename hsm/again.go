@@ -100,6 +100,27 @@ func (t *Token) relogin(ctx context.Context, a *attachment) error {
 	}
 }
 
+// loginLost returns what it means that an operation, begun in an epoch, failed: where the
+// token says that nobody is logged in it is seen to that somebody is.
+func (t *Token) loginLost(ctx context.Context, a *attachment, epoch int64, err error) error {
+	if stepFor(err) != loginAgain {
+		return err
+	}
+	switch lost := t.relogin(ctx, a); {
+	case lost != nil && KindOf(lost) == Unauthenticated:
+		return lost
+	case lost != nil, a.epoch.Load() != epoch:
+		return err
+	}
+	return unmoved{err}
+}
+
+// unmoved is that a token says nobody is logged in where somebody was all the time: another
+// login is no cure. Some say so of a key that wants a PIN of its own each time.
+type unmoved struct{ error }
+
+func (u unmoved) Unwrap() error { return u.error }
+
 // enterAgain logs in, in another anchor session where that is lost too. The caller has
 // a.login.
 func (t *Token) enterAgain(a *attachment) error {
@@ -119,11 +140,11 @@ func (t *Token) enterAgain(a *attachment) error {
 			return err
 		}
 	}
-	err := t.logIn(a.anchor, a.slot, &a.logins)
+	anew, err := t.logIn(a.anchor, a.slot, &a.logins)
 	switch {
-	case err == nil:
+	case anew:
 		a.epoch.Add(1)
-	case KindOf(err) != Unauthenticated:
+	case err != nil && KindOf(err) != Unauthenticated:
 		a.breaks(err)
 	}
 	return err

@@ -6,6 +6,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/miekg/pkcs11"
+
 	"github.com/kms-agent/kms-agent/hsm/hsmtest"
 	"github.com/kms-agent/kms-agent/hsm/internal/cryptoki"
 )
@@ -66,7 +68,8 @@ func TestAnotherKeyBehindTheHandle(t *testing.T) {
 	}
 }
 
-// Handles do not outlive the login in which they were found.
+// Handles do not outlive the login in which they were found; where it is there still they
+// are good.
 func TestHandlesAfterALogin(t *testing.T) {
 	token := soft(t)
 	v := keyOf(t, token, "orders")
@@ -77,11 +80,33 @@ func TestHandlesAfterALogin(t *testing.T) {
 	if err != nil || v.bound(a, false) == nil {
 		t.Fatalf("the key is not bound, %v", err)
 	}
-	if err := token.relogin(t.Context(), a); err != nil {
-		t.Fatal(err)
+	for _, lost := range []bool{false, true} {
+		if lost {
+			logOut(t, a.slot)
+		}
+		if err := token.relogin(t.Context(), a); err != nil {
+			t.Fatal(err)
+		}
+		if bound := v.bound(a, false) != nil; bound == lost {
+			t.Errorf("the login was lost: %v; the key is bound after it: %v", lost, bound)
+		}
 	}
-	if v.bound(a, false) != nil {
-		t.Error("it is bound after another login")
+}
+
+// logOut ends the login as another part of this process would.
+func logOut(t *testing.T, slot uint) {
+	t.Helper()
+	library := pkcs11.New(hsmtest.SoftHSMModule)
+	defer library.Destroy()
+	session, err := library.OpenSession(slot, pkcs11.CKF_SERIAL_SESSION)
+	if err == nil {
+		err = library.Logout(session)
+	}
+	if err == nil {
+		err = library.CloseSession(session)
+	}
+	if err != nil {
+		t.Fatal(err)
 	}
 }
 

@@ -190,7 +190,7 @@ func (t *Token) once(ctx context.Context, a *attachment, v *Version, h header, k
 		t.uncount(v, unwrap)
 		return nil, errDoubted
 	}
-	began := t.now()
+	began, epoch := t.now(), a.epoch.Load()
 	w.aad = h.appendAAD(w.aad[:0], aad)
 	w.iv = w.ivRoom[:copy(w.ivRoom[:], iv)]
 	n, left, err := w.run(ctx, job{
@@ -204,7 +204,7 @@ func (t *Token) once(ctx context.Context, a *attachment, v *Version, h header, k
 			t.uncount(v, unwrap)
 		}
 		a.discard(w)
-		return nil, err
+		return nil, t.loginLost(ctx, a, epoch, err)
 	}
 	if !unwrap && v.repeats(w.iv) {
 		a.discard(w)

@@ -108,8 +108,11 @@ const (
 // in docs/hsm.md.
 func stepFor(err error) step {
 	var code cryptoki.Error
-	if !errors.As(err, &code) {
+	switch {
+	case !errors.As(err, &code):
 		return giveUp
+	case errors.As(err, new(unmoved)):
+		return reconnect
 	}
 	switch uint(code) {
 	case pkcs11.CKR_SESSION_HANDLE_INVALID, pkcs11.CKR_SESSION_CLOSED,

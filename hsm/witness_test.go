@@ -73,6 +73,45 @@ func TestIllKeyWithAnyCode(t *testing.T) {
 	}
 }
 
+// So it is with few sessions, and for many callers at once: what one of them finds out
+// about sessions, handles and logins takes nothing from the others.
+func TestIllKeyOfManyCallersWithFewSessions(t *testing.T) {
+	for _, sessions := range []int{1, 2} {
+		for _, code := range []string{"0x91", "0x101"} {
+			t.Run(fmt.Sprint(sessions, " ", code), func(t *testing.T) {
+				r, fault := newFaultyRig(t, func(_ *rig, c *hsm.Config) { c.Sessions, c.Stay = sessions, true })
+				bad, good := r.key("bad", hsm.GCM), r.key("good", hsm.GCM)
+				m := material(32)
+				wrappedBad, wrappedGood := r.wrap(bad, m), r.wrap(good, m)
+				r.opens(good, wrappedGood, m)
+				fault.Set("ill /bad/", "ill-code "+code)
+				var callers sync.WaitGroup
+				end := time.Now().Add(1500 * time.Millisecond) // it is looked at twice
+				for range 8 {
+					callers.Go(func() {
+						for time.Now().Before(end) {
+							if _, err := r.Unwrap(bounded(t), bad, nil, wrappedBad, bound); !hsm.OfVersion(err) {
+								t.Errorf("%v, want an outage of this version", err)
+							}
+						}
+					})
+				}
+				callers.Go(func() {
+					for time.Now().Before(end) {
+						if _, err := r.Unwrap(bounded(t), good, nil, wrappedGood, bound); err != nil {
+							t.Errorf("the key beside it: %v", err)
+						}
+					}
+				})
+				callers.Wait()
+				if n := r.attached(); n != 1 {
+					t.Errorf("it took %d connections, want 1", n)
+				}
+			})
+		}
+	}
+}
+
 // Whatever a token answers to the wraps of one ill key, it is an outage of those.
 func TestIllWrapsWithAnyCode(t *testing.T) {
 	for _, code := range []string{"0x7", "0x20", "0x21", "0x30", "0x60", "0x91", "0x101"} {
@@ -314,6 +353,7 @@ func TestWrapsInVainWearLittle(t *testing.T) {
 func TestSlowlyIllKeyOfManyCallers(t *testing.T) {
 	for _, c := range []struct{ ill, code string }{
 		{"ill", "0x80000017"}, {"ill", "0x30"}, {"ill", "0x7"}, {"ill-wraps", "0x80000017"}, {"ill-wraps", "0x30"}, {"ill-wraps", "0x7"},
+		{"ill", "0x101"}, {"ill-wraps", "0x101"},
 	} {
 		t.Run(c.ill+" "+c.code, func(t *testing.T) {
 			r, fault := newFaultyRig(t, func(_ *rig, c *hsm.Config) { c.Stay = true })
