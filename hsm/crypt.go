@@ -170,12 +170,6 @@ func begun(err error) bool {
 	return !errors.As(err, &call) || call.Function != "C_EncryptInit" && call.Function != "C_OpenSession"
 }
 
-// late is that a session or handle is told as lost by a call that took long: it may as well
-// be what ails the key, and other calls would take as long.
-type late struct{ error }
-
-func (l late) Unwrap() error { return l.error }
-
 // errDoubted says that a call was not made, as a look takes long at what failed with another.
 var errDoubted = errors.New("the version is being examined")
 
@@ -210,9 +204,6 @@ func (t *Token) once(ctx context.Context, a *attachment, v *Version, h header, k
 			t.uncount(v, unwrap)
 		}
 		a.discard(w)
-		if s := stepFor(err); (s == newSession || s == findAgain) && time.Duration(t.now()-began) >= lookPatience {
-			err = late{err}
-		}
 		return nil, t.loginLost(ctx, a, epoch, err)
 	}
 	if !unwrap && v.repeats(w.iv) {
@@ -341,9 +332,6 @@ func (t *Token) doubt(ctx context.Context, a *attachment, v *Version, err error,
 	}
 	if *doubts++; *doubts == 1 {
 		return false, err
-	}
-	if errors.As(err, new(late)) {
-		return false, err // it is the session's matter after all
 	}
 	if unwrap {
 		return true, errOpen

@@ -113,8 +113,6 @@ func stepFor(err error) step {
 		return giveUp
 	case errors.As(err, new(unmoved)):
 		return reconnect
-	case errors.As(err, new(late)):
-		return askCanary
 	}
 	switch uint(code) {
 	case pkcs11.CKR_SESSION_HANDLE_INVALID, pkcs11.CKR_SESSION_CLOSED,
