@@ -19,10 +19,13 @@ type backoff struct {
 	last     time.Duration // the wait before
 }
 
+// anew forgets the waits before: they had other causes.
+func (b *backoff) anew() { b.base, b.last = b.min, 0 }
+
 // after returns the wait after a process that ran for that long, with its start.
 func (b *backoff) after(ran time.Duration) time.Duration {
 	if ran >= min(wellFor*max(b.last, b.min), b.max) {
-		b.base, b.last = b.min, 0
+		b.anew()
 		return rand.N(b.min/10 + 1) //nolint:gosec // jitter is no secret
 	}
 	base := max(b.base, b.min)

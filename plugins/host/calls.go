@@ -168,7 +168,11 @@ func attempt[T any](ctx context.Context, s *Supervisor, m method[T]) (T, error) 
 	}
 	overrun := patient && errors.Is(err, context.DeadlineExceeded)
 	p.note(err, overrun)
-	s.turned(s.breaker.settle(t, s.verdictOn(p, err, took, overrun), began, err))
+	said := s.verdictOn(p, err, took, overrun)
+	if said == answered && err == nil && !p.worked.Load() {
+		p.worked.Store(true)
+	}
+	s.turned(s.breaker.settle(t, said, began, err))
 	return answer, err
 }
 

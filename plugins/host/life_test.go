@@ -54,6 +54,43 @@ func TestDeadProcessesAreReplaced(t *testing.T) {
 	}
 }
 
+// How long others before it were waited for is nothing to a process that has answered: when
+// it dies, the next one is started soon.
+func TestProcessThatWorkedIsReplacedSoon(t *testing.T) {
+	cfg := config(t, puppetSettings{})
+	cfg.BackoffMin, cfg.BackoffMax = time.Second, time.Minute
+	s := plugintest.Start(t, cfg)
+	wait := func() time.Duration {
+		t.Helper()
+		_ = unix.Kill(s.Status().PID, unix.SIGKILL)
+		eventually(t, "the state down", func() bool { return s.Status().State == host.Down })
+		_, err := s.Describe(bounded(t), "memory:orders")
+		var e *plugins.Error
+		if !errors.As(err, &e) || e.RetryAfter == 0 {
+			t.Fatalf("a call without a process: %v, want when it may be made again", err)
+		}
+		return e.RetryAfter
+	}
+	for range 5 { // after which it is 16 seconds, at least
+		wait()
+		if err := s.Replace(bounded(t)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := s.Describe(bounded(t), "memory:orders"); err != nil {
+		t.Fatal(err)
+	}
+	if got := wait(); got > 2*time.Second {
+		t.Errorf("the next one is started in %s, want 2 s at most", got)
+	}
+	if err := s.Replace(bounded(t)); err != nil {
+		t.Fatal(err)
+	}
+	if got := wait(); got < 2*time.Second {
+		t.Errorf("after one that answered nothing: %s, want a longer wait", got)
+	}
+}
+
 func TestInterruptsAreIgnored(t *testing.T) {
 	s := plugintest.Start(t, config(t, puppetSettings{}))
 	pid := s.Status().PID

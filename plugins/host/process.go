@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -48,6 +49,8 @@ type process struct {
 	dir    *socketDir
 	// nextMove is when it may be replaced for want of a socket; Run's own.
 	nextMove time.Time
+	// worked: it has answered a call, in good time.
+	worked atomic.Bool
 	// confined: the plugin reaches only what its configuration names.
 	confined bool
 }

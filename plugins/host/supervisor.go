@@ -78,9 +78,12 @@ func (s *Supervisor) Run(ctx context.Context) error {
 	var asked *request
 	for first := true; ctx.Err() == nil; first = false {
 		began := time.Now()
-		err := s.runProcess(ctx, first, asked)
+		worked, err := s.runProcess(ctx, first, asked)
 		if ctx.Err() != nil {
 			break
+		}
+		if worked { // what ended others before says nothing of this one
+			pause.anew()
 		}
 		wait := pause.after(time.Since(began))
 		s.down(err, wait)
@@ -108,8 +111,8 @@ func (s *Supervisor) rest(ctx context.Context, wait time.Duration) *request {
 }
 
 // runProcess runs one process, and those that replace it while it works, to the
-// end and returns why the last ended.
-func (s *Supervisor) runProcess(ctx context.Context, first bool, asked *request) error {
+// end. It returns why the last ended, and whether that had answered calls.
+func (s *Supervisor) runProcess(ctx context.Context, first bool, asked *request) (worked bool, _ error) {
 	s.change(func(status *Status) {
 		status.State = Starting
 		if !first {
@@ -119,7 +122,7 @@ func (s *Supervisor) runProcess(ctx context.Context, first bool, asked *request)
 	p, err := launch(ctx, s.cfg, &s.program)
 	if err != nil {
 		asked.answer(err)
-		return err
+		return false, err
 	}
 	s.started(p)
 	asked.answer(nil)
@@ -140,7 +143,7 @@ func (s *Supervisor) runProcess(ctx context.Context, first bool, asked *request)
 	if _, _, broken := p.verdict(); err != nil && broken == nil {
 		s.turned(s.breaker.lost()) // what was under way failed of that alone
 	}
-	return errors.Join(err, stopped)
+	return p.worked.Load(), errors.Join(err, stopped)
 }
 
 // install gives the calls to p.
