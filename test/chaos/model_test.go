@@ -113,9 +113,12 @@ func (a *action) settles() time.Duration {
 }
 
 // answeredBy is the backend that an answer proves to have answered; "" where it proves
-// nothing of one alone.
+// nothing of one alone. A data key that one of two has wrapped may be confirmed by the other.
 func (m *model) answeredBy(c *call) string {
 	if c.Reason != "" || len(c.Uses) != 1 || c.Uses[0].Source != upstream || len(c.Uses[0].Wraps) != 1 {
+		return ""
+	}
+	if c.Operation != "wrap" && len(m.keys[c.Uses[0].Key].Objects) > 1 {
 		return ""
 	}
 	return m.backendOf(c.Uses[0].Wraps[0])

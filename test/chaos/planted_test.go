@@ -253,6 +253,19 @@ func TestPlantedSlowRecovery(t *testing.T) {
 	}
 }
 
+// That one of two backends confirms a key does not say that the other, which has wrapped its
+// data key, is back.
+func TestPlantedAnswerOfAnother(t *testing.T) {
+	h := peace()
+	h.Actions = []*action{lasting(down, "hsm", 30*second, 40*second)}
+	h.quiet(30*second, 48*second, "orders", "pair")
+	h.Calls = append(h.Calls, changed(alone(40*second+100*ms), func(c *call) { c.Uses[0].Source, c.Uses[0].Age = upstream, 0 }),
+		refused(good("alice", "encrypt", "orders", 46*second), "BACKEND_UNAVAILABLE"))
+	if found, _ := check(h); len(found) > 0 {
+		t.Errorf("the checker finds %v", found)
+	}
+}
+
 // Answers without a record are found.
 func TestPlantedUnrecorded(t *testing.T) {
 	h := &history{Calls: []*call{
