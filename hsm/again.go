@@ -69,27 +69,41 @@ func (t *Token) again(ctx context.Context, a *attachment, err error) error {
 // relogin logs in again, once for all who lost the login. Who does not wait for it
 // leaves it to itself.
 func (t *Token) relogin(ctx context.Context, a *attachment) error {
+	var w *worker
+	if a.alone() {
+		var err error
+		if w, err = a.acquire(ctx); err != nil {
+			return err
+		}
+	}
+	return t.reloginFrom(ctx, a, w)
+}
+
+// alone tells whether there is but one session beside that of the login. Then who logs in
+// keeps it: the module may be one that must be alone with its thread.
+func (a *attachment) alone() bool { return cap(a.places) == 1 }
+
+// reloginFrom is relogin for who has the one session that there is, which it discards; nil
+// where there are more.
+func (t *Token) reloginFrom(ctx context.Context, a *attachment, w *worker) error {
+	leave := func() {
+		if w != nil {
+			a.discard(w)
+		}
+	}
 	select {
 	case a.login <- struct{}{}:
 	case <-a.broken:
+		leave()
 		return nil
 	case <-ctx.Done():
+		leave()
 		return context.Cause(ctx)
-	}
-	var w *worker
-	if cap(a.places) == 1 { // the module may be one that must be alone with its thread
-		var err error
-		if w, err = a.acquire(ctx); err != nil {
-			<-a.login
-			return err
-		}
 	}
 	done := make(chan error, 1)
 	go func() { // detach waits for it
 		done <- t.enterAgain(a)
-		if w != nil {
-			a.release(w)
-		}
+		leave()
 		<-a.login
 	}()
 	select {
@@ -101,12 +115,19 @@ func (t *Token) relogin(ctx context.Context, a *attachment) error {
 }
 
 // loginLost returns what it means that an operation, begun in an epoch, failed: where the
-// token says that nobody is logged in it is seen to that somebody is.
-func (t *Token) loginLost(ctx context.Context, a *attachment, epoch int64, err error) error {
+// token says that nobody is logged in it is seen to that somebody is. It discards the
+// session.
+func (t *Token) loginLost(ctx context.Context, w *worker, epoch int64, err error) error {
+	a := w.a
 	if stepFor(err) != loginAgain {
+		a.discard(w)
 		return err
 	}
-	switch lost := t.relogin(ctx, a); {
+	if !a.alone() {
+		a.discard(w)
+		w = nil
+	}
+	switch lost := t.reloginFrom(ctx, a, w); {
 	case lost != nil && KindOf(lost) == Unauthenticated:
 		return lost
 	case lost != nil, a.epoch.Load() != epoch:

@@ -156,7 +156,7 @@ func (t *Token) mayBeOthers(ctx context.Context, l *look, err error) bool {
 		return false
 	}
 	switch said := t.ask(ctx, l.a, l.v, false); {
-	case said == unwell, said == nobody && s == reconnect:
+	case said == unwell, said == nobody && s == reconnect && !errors.As(err, new(unmoved)):
 		_ = l.a.lost(err)
 		return false
 	case said == well:

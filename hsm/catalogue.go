@@ -320,12 +320,9 @@ func recordsOf(name string) []cryptoki.Attribute {
 // entriesOnce reads private objects alone: everybody who reaches the token can make public
 // ones, without a PIN.
 func entriesOnce(w *worker, name string) ([]entry, error) {
-	objects, err := w.session.Find(recordsOf(name), maxKeys)
+	objects, err := findPrivate(w.session, recordsOf(name), maxKeys)
 	if err != nil {
 		return nil, err
-	}
-	if len(objects) == 0 {
-		return nil, loggedIn(w.session)
 	}
 	list := make([]entry, 0, len(objects))
 	for _, o := range objects {

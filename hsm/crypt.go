@@ -173,8 +173,18 @@ func begun(err error) bool {
 // errDoubted says that a call was not made, as a look takes long at what failed with another.
 var errDoubted = errors.New("the version is being examined")
 
-// once does one operation in one session. It counts wraps.
-func (t *Token) once(ctx context.Context, a *attachment, v *Version, h header, keys handles, dst, in, iv, aad []byte, unwrap bool) ([]byte, error) {
+// once does one operation in one session, or in another where that was lost before. It
+// counts wraps.
+func (t *Token) once(ctx context.Context, a *attachment, v *Version, h header, keys handles, dst, in, iv, aad []byte, unwrap bool) (out []byte, err error) {
+	for range a.most() {
+		if out, err = t.inSession(ctx, a, v, h, keys, dst, in, iv, aad, unwrap); err == nil || !errors.As(err, new(lostBefore)) {
+			break
+		}
+	}
+	return out, err
+}
+
+func (t *Token) inSession(ctx context.Context, a *attachment, v *Version, h header, keys handles, dst, in, iv, aad []byte, unwrap bool) ([]byte, error) {
 	if !unwrap {
 		if err := t.count(v); err != nil {
 			return nil, err
@@ -190,7 +200,7 @@ func (t *Token) once(ctx context.Context, a *attachment, v *Version, h header, k
 		t.uncount(v, unwrap)
 		return nil, errDoubted
 	}
-	began, epoch := t.now(), a.epoch.Load()
+	began, epoch, used := t.now(), a.epoch.Load(), w.open
 	w.aad = h.appendAAD(w.aad[:0], aad)
 	w.iv = w.ivRoom[:copy(w.ivRoom[:], iv)]
 	n, left, err := w.run(ctx, job{
@@ -203,8 +213,7 @@ func (t *Token) once(ctx context.Context, a *attachment, v *Version, h header, k
 		if !begun(err) {
 			t.uncount(v, unwrap)
 		}
-		a.discard(w)
-		return nil, t.loginLost(ctx, a, epoch, err)
+		return nil, t.loginLost(ctx, w, epoch, w.sinceBefore(used, began, err))
 	}
 	if !unwrap && v.repeats(w.iv) {
 		a.discard(w)
@@ -330,6 +339,9 @@ func (t *Token) doubt(ctx context.Context, a *attachment, v *Version, err error,
 	if seen != nil {
 		return t.judge(ctx, a, v, seen, false, doubts)
 	}
+	if errors.As(err, new(unmoved)) {
+		return false, err // the login's matter, and never the data's
+	}
 	if *doubts++; *doubts == 1 {
 		return false, err
 	}
@@ -377,13 +389,26 @@ func (t *Token) openCanary(ctx context.Context, a *attachment, v *Version, keys 
 	return errOpen
 }
 
-// do runs a function in a session.
-func (t *Token) do(ctx context.Context, a *attachment, f func(*worker) error) error {
+// do runs a function in a session, again in another where that was lost before.
+func (t *Token) do(ctx context.Context, a *attachment, f func(*worker) error) (err error) {
+	for range a.most() {
+		if err = t.doOnce(ctx, a, f); !errors.As(err, new(lostBefore)) {
+			break
+		}
+	}
+	return err
+}
+
+func (t *Token) doOnce(ctx context.Context, a *attachment, f func(*worker) error) error {
 	w, err := a.acquire(ctx)
 	if err != nil {
 		return err
 	}
+	began, used := t.now(), w.open
 	_, left, err := w.run(ctx, job{do: f})
+	if !left {
+		err = w.sinceBefore(used, began, err)
+	}
 	switch {
 	case left:
 	case w.spoiled || err != nil && errors.As(err, new(cryptoki.Error)):

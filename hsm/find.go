@@ -178,10 +178,24 @@ func loggedIn(s cryptoki.Session) error {
 	return &cryptoki.CallError{Function: "C_FindObjects", Code: cryptoki.Error(pkcs11.CKR_USER_NOT_LOGGED_IN)}
 }
 
+// findPrivate finds private objects. That there are none counts where somebody was logged
+// in before the search began: another caller may log in between the search and the question.
+func findPrivate(s cryptoki.Session, template []cryptoki.Attribute, limit int) (found []cryptoki.Object, err error) {
+	for range 2 {
+		if found, err = s.Find(template, limit); err != nil || len(found) > 0 {
+			return found, err
+		}
+		if err = loggedIn(s); err != nil {
+			return nil, err
+		}
+	}
+	return nil, nil
+}
+
 // one returns the private object of a class with an ID; it must be alone. Public objects
 // do not count: everybody who reaches the token can make them, without a PIN.
 func one(s cryptoki.Session, class uint, id ID) (cryptoki.Object, error) {
-	found, err := s.Find([]cryptoki.Attribute{
+	found, err := findPrivate(s, []cryptoki.Attribute{
 		cryptoki.Number(pkcs11.CKA_CLASS, class), cryptoki.Bool(pkcs11.CKA_TOKEN, true), cryptoki.Bool(pkcs11.CKA_PRIVATE, true),
 		{Type: pkcs11.CKA_ID, Value: id[:]},
 	}, 2)
@@ -190,9 +204,6 @@ func one(s cryptoki.Session, class uint, id ID) (cryptoki.Object, error) {
 	}
 	switch len(found) {
 	case 0:
-		if err := loggedIn(s); err != nil {
-			return 0, err
-		}
 		return 0, errNoKey
 	case 1:
 		return found[0], nil

@@ -155,11 +155,13 @@ func TestOneCanaryFails(t *testing.T) {
 	m := material(32)
 	wrapped := r.wrap(v, m)
 	r.opens(v, wrapped, m)
-	fault.Set("C_Decrypt rv=0x6 count=1")
-	if err := r.Check(bounded(t)); err != nil {
-		t.Errorf("Check: %v", err)
+	for _, code := range []string{"0x6", "0x101"} {
+		fault.Set("C_Decrypt rv=" + code + " count=1")
+		if err := r.Check(bounded(t)); err != nil {
+			t.Errorf("Check: %v", err)
+		}
+		r.opens(v, wrapped, m)
 	}
-	r.opens(v, wrapped, m)
 	if n := r.attached(); n != 1 {
 		t.Errorf("it took %d connections, want 1", n)
 	}

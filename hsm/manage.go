@@ -23,22 +23,26 @@ func (t *Token) CreateKey(ctx context.Context, name string, suite Suite) (*Key, 
 	if err := checkName(name); err != nil {
 		return nil, errorf(Invalid, err, "")
 	}
-	_, err := t.readKey(ctx, name)
-	if err == nil {
-		return nil, errorf(Invalid, nil, "key %s exists already: rotate it instead", name)
-	}
-	if KindOf(err) != KeyNotFound && !errors.Is(err, errNoCatalogue) {
+	if err := t.isNew(ctx, name); err != nil {
 		return nil, err
-	}
-	if errors.Is(err, errNoCatalogue) {
-		if err := t.cfg.Catalogue.mayBegin(); err != nil {
-			return nil, err
-		}
 	}
 	if err := t.mayCreate(ctx, name); err != nil {
 		return nil, err
 	}
 	return t.addVersion(ctx, &Key{Name: name}, suite)
+}
+
+// isNew returns nil where there is no record of a key.
+func (t *Token) isNew(ctx context.Context, name string) error {
+	switch _, err := t.readKey(ctx, name); {
+	case err == nil:
+		return errorf(Invalid, nil, "key %s exists already: rotate it instead", name)
+	case errors.Is(err, errNoCatalogue):
+		return t.cfg.Catalogue.mayBegin()
+	case KindOf(err) != KeyNotFound:
+		return err
+	}
+	return nil
 }
 
 // Rotate makes a new version and lets new data keys be wrapped under it. Suite 0

@@ -45,19 +45,30 @@ func (t *Token) Random(ctx context.Context, dst []byte) error {
 	return errorf(Unavailable, last, "tried %d times", attempts)
 }
 
-// draw takes random in one session. The module writes to the session's own memory,
+// draw takes random in one session, or in another where that was lost before.
+func (t *Token) draw(ctx context.Context, a *attachment, dst []byte) (err error) {
+	for range a.most() {
+		if err = t.drawOnce(ctx, a, dst); !errors.As(err, new(lostBefore)) {
+			break
+		}
+	}
+	return err
+}
+
+// drawOnce takes random in one session. The module writes to the session's own memory,
 // since a caller whose time is up leaves with dst.
-func (t *Token) draw(ctx context.Context, a *attachment, dst []byte) error {
+func (t *Token) drawOnce(ctx context.Context, a *attachment, dst []byte) error {
 	w, err := a.acquire(ctx)
 	if err != nil {
 		return err
 	}
-	n := max(len(dst), randomBlock)
+	n, began, used := max(len(dst), randomBlock), t.now(), w.open
 	_, left, err := w.run(ctx, job{do: func(w *worker) error { return w.session.Random(w.out[:n]) }})
 	if left {
 		return err
 	}
 	if err != nil {
+		err = w.sinceBefore(used, began, err)
 		a.discard(w)
 		return err
 	}

@@ -61,7 +61,7 @@ func (t *Token) labelled(ctx context.Context) ([]Stray, error) {
 // labelled returns the keys that are labelled as ours, as far as they say that.
 func labelled(w *worker) (all []Stray, err error) {
 	for _, class := range []uint{pkcs11.CKO_SECRET_KEY, pkcs11.CKO_PRIVATE_KEY} {
-		objects, err := w.session.Find([]cryptoki.Attribute{
+		objects, err := findPrivate(w.session, []cryptoki.Attribute{
 			cryptoki.Number(pkcs11.CKA_CLASS, class), cryptoki.Bool(pkcs11.CKA_TOKEN, true), cryptoki.Bool(pkcs11.CKA_PRIVATE, true),
 		}, maxLabelled)
 		if err != nil {
@@ -87,10 +87,10 @@ func labelled(w *worker) (all []Stray, err error) {
 	return all, nil
 }
 
-// attributeOf reads an attribute, nil where there is none or the object is gone meanwhile.
+// attributeOf reads an attribute, nil where there is none.
 func attributeOf(s cryptoki.Session, o cryptoki.Object, attribute uint) ([]byte, error) {
 	value, err := s.Attribute(o, attribute)
-	if errors.Is(err, cryptoki.ErrNoAttribute) || stepFor(err) == findAgain {
+	if errors.Is(err, cryptoki.ErrNoAttribute) {
 		return nil, nil
 	}
 	return value, err
@@ -104,13 +104,16 @@ func (t *Token) mayCreate(ctx context.Context, name string) error {
 		return err
 	}
 	var ids []string
-	for _, s := range all { // it is in no record: there is none of this name
+	for _, s := range all {
 		if s.Key == name {
 			ids = append(ids, fmt.Sprintf("%s with the ID %x", s.Label, s.ID))
 		}
 	}
 	if len(ids) == 0 {
 		return nil
+	}
+	if err := t.isNew(ctx, name); err != nil { // another host may have made it meanwhile
+		return err
 	}
 	return errorf(Invalid, nil, "the token has keys of %s without a record: %s. Where the record was lost, restore it from the HSM's backup (the private data object %s%s of application %s) "+
 		"before you do anything else. Only where nothing was ever encrypted with it, as when init-key was cut off, delete them with the vendor's tool, or take another name",

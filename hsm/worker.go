@@ -9,6 +9,9 @@ import (
 	"errors"
 	"fmt"
 	"sync/atomic"
+	"time"
+
+	"github.com/miekg/pkcs11"
 
 	"github.com/kms-agent/kms-agent/hsm/internal/cryptoki"
 )
@@ -99,6 +102,22 @@ func (w *worker) run(ctx context.Context, j job) (n int, left bool, err error) {
 	}
 	<-w.done
 	return w.n, false, w.err
+}
+
+// lostBefore is that a session, which had been of use, is told as lost at once. All that are
+// idle may have been lost with it, and each is no failure of its own.
+type lostBefore struct{ error }
+
+func (l lostBefore) Unwrap() error { return l.error }
+
+// sinceBefore returns what a job failed with: lostBefore where its session, which it had used
+// already, was lost before.
+func (w *worker) sinceBefore(used bool, began int64, err error) error {
+	lost := errors.Is(err, cryptoki.Error(pkcs11.CKR_SESSION_HANDLE_INVALID)) || errors.Is(err, cryptoki.Error(pkcs11.CKR_SESSION_CLOSED))
+	if !used || !lost || time.Duration(w.a.token.now()-began) >= lookPatience {
+		return err
+	}
+	return lostBefore{err}
 }
 
 // lives says that what do does is another call of the module.

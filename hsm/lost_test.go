@@ -1,0 +1,227 @@
+package hsm_test
+
+import (
+	"fmt"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/kms-agent/kms-agent/hsm"
+	"github.com/kms-agent/kms-agent/hsm/hsmtest"
+)
+
+// fill has a rig open so many sessions, which are idle then.
+func (r *rig) fill(fault *hsmtest.Fault, v *hsm.Version, wrapped []byte, sessions int) {
+	r.t.Helper()
+	fault.Set("C_Decrypt sleep_ms=100")
+	var callers sync.WaitGroup
+	for range sessions {
+		callers.Go(func() {
+			if err := r.unwraps(v, wrapped); err != nil {
+				r.t.Error(err)
+			}
+		})
+	}
+	callers.Wait()
+	fault.Set()
+}
+
+// All sessions, which are idle, and the login are lost at once: the next call goes on, whatever
+// it is, and no key is taken for ill.
+func TestAllIdleSessionsLost(t *testing.T) {
+	uses := map[string]func(r *rig, v *hsm.Version, wrapped []byte) error{
+		"unwrap": func(r *rig, v *hsm.Version, wrapped []byte) error { return r.unwraps(v, wrapped) },
+		"wrap":   func(r *rig, v *hsm.Version, _ []byte) error { return r.wraps(v) },
+		"random": func(r *rig, _ *hsm.Version, _ []byte) error { return r.Random(bounded(r.t), make([]byte, 32)) },
+		"keys":   func(r *rig, _ *hsm.Version, _ []byte) error { _, err := r.Keys(bounded(r.t)); return err },
+		"check":  func(r *rig, _ *hsm.Version, _ []byte) error { return r.Check(bounded(r.t)) },
+	}
+	for _, sessions := range []int{1, 2, 8} {
+		t.Run(fmt.Sprint(sessions), func(t *testing.T) {
+			r, fault := newFaultyRig(t, staying, func(_ *rig, c *hsm.Config) { c.Sessions = sessions })
+			v, other := r.key("orders", hsm.GCM), r.key("other", hsm.GCM)
+			m := material(32)
+			wrapped := r.wrap(v, m)
+			r.wrap(other, m)
+			for name, use := range uses {
+				r.fill(fault, v, wrapped, sessions)
+				r.closeSessions()
+				if err := use(r, v, wrapped); err != nil {
+					t.Errorf("%s: %v", name, err)
+				}
+			}
+			if n := r.attached(); n != 1 {
+				t.Errorf("it took %d connections, want 1", n)
+			}
+		})
+	}
+}
+
+// Many callers lose sessions and login again and again: none of them notices.
+func TestManyCallersLoseTheirSessions(t *testing.T) {
+	r, fault := newFaultyRig(t, staying)
+	a, b := r.key("a", hsm.GCM), r.key("b", hsm.CBCHMAC)
+	m := material(32)
+	wrappedA, wrappedB := r.wrap(a, m), r.wrap(b, m)
+	for range 5 {
+		r.fill(fault, a, wrappedA, 8)
+		r.closeSessions() // not amid calls, which SoftHSM does not bear
+		var callers sync.WaitGroup
+		for range 4 {
+			for _, use := range []func() error{
+				func() error { return r.unwraps(a, wrappedA) }, func() error { return r.unwraps(b, wrappedB) },
+				func() error { return r.wraps(a) }, func() error { return r.wraps(b) },
+			} {
+				callers.Go(func() {
+					for range 20 {
+						if err := use(); err != nil {
+							t.Error(err)
+						}
+					}
+				})
+			}
+		}
+		callers.Wait()
+	}
+	if n := r.attached(); n != 1 {
+		t.Errorf("it took %d connections, want 1", n)
+	}
+}
+
+// What is told of a session, a handle or the login says nothing of the data, also where it
+// comes twice, or beside something else.
+func TestLossesSayNothingOfTheData(t *testing.T) {
+	r, fault := newFaultyRig(t)
+	v, other := r.key("orders", hsm.GCM), r.key("other", hsm.GCM)
+	m := material(32)
+	wrapped := r.wrap(v, m)
+	r.wrap(other, m)
+	for _, function := range []string{"C_DecryptInit", "C_Decrypt"} {
+		for _, first := range []string{"0x101", "0xb3", "0x82"} {
+			for _, second := range []string{"0x30", "0x5", "0x101", "0xb3"} {
+				// The canary is opened in between, or with the first.
+				for _, skip := range []string{"", " skip=1"} {
+					fault.Set(function+" rv="+first+" count=1", function+skip+" rv="+second+" count=1")
+					if err := r.unwraps(v, wrapped); err != nil {
+						t.Errorf("%s: %s, then %s%s: %v", function, first, second, skip, err)
+					}
+				}
+			}
+		}
+	}
+	fault.Set()
+	if n := r.attached(); n != 1 {
+		t.Errorf("it took %d connections, want 1", n)
+	}
+}
+
+// Where the login is lost, and another caller logs in again just then, keys and records are
+// no less there: who found none has searched before.
+func TestNothingIsMissingWhileAnotherLogsIn(t *testing.T) {
+	r, fault := newFaultyRig(t, staying)
+	a, b := r.key("a", hsm.GCM), r.key("b", hsm.GCM)
+	m := material(32)
+	wrappedA, wrappedB := r.wrap(a, m), r.wrap(b, m)
+	for name, use := range map[string]func() error{
+		"a key":    func() error { return r.unwraps(a, wrappedA) },
+		"a record": func() error { _, err := r.Key(bounded(t), "a"); return err },
+		"all":      func() error { k, err := r.Keys(bounded(t)); return errorUnless(len(k) == 2, err, "%d keys", len(k)) },
+		"strays":   func() error { s, err := r.Strays(bounded(t)); return errorUnless(len(s) == 0, err, "%+v", s) },
+	} {
+		r.fill(fault, a, wrappedA, 4)
+		r.logOut()
+		fault.Set("C_GetSessionInfo sleep_ms=200 count=1")
+		var callers sync.WaitGroup
+		callers.Go(func() {
+			if err := use(); err != nil {
+				t.Errorf("%s: %v", name, err)
+			}
+		})
+		eventually(t, "one has found nothing", func() error {
+			return errorUnless(fault.Calls()["C_GetSessionInfo"] > 0, nil, "nobody has asked for a session's state")
+		})
+		callers.Go(func() {
+			if err := r.unwraps(b, wrappedB); err != nil {
+				t.Errorf("beside %s: %v", name, err)
+			}
+		})
+		callers.Wait()
+		fault.Set()
+	}
+}
+
+func errorUnless(fine bool, err error, format string, a ...any) error {
+	if err == nil && !fine {
+		return fmt.Errorf(format, a...)
+	}
+	return err
+}
+
+// A key whose record was lost is found without a login too, and where it is lost on the way.
+func TestStraysWithoutALogin(t *testing.T) {
+	r, fault := newFaultyRig(t)
+	r.key("orders", hsm.GCM)
+	r.key("other", hsm.GCM)
+	r.tool("--delete-object", "--type", "data", "--label", "kmsagent/orders")
+	r.logOut()
+	if strays, err := r.Strays(bounded(t)); err != nil || len(strays) != 1 {
+		t.Errorf("strays: %+v, %v; want the one of orders", strays, err)
+	}
+	for skip := 1; skip < 5; skip++ { // it takes five searches
+		fault.Set(fmt.Sprintf("C_FindObjectsInit skip=%d count=1 sleep_ms=300", skip))
+		fault.Calls()
+		begun := 0
+		var beside sync.WaitGroup
+		beside.Go(func() {
+			eventually(t, "it searches", func() error {
+				begun += fault.Calls()["C_FindObjectsInit"]
+				return errorUnless(begun > skip, nil, "%d searches have begun, want more than %d", begun, skip)
+			})
+			r.logOut()
+		})
+		r.makesNone("orders")
+		beside.Wait()
+	}
+}
+
+// With one session a key that slowly says nobody is logged in, where somebody is, does not
+// keep that session for itself: others are served, and its callers are told.
+func TestOneSessionAndAKeyThatWantsALogin(t *testing.T) {
+	r, fault := newFaultyRig(t, staying, func(_ *rig, c *hsm.Config) { c.Sessions = 1 })
+	bad, good := r.key("bad", hsm.GCM), r.key("good", hsm.GCM)
+	m := material(32)
+	wrappedBad, wrappedGood := r.wrap(bad, m), r.wrap(good, m)
+	r.opens(good, wrappedGood, m)
+	fault.Set("ill /bad/", "ill-sleep 400", "ill-code 0x101")
+	var callers sync.WaitGroup
+	var told, served, late int
+	end := time.Now().Add(5 * time.Second)
+	var mu sync.Mutex
+	for range 12 {
+		callers.Go(func() {
+			for time.Now().Before(end) {
+				err := r.unwraps(bad, wrappedBad)
+				mu.Lock()
+				if hsm.OfVersion(err) {
+					told++
+				}
+				mu.Unlock()
+				time.Sleep(time.Millisecond)
+			}
+		})
+	}
+	callers.Go(func() {
+		for time.Now().Before(end) {
+			if err := r.unwraps(good, wrappedGood); err != nil {
+				late++
+			} else {
+				served++
+			}
+			time.Sleep(5 * time.Millisecond)
+		}
+	})
+	callers.Wait()
+	if told < 100 || served < 20 || late > 2 {
+		t.Errorf("%d calls of the key were told that it is ill; of the other %d were served and %d not", told, served, late)
+	}
+}
