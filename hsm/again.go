@@ -123,7 +123,9 @@ func (t *Token) loginLost(ctx context.Context, w *worker, epoch int64, err error
 		a.discard(w)
 		return err
 	}
-	if !a.alone() {
+	if a.alone() {
+		w.clean()
+	} else {
 		a.discard(w)
 		w = nil
 	}

@@ -99,6 +99,14 @@ func (r *rig) happened(e hsm.Event) {
 	r.events = append(r.events, e)
 }
 
+// keepsConnection fails a test in which the token was attached again.
+func (r *rig) keepsConnection() {
+	r.t.Helper()
+	if n := r.attached(); n != 1 {
+		r.t.Errorf("it took %d connections, want 1", n)
+	}
+}
+
 // attached returns how often the token was attached.
 func (r *rig) attached() int {
 	r.mu.Lock()
