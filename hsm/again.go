@@ -163,11 +163,8 @@ func (t *Token) enterAgain(a *attachment) error {
 			return err
 		}
 	}
-	anew, err := t.logIn(a.anchor, a.slot, &a.logins)
-	switch {
-	case anew:
-		a.epoch.Add(1)
-	case err != nil && KindOf(err) != Unauthenticated:
+	err := t.logIn(a.anchor, a.slot, &a.logins, func() { a.epoch.Add(1) })
+	if err != nil && KindOf(err) != Unauthenticated {
 		a.breaks(err)
 	}
 	return err

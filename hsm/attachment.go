@@ -30,7 +30,7 @@ type attachment struct {
 	unread atomic.Bool           // what manage does has broken it
 	login  chan struct{}         // has room for who logs in, in the anchor session
 	logins atomic.Int64          // when the login under way began
-	epoch  atomic.Int64          // one more with each login: handles do not outlive it
+	epoch  atomic.Int64          // one more before each login again: handles do not outlive the one before
 	// witness is when a version wrapped to tell whether the token does.
 	witness atomic.Pointer[testimony]
 

@@ -237,12 +237,13 @@ func denied(err error) bool {
 
 // locate finds keys of a version on the token.
 func (t *Token) locate(ctx context.Context, a *attachment, v *Version, find func(cryptoki.Session) (handles, error)) (handles, error) {
-	found := new(handles) // the worker's, until it is done
+	found, epoch := new(handles), a.epoch.Load() // found is the worker's, until it is done
 	err := t.do(ctx, a, func(w *worker) (err error) {
 		*found, err = find(w.session)
 		return err
 	})
 	if err == nil {
+		found.epoch = epoch
 		return *found, nil
 	}
 	if !errors.Is(err, errNoKey) {
@@ -274,7 +275,7 @@ func (t *Token) selfTest(ctx context.Context, a *attachment, v *Version, keys ha
 	var wrapped [2][]byte
 	for i := range wrapped {
 		var err error
-		if wrapped[i], err = t.once(ctx, a, v, v.header(), keys, nil, material, nil, aad, false); err != nil {
+		if wrapped[i], err = t.once(ctx, a, v, v.header(), keys, t.now(), nil, material, nil, aad, false); err != nil {
 			return err
 		}
 	}
@@ -283,7 +284,7 @@ func (t *Token) selfTest(ctx context.Context, a *attachment, v *Version, keys ha
 	if err != nil || v.Suite == GCM && bytes.Equal(iv, other) {
 		return errorf(Broken, err, "the token used one initialization vector twice: it must not be used")
 	}
-	out, err := t.once(ctx, a, v, h, keys, nil, ciphertext, other, aad, true)
+	out, err := t.once(ctx, a, v, h, keys, t.now(), nil, ciphertext, other, aad, true)
 	if err != nil && !errors.Is(err, errOpen) && stepFor(err) != refuse {
 		return err
 	}

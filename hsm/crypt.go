@@ -68,7 +68,7 @@ const explained = time.Second
 // than the token does: another host may have disabled it a moment ago. One caller reads it,
 // once in a while.
 func (t *Token) recorded(ctx context.Context, v *Version, err error) error {
-	if KindOf(err) != KeyUnusable || errors.As(err, new(uncounted)) {
+	if KindOf(err) != KeyUnusable && !errors.Is(err, errNoPublic) || errors.As(err, new(uncounted)) {
 		return err
 	}
 	known := v.explained.Load()
@@ -95,7 +95,7 @@ func (t *Token) recorded(ctx context.Context, v *Version, err error) error {
 func (t *Token) crypt(ctx context.Context, v *Version, h header, dst, in, iv, aad []byte, unwrap bool) ([]byte, error) {
 	var last error
 	var a *attachment
-	doubts := 0
+	doubts, since := 0, t.now()
 	for range attempts {
 		var err error
 		if a, err = t.attached(ctx); err != nil {
@@ -105,7 +105,7 @@ func (t *Token) crypt(ctx context.Context, v *Version, h header, dst, in, iv, aa
 		theirs := unwrap && err == nil // what fails from here on may be what they sent
 		if err == nil {
 			var out []byte
-			if out, err = t.once(ctx, a, v, h, keys, dst, in, iv, aad, unwrap); err == nil {
+			if out, err = t.once(ctx, a, v, h, keys, since, dst, in, iv, aad, unwrap); err == nil {
 				a.worked.Store(true)
 				if !unwrap {
 					a.wraps.Store(true)
@@ -173,18 +173,23 @@ func begun(err error) bool {
 // errDoubted says that a call was not made, as a look takes long at what failed with another.
 var errDoubted = errors.New("the version is being examined")
 
-// once does one operation in one session, or in another where that was lost before. It
-// counts wraps.
-func (t *Token) once(ctx context.Context, a *attachment, v *Version, h header, keys handles, dst, in, iv, aad []byte, unwrap bool) (out []byte, err error) {
+// errStale says that handles were found in a login before: they may be those of other keys
+// now.
+var errStale = errors.New("somebody has logged in again since the key was looked for")
+
+// once does one operation in one session, or in another where that was lost before the call
+// of a caller, or the look, that it is part of, which began at since. It counts wraps.
+func (t *Token) once(ctx context.Context, a *attachment, v *Version, h header, keys handles, since int64, dst, in, iv, aad []byte, unwrap bool) (out []byte, err error) {
+	var until int64
 	for range a.most() {
-		if out, err = t.inSession(ctx, a, v, h, keys, dst, in, iv, aad, unwrap); err == nil || !errors.As(err, new(lostBefore)) {
+		if out, err = t.inSession(ctx, a, v, h, keys, since, dst, in, iv, aad, unwrap); err == nil || !t.triesAnother(ctx, err, &until) {
 			break
 		}
 	}
 	return out, err
 }
 
-func (t *Token) inSession(ctx context.Context, a *attachment, v *Version, h header, keys handles, dst, in, iv, aad []byte, unwrap bool) ([]byte, error) {
+func (t *Token) inSession(ctx context.Context, a *attachment, v *Version, h header, keys handles, since int64, dst, in, iv, aad []byte, unwrap bool) ([]byte, error) {
 	if !unwrap {
 		if err := t.count(v); err != nil {
 			return nil, err
@@ -200,7 +205,12 @@ func (t *Token) inSession(ctx context.Context, a *attachment, v *Version, h head
 		t.uncount(v, unwrap)
 		return nil, errDoubted
 	}
-	began, epoch, used := t.now(), a.epoch.Load(), w.open
+	if keys.epoch != a.epoch.Load() {
+		a.release(w)
+		t.uncount(v, unwrap)
+		return nil, errStale
+	}
+	began, before := t.now(), w.usedBefore(since)
 	w.aad = h.appendAAD(w.aad[:0], aad)
 	w.iv = w.ivRoom[:copy(w.ivRoom[:], iv)]
 	n, left, err := w.run(ctx, job{
@@ -209,11 +219,16 @@ func (t *Token) inSession(ctx context.Context, a *attachment, v *Version, h head
 	if left {
 		return nil, err
 	}
+	if err != nil && !begun(err) {
+		t.uncount(v, unwrap)
+	}
+	// What opens was opened by the right key, whichever it was looked for as.
+	if keys.epoch != a.epoch.Load() && (err != nil || !unwrap) {
+		a.discard(w)
+		return nil, errStale
+	}
 	if err != nil {
-		if !begun(err) {
-			t.uncount(v, unwrap)
-		}
-		return nil, t.loginLost(ctx, w, epoch, w.sinceBefore(used, began, err))
+		return nil, t.loginLost(ctx, w, keys.epoch, w.lost(before, began, err))
 	}
 	if !unwrap && v.repeats(w.iv) {
 		a.discard(w)
@@ -374,7 +389,7 @@ func (t *Token) openCanary(ctx context.Context, a *attachment, v *Version, keys 
 	if h != v.header() || len(iv) != v.Suite.ivLength(v.style) || !v.Suite.fits(len(ciphertext)) {
 		return errOpen // it is the canary of another version, or suite
 	}
-	out, err := t.once(ctx, a, v, h, keys, nil, ciphertext, iv, v.canaryAAD(), true)
+	out, err := t.once(ctx, a, v, h, keys, t.now(), nil, ciphertext, iv, v.canaryAAD(), true)
 	if err != nil {
 		return err
 	}
@@ -391,31 +406,30 @@ func (t *Token) openCanary(ctx context.Context, a *attachment, v *Version, keys 
 
 // do runs a function in a session, again in another where that was lost before.
 func (t *Token) do(ctx context.Context, a *attachment, f func(*worker) error) (err error) {
+	since, until := t.now(), int64(0)
 	for range a.most() {
-		if err = t.doOnce(ctx, a, f); !errors.As(err, new(lostBefore)) {
+		if err = t.doOnce(ctx, a, since, f); !t.triesAnother(ctx, err, &until) {
 			break
 		}
 	}
 	return err
 }
 
-func (t *Token) doOnce(ctx context.Context, a *attachment, f func(*worker) error) error {
+func (t *Token) doOnce(ctx context.Context, a *attachment, since int64, f func(*worker) error) error {
 	w, err := a.acquire(ctx)
 	if err != nil {
 		return err
 	}
-	began, used := t.now(), w.open
+	began, before := t.now(), w.usedBefore(since)
 	_, left, err := w.run(ctx, job{do: f})
-	if !left {
-		err = w.sinceBefore(used, began, err)
+	if left {
+		return err
 	}
-	switch {
-	case left:
-	case w.spoiled || err != nil && errors.As(err, new(cryptoki.Error)):
+	if w.spoiled || err != nil && errors.As(err, new(cryptoki.Error)) {
 		a.discard(w)
-	default:
-		w.clean()
-		a.release(w)
+		return w.lost(before, began, err)
 	}
+	w.clean()
+	a.release(w)
 	return err
 }

@@ -109,6 +109,8 @@ const (
 func stepFor(err error) step {
 	var code cryptoki.Error
 	switch {
+	case errors.Is(err, errStale):
+		return findAgain
 	case !errors.As(err, &code):
 		return giveUp
 	case errors.As(err, new(unmoved)):

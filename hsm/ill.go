@@ -26,6 +26,11 @@ func (t *Token) strange(ctx context.Context, l *look, keys handles, err error) e
 
 // seemsLost returns what it means that a canary fails as those of lost connections do.
 func (t *Token) seemsLost(ctx context.Context, l *look, keys handles, err error) error {
+	if errors.As(err, new(unmoved)) { // a moment's matter?
+		if again := t.openCanary(ctx, l.a, l.v, keys); !errors.As(again, new(unmoved)) {
+			return again
+		}
+	}
 	if t.ask(ctx, l.a, l.v, false) != well {
 		return l.a.lost(err)
 	}
@@ -135,7 +140,7 @@ func (t *Token) tryOwn(ctx context.Context, a *attachment, v *Version, keys hand
 		return err
 	}
 	next := &trial{until: t.now() + int64(trialPause), sum: sha256.Sum256(material)}
-	if next.wrapped, next.err = t.once(ctx, a, v, v.header(), keys, nil, material, nil, []byte(selfTestAAD), false); next.err == nil {
+	if next.wrapped, next.err = t.once(ctx, a, v, v.header(), keys, t.now(), nil, material, nil, []byte(selfTestAAD), false); next.err == nil {
 		next.err = t.reopen(ctx, a, v, keys, next)
 	}
 	if next.err != nil {
@@ -153,7 +158,7 @@ func (t *Token) reopen(ctx context.Context, a *attachment, v *Version, keys hand
 	if err != nil {
 		return err
 	}
-	out, err := t.once(ctx, a, v, h, keys, nil, ciphertext, iv, []byte(selfTestAAD), true)
+	out, err := t.once(ctx, a, v, h, keys, t.now(), nil, ciphertext, iv, []byte(selfTestAAD), true)
 	if err != nil {
 		return err
 	}

@@ -152,11 +152,19 @@ func TestOneCanaryFails(t *testing.T) {
 	wrapped := r.wrap(v, m)
 	r.opens(v, wrapped, m)
 	for _, code := range []string{"0x6", "0x101"} {
-		fault.Set("C_Decrypt rv=" + code + " count=1")
-		if err := r.Check(bounded(t)); err != nil {
-			t.Errorf("Check: %v", err)
+		for _, bound := range []bool{true, false} {
+			if !bound {
+				r.logOut()
+				if _, err := r.Keys(bounded(t)); err != nil { // logs in again
+					t.Fatal(err)
+				}
+			}
+			fault.Set("C_Decrypt rv=" + code + " count=1")
+			if err := r.Check(bounded(t)); err != nil {
+				t.Errorf("Check: %v", err)
+			}
+			r.opens(v, wrapped, m)
 		}
-		r.opens(v, wrapped, m)
 	}
 	r.keepsConnection()
 }

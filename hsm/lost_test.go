@@ -1,8 +1,10 @@
 package hsm_test
 
 import (
+	"context"
 	"fmt"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -141,6 +143,125 @@ func TestNothingIsMissingWhileAnotherLogsIn(t *testing.T) {
 		})
 		callers.Wait()
 		fault.Set()
+	}
+}
+
+// Where a module gives handles anew after a login, as it may, those of before are of use to
+// nobody: nothing is wrapped under another key, and nothing that is well is taken for damaged.
+func TestHandlesThatAreReused(t *testing.T) {
+	r, fault := newFaultyRig(t, staying)
+	a, b := r.key("a", hsm.GCM), r.key("b", hsm.GCM)
+	m := material(32)
+	wrappedA, wrappedB := r.wrap(a, m), r.wrap(b, m)
+	for _, c := range []struct {
+		name, slow string
+		lostBefore bool // else a is bound to nothing, and its canary is what is slow
+		use        func() error
+	}{
+		{"unwrap", "C_DecryptInit", true, func() error { return r.unwraps(a, wrappedA) }},
+		{"wrap", "C_EncryptInit", true, func() error {
+			w, err := r.Wrap(bounded(t), a, nil, m, bound)
+			if err == nil {
+				err = r.unwraps(a, w)
+			}
+			return err
+		}},
+		{"canary", "C_DecryptInit", false, func() error { return r.unwraps(a, wrappedA) }},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			r.opens(a, wrappedA, m)
+			r.fill(fault, a, wrappedA, 2)
+			if c.lostBefore {
+				r.opens(b, wrappedB, m)
+				r.closeSessions()
+			} else {
+				r.logOut()
+				r.opens(b, wrappedB, m)
+			}
+			fault.Set(c.slow+" sleep_ms=200 count=1", "reused kmsagent/b/v1")
+			fault.Calls()
+			var callers sync.WaitGroup
+			callers.Go(func() {
+				if err := c.use(); err != nil {
+					t.Error(err)
+				}
+			})
+			eventually(t, "a is under way", func() error { return errorUnless(fault.Calls()[c.slow] > 0, nil, "not yet") })
+			if !c.lostBefore {
+				r.closeSessions()
+			}
+			if err := r.unwraps(b, wrappedB); err != nil { // it logs in again
+				t.Errorf("beside it: %v", err)
+			}
+			callers.Wait()
+			fault.Set()
+		})
+	}
+}
+
+// A key that says its session is lost, not quite at once, is found out also where others are
+// served; and no caller's time is exceeded by trying one session after the other.
+func TestIllKeyThatLosesSessions(t *testing.T) {
+	r, fault := newFaultyRig(t, staying)
+	bad, good := r.key("bad", hsm.GCM), r.key("good", hsm.GCM)
+	m := material(32)
+	wrappedBad, wrappedGood := r.wrap(bad, m), r.wrap(good, m)
+	r.fill(fault, good, wrappedGood, 8)
+	fault.Set("ill /bad/", "ill-code 0xb3", "ill-sleep 100", "C_Decrypt sleep_ms=2")
+	var callers sync.WaitGroup
+	var told atomic.Int64
+	end := time.Now().Add(2500 * time.Millisecond)
+	for range 12 {
+		callers.Go(func() {
+			for time.Now().Before(end) {
+				if hsm.OfVersion(r.unwraps(bad, wrappedBad)) {
+					told.Add(1)
+				}
+				time.Sleep(time.Millisecond)
+			}
+		})
+	}
+	for range 4 {
+		callers.Go(func() {
+			for time.Now().Before(end) {
+				if err := r.unwraps(good, wrappedGood); err != nil {
+					t.Errorf("the key beside it: %v", err)
+				}
+			}
+		})
+	}
+	callers.Wait()
+	if told.Load() < 100 {
+		t.Errorf("it was told %d times that it is this key alone", told.Load())
+	}
+	r.keepsConnection()
+	fault.Set()
+
+	r.isWell(bad, wrappedBad, m)
+	r.fill(fault, bad, wrappedBad, 8)
+	fault.Set("C_DecryptInit sleep_ms=220 rv=0xb3")
+	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+	defer cancel()
+	fault.Calls()
+	_, _ = r.Unwrap(ctx, bad, nil, wrappedBad, bound)
+	if n := fault.Calls()["C_DecryptInit"]; n > 3 {
+		t.Errorf("%d calls of 220 ms for a caller with 300", n)
+	}
+}
+
+// A pair that was disabled a moment ago, by another host, is told as that: that its public
+// key does not encrypt any more is no outage.
+func TestPairIsDisabledMeanwhile(t *testing.T) {
+	r := newRig(t)
+	v := r.key("orders", hsm.OAEPSHA1)
+	r.wrap(v, material(32))
+	if _, err := r.SetState(bounded(t), "orders", 1, hsm.Disabled); err != nil {
+		t.Fatal(err)
+	}
+	for range 3 {
+		if _, err := r.Wrap(bounded(t), v, nil, material(32), bound); hsm.KindOf(err) != hsm.KeyUnusable {
+			t.Errorf("Wrap: %v, want that it is disabled", err)
+		}
 	}
 }
 

@@ -210,7 +210,7 @@ func (t *Token) setCanary(ctx context.Context, v *Version) error {
 	if err != nil {
 		return err
 	}
-	if v.canary, err = t.once(ctx, a, v, v.header(), keys, nil, secret, nil, v.canaryAAD(), false); err != nil {
+	if v.canary, err = t.once(ctx, a, v, v.header(), keys, t.now(), nil, secret, nil, v.canaryAAD(), false); err != nil {
 		return err
 	}
 	if err := t.openCanary(ctx, a, v, keys); err != nil {

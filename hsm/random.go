@@ -47,8 +47,9 @@ func (t *Token) Random(ctx context.Context, dst []byte) error {
 
 // draw takes random in one session, or in another where that was lost before.
 func (t *Token) draw(ctx context.Context, a *attachment, dst []byte) (err error) {
+	since, until := t.now(), int64(0)
 	for range a.most() {
-		if err = t.drawOnce(ctx, a, dst); !errors.As(err, new(lostBefore)) {
+		if err = t.drawOnce(ctx, a, since, dst); !t.triesAnother(ctx, err, &until) {
 			break
 		}
 	}
@@ -57,20 +58,19 @@ func (t *Token) draw(ctx context.Context, a *attachment, dst []byte) (err error)
 
 // drawOnce takes random in one session. The module writes to the session's own memory,
 // since a caller whose time is up leaves with dst.
-func (t *Token) drawOnce(ctx context.Context, a *attachment, dst []byte) error {
+func (t *Token) drawOnce(ctx context.Context, a *attachment, since int64, dst []byte) error {
 	w, err := a.acquire(ctx)
 	if err != nil {
 		return err
 	}
-	n, began, used := max(len(dst), randomBlock), t.now(), w.open
+	n, began, before := max(len(dst), randomBlock), t.now(), w.usedBefore(since)
 	_, left, err := w.run(ctx, job{do: func(w *worker) error { return w.session.Random(w.out[:n]) }})
 	if left {
 		return err
 	}
 	if err != nil {
-		err = w.sinceBefore(used, began, err)
 		a.discard(w)
-		return err
+		return w.lost(before, began, err)
 	}
 	if err = t.random.check(w.out[:n]); err == nil {
 		copy(dst, w.out[:n])

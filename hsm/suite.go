@@ -126,6 +126,7 @@ type handles struct {
 	// modulus is the length of an RSA modulus in bytes, and so of a ciphertext; 0 where
 	// the token does not tell it.
 	modulus int
+	epoch   int64 // of the login in which they were found
 }
 
 // errOpen says that key material does not open.

@@ -399,7 +399,7 @@ func (t *Token) enter(locks bool) (*attachment, error) {
 	if err := t.call(func() (err error) { anchor, err = t.module.Open(slot); return err }); err != nil {
 		return nil, errorf(Unavailable, err, "open a session with token %q", info.Label)
 	}
-	if _, err := t.logIn(anchor, slot, &t.own); err != nil {
+	if err := t.logIn(anchor, slot, &t.own, func() {}); err != nil {
 		return nil, err
 	}
 	sessions, spare := t.sessions(info, locks)
@@ -456,9 +456,9 @@ func tokenInfo(slot uint, i cryptoki.Token) TokenInfo {
 	}
 }
 
-// logIn logs in, unless somebody of this process has; anew tells whether nobody had. What
+// logIn logs in, unless somebody of this process has; lost is called before it does. What
 // it calls of the module is marked in began, for guard.
-func (t *Token) logIn(s cryptoki.Session, slot uint, began *atomic.Int64) (anew bool, _ error) {
+func (t *Token) logIn(s cryptoki.Session, slot uint, began *atomic.Int64, lost func()) error {
 	mark := func(do func() error) error {
 		began.Store(t.now())
 		defer began.Store(0)
@@ -467,22 +467,23 @@ func (t *Token) logIn(s cryptoki.Session, slot uint, began *atomic.Int64) (anew 
 	var state uint
 	err := mark(func() (err error) { state, err = s.State(); return err })
 	if err == nil && (state == pkcs11.CKS_RO_USER_FUNCTIONS || state == pkcs11.CKS_RW_USER_FUNCTIONS) {
-		return false, nil
+		return nil
 	}
+	lost()
 	var info cryptoki.Token
 	if err := mark(func() (err error) { info, err = t.module.Token(slot); return err }); err != nil {
-		return false, errorf(Unavailable, err, "ask the token how many logins it allows")
+		return errorf(Unavailable, err, "ask the token how many logins it allows")
 	}
 	err = t.cfg.Login.Attempt(tokenInfo(slot, info), func(pin []byte) error { return mark(func() error { return s.Login(pin) }) })
 	switch {
-	case err == nil, errors.Is(err, cryptoki.Error(pkcs11.CKR_USER_ALREADY_LOGGED_IN)): // a moment ago nobody was
-		return true, nil
+	case err == nil, errors.Is(err, cryptoki.Error(pkcs11.CKR_USER_ALREADY_LOGGED_IN)):
+		return nil
 	case KindOf(err) == Unauthenticated:
-		return false, err
+		return err
 	case stepFor(err) == fixPIN:
-		return false, errorf(Unauthenticated, err, "the token refuses the PIN; it is not tried again until it changes")
+		return errorf(Unauthenticated, err, "the token refuses the PIN; it is not tried again until it changes")
 	}
-	return false, errorf(Unavailable, err, "log in")
+	return errorf(Unavailable, err, "log in")
 }
 
 // sessions is how many operations are under way at once, and spare how many sessions there

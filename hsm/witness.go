@@ -123,7 +123,7 @@ func (t *Token) testify(ctx context.Context, a *attachment, o *Version, wraps bo
 		switch s := stepFor(err); {
 		case s == newSession, s == fewer:
 		case s == loginAgain && t.relogin(ctx, a) == nil:
-		case s == findAgain && bound != nil:
+		case s == findAgain && (bound != nil || errors.Is(err, errStale)):
 			bound = nil
 		default:
 			return opens, err
@@ -133,13 +133,14 @@ func (t *Token) testify(ctx context.Context, a *attachment, o *Version, wraps bo
 }
 
 func (t *Token) findFor(ctx context.Context, a *attachment, o *Version) (handles, error) {
-	found := new(handles) // the worker's, until it is done
+	found, epoch := new(handles), a.epoch.Load() // found is the worker's, until it is done
 	if err := t.do(ctx, a, func(w *worker) (err error) {
 		*found, err = o.find(w.session)
 		return err
 	}); err != nil {
 		return handles{}, err
 	}
+	found.epoch = epoch
 	return *found, nil
 }
 

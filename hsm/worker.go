@@ -36,6 +36,7 @@ type worker struct {
 	a       *attachment
 	session cryptoki.Session
 	open    bool
+	used    int64         // when its session was last of use, by the token's now
 	spoiled bool          // the session is not for others
 	short   bool          // the token had no session for it; the attachment's mu guards it
 	place   chan struct{} // whose place it has, while it is not idle
@@ -85,9 +86,7 @@ func newWorker(a *attachment) (*worker, error) {
 func (w *worker) run(ctx context.Context, j job) (n int, left bool, err error) {
 	w.job = j
 	if w.a.token.cfg.Stay || ctx.Done() == nil { // nobody leaves: the change of goroutines is spared
-		w.began.Store(w.a.token.now())
-		n, err := w.perform()
-		w.began.Store(0)
+		n, err := w.performs()
 		return n, false, err
 	}
 	w.where.Store(jobRunning)
@@ -104,30 +103,57 @@ func (w *worker) run(ctx context.Context, j job) (n int, left bool, err error) {
 	return w.n, false, w.err
 }
 
-// lostBefore is that a session, which had been of use, is told as lost at once. All that are
-// idle may have been lost with it, and each is no failure of its own.
+// lostBefore is that a session, which had been of use before the call of a caller began, is
+// told as lost at once. All that were idle may have been lost with it, and each is no failure
+// of its own.
 type lostBefore struct{ error }
 
 func (l lostBefore) Unwrap() error { return l.error }
 
-// sinceBefore returns what a job failed with: lostBefore where its session, which it had used
-// already, was lost before.
-func (w *worker) sinceBefore(used bool, began int64, err error) error {
+// usedBefore tells whether the session was last of use before a time.
+func (w *worker) usedBefore(since int64) bool { return w.open && w.used < since }
+
+// lost returns what a job failed with: lostBefore where that is it. before is usedBefore of
+// the caller's call.
+func (w *worker) lost(before bool, began int64, err error) error {
 	lost := errors.Is(err, cryptoki.Error(pkcs11.CKR_SESSION_HANDLE_INVALID)) || errors.Is(err, cryptoki.Error(pkcs11.CKR_SESSION_CLOSED))
-	if !used || !lost || time.Duration(w.a.token.now()-began) >= lookPatience {
+	if !before || !lost || time.Duration(w.a.token.now()-began) >= lookPatience {
 		return err
 	}
 	return lostBefore{err}
 }
 
+// triesAnother tells whether a job goes on in another session: not beyond the caller's time,
+// and not for long. until is 0 at first.
+func (t *Token) triesAnother(ctx context.Context, err error, until *int64) bool {
+	if err == nil || ctx.Err() != nil || !errors.As(err, new(lostBefore)) {
+		return false
+	}
+	now := t.now()
+	if *until == 0 {
+		*until = now + int64(lookPatience)
+	}
+	return now < *until
+}
+
 // lives says that what do does is another call of the module.
 func (w *worker) lives() { w.began.Store(w.a.token.now()) }
 
+// performs performs the job, and says since when it does.
+func (w *worker) performs() (int, error) {
+	began := w.a.token.now()
+	w.began.Store(began)
+	n, err := w.perform()
+	w.began.Store(0)
+	if err == nil {
+		w.used = began
+	}
+	return n, err
+}
+
 func (w *worker) loop() {
 	for range w.start {
-		w.began.Store(w.a.token.now())
-		w.n, w.err = w.perform()
-		w.began.Store(0)
+		w.n, w.err = w.performs()
 		if w.where.CompareAndSwap(jobRunning, jobDone) {
 			w.done <- struct{}{}
 			continue

@@ -65,6 +65,8 @@ func (f *Fault) file(name string) string { return filepath.Join(filepath.Dir(f.M
 //	boast N    what has a count or a length in its answer says N
 //	slots N    the numbers of slots are others, by N
 //	iv STYLE   what becomes of the vectors of CKM_AES_GCM
+//	reused LABEL  a handle of no key, as after a login again, is that of the key with this
+//	              label, and other keys' ciphertexts are CKR_ENCRYPTED_DATA_INVALID
 //	ill LABEL  keys with this in their label neither encrypt nor decrypt: a vendor's code
 //	ill-wraps LABEL  the same, and they decrypt
 //	ill-opens LABEL  the same, and they encrypt

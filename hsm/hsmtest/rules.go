@@ -55,6 +55,11 @@ func checkRule(rule string) error {
 			return fmt.Errorf("iv takes one of %s", strings.Join(styles, ", "))
 		}
 		return nil
+	case "reused":
+		if len(words) != 2 {
+			return errors.New("reused takes a label")
+		}
+		return nil
 	case "ill", "ill-wraps", "ill-opens":
 		if len(words) != 2 {
 			return fmt.Errorf("%s takes part of a label", words[0])
@@ -63,7 +68,7 @@ func checkRule(rule string) error {
 	case "*":
 	default:
 		if !slices.Contains(functions(), words[0]) {
-			return fmt.Errorf("%q is neither a function that can be told what to do, nor *, dead, no-slots, lossy, logged-out, boast, slots, iv, ill, ill-wraps, ill-opens, ill-code or ill-sleep", words[0])
+			return fmt.Errorf("%q is neither a function that can be told what to do, nor *, dead, no-slots, lossy, logged-out, boast, slots, iv, reused, ill, ill-wraps, ill-opens, ill-code or ill-sleep", words[0])
 		}
 	}
 	return checkWords(words[1:])

@@ -12,7 +12,7 @@ import (
 
 func TestCheckRules(t *testing.T) {
 	good := []string{
-		"dead", "no-slots", "lossy", "logged-out", "boast 0x10", "slots 1000", "iv written", "ill /bad/", "ill-wraps /bad/", "ill-opens /bad/", "ill-code 0x60", "ill-sleep 700", "C_Encrypt rv=0x30", "C_Encrypt rv=0", "* sleep_ms=5", "C_Logout hang",
+		"dead", "no-slots", "lossy", "logged-out", "boast 0x10", "slots 1000", "iv written", "reused kmsagent/b/v1", "ill /bad/", "ill-wraps /bad/", "ill-opens /bad/", "ill-code 0x60", "ill-sleep 700", "C_Encrypt rv=0x30", "C_Encrypt rv=0", "* sleep_ms=5", "C_Logout hang",
 		"C_Decrypt skip=3 count=1 sleep_ms=10 exit=255", "C_WaitForSlotEvent segv", "C_Sign abort count=1",
 	}
 	if err := checkRules(good); err != nil {
@@ -45,6 +45,7 @@ func TestCheckRules(t *testing.T) {
 		"dead now":                         "nothing may follow dead",
 		"logged-out now":                   "nothing may follow logged-out",
 		"boast":                            "boast takes a number",
+		"reused a b":                       "reused takes a label",
 		"ill":                              "ill takes part of a label",
 		"ill-wraps a b":                    "ill-wraps takes part of a label",
 		"ill-opens":                        "ill-opens takes part of a label",

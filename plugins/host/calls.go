@@ -26,19 +26,19 @@ func (s *Supervisor) Open(context.Context, json.RawMessage) (plugins.Info, error
 
 // Wrap implements plugins.Backend.
 func (s *Supervisor) Wrap(ctx context.Context, key plugins.KeyRef, plaintext []byte, b plugins.Binding) ([]byte, error) {
-	return call(ctx, s, "wrap", func(ctx context.Context, r *plugins.Remote) ([]byte, error) { return r.Wrap(ctx, key, plaintext, b) })
+	return call(ctx, s, wrapName, func(ctx context.Context, r *plugins.Remote) ([]byte, error) { return r.Wrap(ctx, key, plaintext, b) })
 }
 
 // WrapProven is plugins.WrapProven in one turn.
 func (s *Supervisor) WrapProven(ctx context.Context, key plugins.KeyRef, plaintext []byte, b plugins.Binding) ([]byte, error) {
-	return call(ctx, s, "wrap", func(ctx context.Context, r *plugins.Remote) ([]byte, error) {
+	return call(ctx, s, wrapName, func(ctx context.Context, r *plugins.Remote) ([]byte, error) {
 		return r.WrapProven(ctx, key, plaintext, b)
 	})
 }
 
 // Unwrap implements plugins.Backend.
 func (s *Supervisor) Unwrap(ctx context.Context, key plugins.KeyRef, ciphertext []byte, b plugins.Binding) ([]byte, error) {
-	return call(ctx, s, "unwrap", func(ctx context.Context, r *plugins.Remote) ([]byte, error) { return r.Unwrap(ctx, key, ciphertext, b) })
+	return call(ctx, s, unwrapName, func(ctx context.Context, r *plugins.Remote) ([]byte, error) { return r.Unwrap(ctx, key, ciphertext, b) })
 }
 
 // Describe implements plugins.Backend.
@@ -69,12 +69,14 @@ func (s *Supervisor) SeesContext() (sees, known bool) {
 // Close implements plugins.Backend; the end of Run's context ends the process.
 func (s *Supervisor) Close() error { return nil }
 
+const wrapName, unwrapName = "wrap", "unwrap"
+
 type method[T any] func(context.Context, *plugins.Remote) (T, error)
 
 // call makes one call and tells of it.
 func call[T any](ctx context.Context, s *Supervisor, name string, m method[T]) (T, error) {
 	began := time.Now()
-	answer, err := try(ctx, s, m)
+	answer, err := try(ctx, s, name, m)
 	if s.cfg.OnCall != nil {
 		s.cfg.OnCall(Call{Method: name, Err: err, Caller: plugins.CallerFrom(ctx), Made: !spared(err), Took: time.Since(began)})
 	}
@@ -83,15 +85,15 @@ func call[T any](ctx context.Context, s *Supervisor, name string, m method[T]) (
 
 // try makes a call with the supervisor's deadline and, since every call is
 // idempotent, repeats it once where the backend was not reached.
-func try[T any](ctx context.Context, s *Supervisor, m method[T]) (T, error) {
+func try[T any](ctx context.Context, s *Supervisor, name string, m method[T]) (T, error) {
 	s.calls.Add(1)
 	s.retries.earn()
 	bounded, cancel := context.WithTimeout(ctx, s.cfg.CallTimeout)
 	defer cancel()
-	answer, err := attempt(bounded, s, m)
+	answer, err := attempt(bounded, s, name, m)
 	if wait, again := retryWait(bounded, err); again && s.affords(err) && sleep(bounded, wait) {
 		first := err
-		if answer, err = attempt(bounded, s, m); spared(err) && !spared(first) {
+		if answer, err = attempt(bounded, s, name, m); spared(err) && !spared(first) {
 			err = later(first, err)
 		}
 	}
@@ -139,7 +141,7 @@ func (s *Supervisor) overdue(err error) error {
 }
 
 // attempt waits for the caller's turn and makes the call.
-func attempt[T any](ctx context.Context, s *Supervisor, m method[T]) (T, error) {
+func attempt[T any](ctx context.Context, s *Supervisor, name string, m method[T]) (T, error) {
 	var none T
 	if err := s.available(); err != nil {
 		return none, err
@@ -169,7 +171,7 @@ func attempt[T any](ctx context.Context, s *Supervisor, m method[T]) (T, error) 
 	overrun := patient && errors.Is(err, context.DeadlineExceeded)
 	p.note(err, overrun)
 	said := s.verdictOn(p, err, took, overrun)
-	if said == answered && err == nil && !p.worked.Load() {
+	if said == answered && err == nil && (name == wrapName || name == unwrapName) && !p.worked.Load() {
 		p.worked.Store(true)
 	}
 	s.turned(s.breaker.settle(t, said, began, err))

@@ -54,7 +54,7 @@ func TestDeadProcessesAreReplaced(t *testing.T) {
 	}
 }
 
-// How long others before it were waited for is nothing to a process that has answered: when
+// How long others before it were waited for is nothing to a process that has wrapped: when
 // it dies, the next one is started soon.
 func TestProcessThatWorkedIsReplacedSoon(t *testing.T) {
 	cfg := config(t, puppetSettings{})
@@ -77,13 +77,16 @@ func TestProcessThatWorkedIsReplacedSoon(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if _, err := s.Describe(bounded(t), "memory:orders"); err != nil {
+	if _, err := s.Wrap(bounded(t), orders, make([]byte, 32), plugins.Binding{}); err != nil {
 		t.Fatal(err)
 	}
 	if got := wait(); got > 2*time.Second {
 		t.Errorf("the next one is started in %s, want 2 s at most", got)
 	}
 	if err := s.Replace(bounded(t)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Describe(bounded(t), "memory:orders"); err != nil { // which shows nothing
 		t.Fatal(err)
 	}
 	if got := wait(); got < 2*time.Second {

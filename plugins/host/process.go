@@ -49,7 +49,7 @@ type process struct {
 	dir    *socketDir
 	// nextMove is when it may be replaced for want of a socket; Run's own.
 	nextMove time.Time
-	// worked: it has answered a call, in good time.
+	// worked: it has wrapped or unwrapped, in good time.
 	worked atomic.Bool
 	// confined: the plugin reaches only what its configuration names.
 	confined bool

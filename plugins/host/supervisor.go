@@ -111,7 +111,7 @@ func (s *Supervisor) rest(ctx context.Context, wait time.Duration) *request {
 }
 
 // runProcess runs one process, and those that replace it while it works, to the
-// end. It returns why the last ended, and whether that had answered calls.
+// end. It returns why the last ended, and whether that had wrapped or unwrapped.
 func (s *Supervisor) runProcess(ctx context.Context, first bool, asked *request) (worked bool, _ error) {
 	s.change(func(status *Status) {
 		status.State = Starting

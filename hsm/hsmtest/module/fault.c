@@ -20,6 +20,7 @@
 
 #define CKR_HOST_MEMORY 0x02UL
 #define CKR_GENERAL_ERROR 0x05UL
+#define CKR_ENCRYPTED_DATA_INVALID 0x40UL
 #define CKR_ARGUMENTS_BAD 0x07UL
 #define CKR_FUNCTION_NOT_SUPPORTED 0x54UL
 #define CKR_MECHANISM_PARAM_INVALID 0x71UL
@@ -27,6 +28,7 @@
 #define CKR_USER_NOT_LOGGED_IN 0x101UL
 #define CKR_BUFFER_TOO_SMALL 0x150UL
 #define CKR_OF_A_VENDOR 0x80000017UL
+#define CKA_CLASS 0UL
 #define CKA_LABEL 3UL
 #define CKM_AES_GCM 0x1087UL
 #define CKS_RW_PUBLIC_SESSION 2UL
@@ -225,8 +227,19 @@ static ck_rv ill_code(const struct modes *now) {
 	return now->ill_code ? now->ill_code : CKR_OF_A_VENDOR;
 }
 
+/* reused gives the key whose label is that, in the place of one that is no more. */
+static ck_ulong reused(const char *label, ck_ulong session, ck_ulong key) {
+	ck_ulong class, other = 0, n = 0;
+	ck_attribute a = {CKA_CLASS, &class, sizeof class}, want = {CKA_LABEL, (void *)label, strlen(label)};
+	if (!label[0] || !real->C_GetAttributeValue(session, key, &a, 1) || real->C_FindObjectsInit(session, &want, 1)) return key;
+	ck_rv rv = real->C_FindObjects(session, &other, 1, &n);
+	real->C_FindObjectsFinal(session);
+	return !rv && n ? other : key;
+}
+
 static ck_rv fault_EncryptInit(ck_ulong h, ck_mechanism *m, ck_ulong k) {
 	CALL(EncryptInit);
+	k = reused(now.reused, h, k);
 	if (ill(now.ill, h, k) || ill(now.ill_wraps, h, k)) return ill_code(&now);
 	if (now.logged_out) return CKR_USER_NOT_LOGGED_IN;
 	forget(OF_SESSION, h);
@@ -275,6 +288,7 @@ static ck_rv fault_Encrypt(ck_ulong h, ck_byte *in, ck_ulong n, ck_byte *out, ck
 
 static ck_rv fault_DecryptInit(ck_ulong h, ck_mechanism *m, ck_ulong k) {
 	CALL(DecryptInit);
+	k = reused(now.reused, h, k);
 	if (ill(now.ill, h, k) || ill(now.ill_opens, h, k)) return ill_code(&now);
 	if (now.logged_out) return CKR_USER_NOT_LOGGED_IN;
 	ck_gcm_params *given = gcm(&now, m);
@@ -288,6 +302,7 @@ static ck_rv fault_DecryptInit(ck_ulong h, ck_mechanism *m, ck_ulong k) {
 static ck_rv fault_Decrypt(ck_ulong h, ck_byte *in, ck_ulong n, ck_byte *out, ck_ulong *len) {
 	CALL(Decrypt);
 	rv = real->C_Decrypt(h, in, n, out, len);
+	if (rv == CKR_GENERAL_ERROR && now.reused[0]) rv = CKR_ENCRYPTED_DATA_INVALID; /* as most modules say it */
 	if (!rv && now.lossy && out && *len) out[0] ^= 1;
 	if (!rv && now.boasts) *len = now.boast;
 	return rv;

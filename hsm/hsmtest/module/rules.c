@@ -91,6 +91,7 @@ static void read_line(char *line) {
 	else if (!strcmp(word, "ill")) snprintf(modes.ill, sizeof modes.ill, "%s", strtok_r(NULL, " \n", &save));
 	else if (!strcmp(word, "ill-wraps")) snprintf(modes.ill_wraps, sizeof modes.ill_wraps, "%s", strtok_r(NULL, " \n", &save));
 	else if (!strcmp(word, "ill-opens")) snprintf(modes.ill_opens, sizeof modes.ill_opens, "%s", strtok_r(NULL, " \n", &save));
+	else if (!strcmp(word, "reused")) snprintf(modes.reused, sizeof modes.reused, "%s", strtok_r(NULL, " \n", &save));
 	else if (!strcmp(word, "ill-code")) modes.ill_code = number(strtok_r(NULL, " \n", &save));
 	else if (!strcmp(word, "ill-sleep")) modes.ill_sleep_ms = (long)number(strtok_r(NULL, " \n", &save));
 	else if (!strcmp(word, "iv")) snprintf(modes.iv, sizeof modes.iv, "%s", strtok_r(NULL, " \n", &save));

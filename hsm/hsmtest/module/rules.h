@@ -12,6 +12,7 @@ struct modes {
 	unsigned long boast; /* what every length and count says */
 	unsigned long slots; /* how much is added to the numbers of slots */
 	char iv[16];
+	char reused[64]; /* whose key has the handles of those that are no more */
 	char ill[64]; /* what ails: keys whose label has it */
 	char ill_wraps[64]; /* the same for encryption alone */
 	char ill_opens[64]; /* and for decryption alone */
