@@ -158,6 +158,28 @@ func (a *attachment) vacates(place chan struct{}) {
 	place <- struct{}{} // it has room
 }
 
+// closeIdle gives up the sessions that are idle since before a time. Each takes a place until
+// it is closed, as if it were in use.
+func (a *attachment) closeIdle(since int64) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.idle = slices.DeleteFunc(a.idle, func(w *worker) bool {
+		if !w.usedBefore(since) {
+			return false
+		}
+		for _, place := range append([]chan struct{}{a.places}, a.spare[:]...) {
+			select {
+			case <-place:
+				w.place = place
+				close(w.start)
+				return true
+			default:
+			}
+		}
+		return false // somebody is about to take it
+	})
+}
+
 // discard gives up a session. Its place is free once the module has let go of it.
 func (a *attachment) discard(w *worker) {
 	w.clean()

@@ -177,12 +177,26 @@ var errDoubted = errors.New("the version is being examined")
 // now.
 var errStale = errors.New("somebody has logged in again since the key was looked for")
 
+// stale returns errStale, after the login that is under way.
+func (t *Token) stale(ctx context.Context, a *attachment) error {
+	if len(a.login) > 0 {
+		if err := t.relogin(ctx, a); err != nil && KindOf(err) == Unauthenticated {
+			return err
+		}
+	}
+	return errStale
+}
+
+// saysNothing tells errors that say nothing of a key or a token: a caller has left, or the
+// handles are to be looked for again.
+func saysNothing(err error) bool { return isCallers(err) || errors.Is(err, errStale) }
+
 // once does one operation in one session, or in another where that was lost before the call
 // of a caller, or the look, that it is part of, which began at since. It counts wraps.
 func (t *Token) once(ctx context.Context, a *attachment, v *Version, h header, keys handles, since int64, dst, in, iv, aad []byte, unwrap bool) (out []byte, err error) {
 	var until int64
 	for range a.most() {
-		if out, err = t.inSession(ctx, a, v, h, keys, since, dst, in, iv, aad, unwrap); err == nil || !t.triesAnother(ctx, err, &until) {
+		if out, err = t.inSession(ctx, a, v, h, keys, since, dst, in, iv, aad, unwrap); err == nil || !t.triesAnother(ctx, a, err, since, &until) {
 			break
 		}
 	}
@@ -208,7 +222,7 @@ func (t *Token) inSession(ctx context.Context, a *attachment, v *Version, h head
 	if keys.epoch != a.epoch.Load() {
 		a.release(w)
 		t.uncount(v, unwrap)
-		return nil, errStale
+		return nil, t.stale(ctx, a)
 	}
 	began, before := t.now(), w.usedBefore(since)
 	w.aad = h.appendAAD(w.aad[:0], aad)
@@ -222,10 +236,11 @@ func (t *Token) inSession(ctx context.Context, a *attachment, v *Version, h head
 	if err != nil && !begun(err) {
 		t.uncount(v, unwrap)
 	}
-	// What opens was opened by the right key, whichever it was looked for as.
-	if keys.epoch != a.epoch.Load() && (err != nil || !unwrap) {
+	// What opens was opened by the right key, but for CBC: where its MAC was right another key
+	// may have decrypted it.
+	if keys.epoch != a.epoch.Load() && (err != nil || !unwrap || v.Suite == CBCHMAC) {
 		a.discard(w)
-		return nil, errStale
+		return nil, t.stale(ctx, a)
 	}
 	if err != nil {
 		return nil, t.loginLost(ctx, w, keys.epoch, w.lost(before, began, err))
@@ -281,7 +296,9 @@ func (t *Token) judge(ctx context.Context, a *attachment, v *Version, err error,
 		a.pause(ctx)
 		return false, err
 	case findAgain:
-		v.unbind(a)
+		if !errors.Is(err, errStale) { // else what is bound now is of another login
+			v.unbind(a)
+		}
 		return false, err
 	case loginAgain:
 		if err := t.relogin(ctx, a); err != nil {
@@ -408,7 +425,7 @@ func (t *Token) openCanary(ctx context.Context, a *attachment, v *Version, keys 
 func (t *Token) do(ctx context.Context, a *attachment, f func(*worker) error) (err error) {
 	since, until := t.now(), int64(0)
 	for range a.most() {
-		if err = t.doOnce(ctx, a, since, f); !t.triesAnother(ctx, err, &until) {
+		if err = t.doOnce(ctx, a, since, f); !t.triesAnother(ctx, a, err, since, &until) {
 			break
 		}
 	}

@@ -13,7 +13,7 @@ import (
 // is not well. It returns nil where it opens after all.
 func (t *Token) strange(ctx context.Context, l *look, keys handles, err error) error {
 	switch s := stepFor(err); {
-	case isCallers(err):
+	case saysNothing(err):
 	case errors.Is(err, errOpen), s == refuse:
 		return l.v.another(err)
 	case s == askCanary:
@@ -28,7 +28,7 @@ func (t *Token) strange(ctx context.Context, l *look, keys handles, err error) e
 func (t *Token) seemsLost(ctx context.Context, l *look, keys handles, err error) error {
 	if errors.As(err, new(unmoved)) { // a moment's matter?
 		if again := t.openCanary(ctx, l.a, l.v, keys); !errors.As(again, new(unmoved)) {
-			return again
+			return t.strange(ctx, l, keys, again)
 		}
 	}
 	if t.ask(ctx, l.a, l.v, false) != well {
@@ -78,14 +78,14 @@ func (t *Token) ill(ctx context.Context, l *look, keys handles, err error) error
 		return errorf(Unavailable, err, "the token is not well")
 	}
 	switch {
-	case isCallers(failed):
+	case saysNothing(failed):
 		return failed
 	case said == unwell, said == nobody && failed != nil:
 		return sick()
 	}
 	for range moreCanaries {
 		switch again := t.openCanary(ctx, a, v, keys); {
-		case again == nil, isCallers(again):
+		case again == nil, saysNothing(again):
 			return again // it opens after all: the token had a bad moment
 		case ctx.Err() != nil:
 			return context.Cause(ctx)
@@ -97,7 +97,7 @@ func (t *Token) ill(ctx context.Context, l *look, keys handles, err error) error
 		failed = t.tryOwn(ctx, a, v, keys) // still?
 	}
 	switch {
-	case isCallers(failed):
+	case saysNothing(failed):
 		return failed
 	case failed != nil && said == nobody:
 		return sick()
@@ -146,7 +146,7 @@ func (t *Token) tryOwn(ctx context.Context, a *attachment, v *Version, keys hand
 	if next.err != nil {
 		next.until = t.now() + int64(failedPause)
 	}
-	if begun(next.err) && !isCallers(next.err) && !errors.As(next.err, new(uncounted)) {
+	if begun(next.err) && !saysNothing(next.err) && !errors.As(next.err, new(uncounted)) {
 		v.tried.Store(next)
 	}
 	return next.err

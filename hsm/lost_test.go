@@ -2,11 +2,15 @@ package hsm_test
 
 import (
 	"context"
+	"encoding/binary"
+	"errors"
 	"fmt"
 	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/miekg/pkcs11"
 
 	"github.com/kms-agent/kms-agent/hsm"
 	"github.com/kms-agent/kms-agent/hsm/hsmtest"
@@ -263,6 +267,191 @@ func TestPairIsDisabledMeanwhile(t *testing.T) {
 			t.Errorf("Wrap: %v, want that it is disabled", err)
 		}
 	}
+}
+
+// A key that was replaced by another is told as that, also where the first word about it was
+// that nobody is logged in.
+func TestImpostorAfterAWrongWord(t *testing.T) {
+	r, fault := newFaultyRig(t, staying)
+	v := r.key("orders", hsm.CBCHMAC)
+	wrapped := r.wrap(v, material(32))
+	r.substitute(v)
+	for name, use := range map[string]func() error{"wrap": func() error { return r.wraps(v) }, "unwrap": func() error { return r.unwraps(v, wrapped) }} {
+		r.logOut()
+		fault.Set("C_DecryptInit rv=0x101 count=1")
+		if err := use(); hsm.KindOf(err) != hsm.KeyUnusable {
+			t.Errorf("%s: %v, want that it is another key", name, err)
+		}
+		fault.Set()
+	}
+}
+
+// A test of a key in whose midst somebody logs in again says nothing of the key, then or later.
+func TestTrialAmidALogin(t *testing.T) {
+	r, fault := newFaultyRig(t, staying)
+	v := r.key("orders", hsm.GCM)
+	wrapped := r.wrap(v, material(32))
+	r.substitute(v)
+	r.logOut()
+	fault.Set("C_EncryptInit sleep_ms=400 count=1")
+	fault.Calls()
+	var callers sync.WaitGroup
+	callers.Go(func() { _ = r.unwraps(v, wrapped) })
+	eventually(t, "it is tested", func() error { return errorUnless(fault.Calls()["C_EncryptInit"] > 0, nil, "not yet") })
+	r.logOut()
+	if _, err := r.Keys(bounded(t)); err != nil {
+		t.Error(err)
+	}
+	callers.Wait()
+	fault.Set()
+	if err := r.unwraps(v, wrapped); hsm.KindOf(err) != hsm.KeyUnusable {
+		t.Errorf("unwrap: %v, want that it is another key", err)
+	}
+	r.keepsConnection()
+}
+
+// A login that is lost while a key is made is no reason to make one of another suite, or none.
+func TestLoginLostWhileAKeyIsMade(t *testing.T) {
+	r, fault := newFaultyRig(t, staying)
+	other := r.key("other", hsm.CBCHMAC)
+	wrapped := r.wrap(other, material(32))
+	for skip := 4; skip < 8; skip++ { // after the trial: its canary, and the test
+		r.fill(fault, other, wrapped, 3)
+		fault.Set(fmt.Sprintf("C_EncryptInit skip=%d count=1 sleep_ms=200", skip))
+		fault.Calls()
+		begun := 0
+		var beside sync.WaitGroup
+		beside.Go(func() {
+			k, err := r.CreateKey(bounded(t), fmt.Sprint("new", skip), 0)
+			if err != nil {
+				t.Errorf("CreateKey: %v", err)
+			} else if got := k.Versions[0].Suite; got != hsm.GCM {
+				t.Errorf("it makes a key of %v, want %v", got, hsm.GCM)
+			}
+		})
+		eventually(t, "it is made", func() error {
+			begun += fault.Calls()["C_EncryptInit"]
+			return errorUnless(begun > skip, nil, "%d encryptions have begun", begun)
+		})
+		r.logOut()
+		if err := r.unwraps(other, wrapped); err != nil {
+			t.Errorf("beside it: %v", err)
+		}
+		beside.Wait()
+		fault.Set()
+	}
+}
+
+// Many sessions that were lost together, and slow answers, cost a caller little: those that
+// were idle are not tried one after the other.
+func TestManyIdleSessionsLost(t *testing.T) {
+	for _, c := range []struct{ sessions, ms int }{{8, 130}, {64, 10}} {
+		t.Run(fmt.Sprint(c.sessions, " ", c.ms), func(t *testing.T) {
+			r, fault := newFaultyRig(t, staying, func(_ *rig, cfg *hsm.Config) { cfg.Sessions = c.sessions })
+			v := r.key("orders", hsm.GCM)
+			m := material(32)
+			wrapped := r.wrap(v, m)
+			r.fill(fault, v, wrapped, c.sessions)
+			r.closeSessions()
+			fault.Set(fmt.Sprintf("C_DecryptInit sleep_ms=%d", c.ms), fmt.Sprintf("C_FindObjectsInit sleep_ms=%d", c.ms))
+			fault.Calls()
+			r.opens(v, wrapped, m)
+			if n := fault.Calls()["C_DecryptInit"]; n > 6 {
+				t.Errorf("it took %d calls of C_DecryptInit, want 6 at most", n)
+			}
+			r.keepsConnection()
+		})
+	}
+}
+
+// A login that is lost twice during one call, and takes long to make again, is waited for.
+func TestLoginLostTwice(t *testing.T) {
+	r, fault := newFaultyRig(t, staying)
+	v := r.key("orders", hsm.GCM)
+	m := material(32)
+	wrapped := r.wrap(v, m)
+	r.fill(fault, v, wrapped, 4)
+	fault.Set("C_Login sleep_ms=400", "C_DecryptInit sleep_ms=150 rv=0x101 count=2", "C_DecryptInit sleep_ms=150")
+	fault.Calls()
+	var callers sync.WaitGroup
+	callers.Go(func() { r.opens(v, wrapped, m) })
+	for range 2 {
+		eventually(t, "it is under way", func() error { return errorUnless(fault.Calls()["C_DecryptInit"] > 0, nil, "not yet") })
+		r.logOut()
+		if _, err := r.Keys(bounded(t)); err != nil { // who logs in again
+			t.Error(err)
+		}
+	}
+	callers.Wait()
+}
+
+// Of a CBC ciphertext, whose MAC was right, another key makes what may look well: somebody who
+// logs in again between the two makes what comes of it void.
+func TestReusedHandleAfterTheMAC(t *testing.T) {
+	r, fault := newFaultyRig(t, staying)
+	a := r.key("a", hsm.CBCHMAC)
+	m := material(32)
+	others := map[pkcs11.ObjectHandle]*hsm.Version{}
+	library, slot := r.application()
+	session, err := library.OpenSession(slot, pkcs11.CKF_SERIAL_SESSION|pkcs11.CKF_RW_SESSION)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range 40 {
+		v := r.key(fmt.Sprint("b", i), hsm.CBCHMAC)
+		if err := library.FindObjectsInit(session, []*pkcs11.Attribute{pkcs11.NewAttribute(pkcs11.CKA_ID, v.ID[:]), pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY)}); err != nil {
+			t.Fatal(err)
+		}
+		found, _, err := library.FindObjects(session, 2)
+		if err = errors.Join(err, library.FindObjectsFinal(session)); err != nil || len(found) != 1 {
+			t.Fatal(found, err)
+		}
+		others[found[0]] = v
+	}
+	// looksWell gives the key under which the plaintext of a ciphertext begins with a length that is possible.
+	looksWell := func(wrapped []byte) *hsm.Version {
+		tail := wrapped[len(wrapped)-96:] // vector, ciphertext, MAC
+		for key, v := range others {
+			err := library.DecryptInit(session, []*pkcs11.Mechanism{pkcs11.NewMechanism(pkcs11.CKM_AES_CBC, tail[:16])}, key)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if p, err := library.Decrypt(session, tail[16:64]); err != nil {
+				t.Fatal(err)
+			} else if binary.BigEndian.Uint16(p) == 46 {
+				return v
+			}
+		}
+		return nil
+	}
+	var wrapped []byte
+	var other *hsm.Version
+	for range 40000 { // of which one in 1600 is enough
+		wrapped = r.wrap(a, m)
+		if other = looksWell(wrapped); other != nil {
+			break
+		}
+	}
+	if other == nil {
+		t.Fatal("no ciphertext looks well under another key")
+	}
+	if err := library.CloseSession(session); err != nil {
+		t.Fatal(err)
+	}
+	wrappedOther := r.wrap(other, m)
+	r.fill(fault, a, wrapped, 2)
+	r.opens(other, wrappedOther, m)
+	r.opens(a, wrapped, m)
+	fault.Set("C_DecryptInit sleep_ms=300 count=1", fmt.Sprintf("reused kmsagent/%s/v1", other.Key))
+	fault.Calls()
+	var callers sync.WaitGroup
+	callers.Go(func() { r.opens(a, wrapped, m) })
+	eventually(t, "it is under way", func() error { return errorUnless(fault.Calls()["C_DecryptInit"] > 0, nil, "not yet") })
+	r.logOut()
+	if err := r.unwraps(other, wrappedOther); err != nil {
+		t.Errorf("beside it: %v", err)
+	}
+	callers.Wait()
 }
 
 func errorUnless(fine bool, err error, format string, a ...any) error {

@@ -194,18 +194,37 @@ func (t *Token) remove(ctx context.Context, v *Version) error {
 	return t.manage(ctx, gone)
 }
 
-// setCanary wraps a random secret under a new version, and tests the version.
+// setCanary wraps a random secret under a new version, and tests the version: again where
+// sessions, handles or the login were lost meanwhile.
 func (t *Token) setCanary(ctx context.Context, v *Version) error {
+	var last error
+	for range attempts {
+		a, err := t.attached(ctx)
+		if err != nil {
+			return err
+		}
+		if last = t.tryCanary(ctx, a, v); last == nil || isCallers(last) || errors.As(last, new(*Error)) {
+			return last
+		}
+		switch stepFor(last) {
+		case newSession, findAgain, loginAgain, fewer:
+		case giveUp, refuse, reconnect, askCanary, fixPIN:
+			return last
+		}
+		if err := t.again(ctx, a, last); err != nil {
+			return err
+		}
+	}
+	return errorf(Unavailable, last, "tried %d times", attempts)
+}
+
+func (t *Token) tryCanary(ctx context.Context, a *attachment, v *Version) error {
 	secret := make([]byte, 32)
 	if _, err := rand.Read(secret); err != nil {
 		return err
 	}
 	defer clear(secret)
 	v.canarySum = sha256.Sum256(secret)
-	a, err := t.attached(ctx)
-	if err != nil {
-		return err
-	}
 	keys, err := t.locate(ctx, a, v, v.findAll)
 	if err != nil {
 		return err

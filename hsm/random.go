@@ -49,7 +49,7 @@ func (t *Token) Random(ctx context.Context, dst []byte) error {
 func (t *Token) draw(ctx context.Context, a *attachment, dst []byte) (err error) {
 	since, until := t.now(), int64(0)
 	for range a.most() {
-		if err = t.drawOnce(ctx, a, since, dst); !t.triesAnother(ctx, err, &until) {
+		if err = t.drawOnce(ctx, a, since, dst); !t.triesAnother(ctx, a, err, since, &until) {
 			break
 		}
 	}

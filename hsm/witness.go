@@ -98,7 +98,7 @@ func mute(err error) bool {
 	if known := (*Error)(nil); errors.As(err, &known) {
 		kind = known.Kind
 	}
-	return errors.As(err, new(uncounted)) || stepFor(err) == fewer || errors.Is(err, errNoPublic) || errors.Is(err, errNoKey) || denied(err) ||
+	return errors.As(err, new(uncounted)) || stepFor(err) == fewer || errors.Is(err, errStale) || errors.Is(err, errNoPublic) || errors.Is(err, errNoKey) || denied(err) ||
 		kind == KeyNotFound || kind == KeyUnusable
 }
 

@@ -123,15 +123,17 @@ func (w *worker) lost(before bool, began int64, err error) error {
 	return lostBefore{err}
 }
 
-// triesAnother tells whether a job goes on in another session: not beyond the caller's time,
-// and not for long. until is 0 at first.
-func (t *Token) triesAnother(ctx context.Context, err error, until *int64) bool {
+// triesAnother tells whether a job of a caller's call, which began at since, goes on in another
+// session: not beyond the caller's time, and not for long. until is 0 at first. The sessions
+// that were idle all the time are closed then: they were lost with that one.
+func (t *Token) triesAnother(ctx context.Context, a *attachment, err error, since int64, until *int64) bool {
 	if err == nil || ctx.Err() != nil || !errors.As(err, new(lostBefore)) {
 		return false
 	}
 	now := t.now()
 	if *until == 0 {
 		*until = now + int64(lookPatience)
+		a.closeIdle(since)
 	}
 	return now < *until
 }
