@@ -158,8 +158,8 @@ func (a *attachment) vacates(place chan struct{}) {
 	place <- struct{}{} // it has room
 }
 
-// closeIdle gives up the sessions that are idle since before a time. Each takes a place until
-// it is closed, as if it were in use.
+// closeIdle gives up the sessions that are idle since before a time. Each takes a place of
+// callers until it is closed, as if it were in use.
 func (a *attachment) closeIdle(since int64) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -167,16 +167,14 @@ func (a *attachment) closeIdle(since int64) {
 		if !w.usedBefore(since) {
 			return false
 		}
-		for _, place := range append([]chan struct{}{a.places}, a.spare[:]...) {
-			select {
-			case <-place:
-				w.place = place
-				close(w.start)
-				return true
-			default:
-			}
+		select {
+		case <-a.places:
+			w.place = a.places
+			close(w.start)
+			return true
+		default:
+			return false // somebody is about to take it
 		}
-		return false // somebody is about to take it
 	})
 }
 

@@ -137,7 +137,7 @@ func (t *Token) prove(ctx context.Context, l *look) (*binding, error) {
 	case OfVersion(err):
 		v.pause(a, l.epoch, err)
 	}
-	if !isCallers(err) {
+	if !saysNothing(err) {
 		v.unbind(a)
 	}
 	return nil, err

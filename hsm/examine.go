@@ -71,13 +71,16 @@ func (t *Token) examineWith(ctx context.Context, a *attachment, v *Version, wrap
 		last = err
 	}
 	last = errorf(Unavailable, last, "the token does not open what it has wrapped itself")
-	if s := stepFor(last); s == fewer || s == loginAgain || errors.Is(last, errStale) || !errors.As(last, new(cryptoki.Error)) {
-		return last // who has no session for us has not lost those that we have, and a login that is lost again and again is no key's matter
+	if !errors.As(last, new(cryptoki.Error)) || stepFor(last) == fewer {
+		return last // who has no session for us has not lost those that we have
 	}
 	wraps := wrap && v.bound(a, false) != nil
 	if t.ask(ctx, a, v, wraps) != well {
 		a.breaks(last)
 		return last
+	}
+	if stepFor(last) == loginAgain {
+		return last // a login that is lost again and again is no key's matter
 	}
 	_ = v.outage(a, last, wraps)
 	t.used.CompareAndSwap(v, nil)

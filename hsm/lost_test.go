@@ -315,7 +315,7 @@ func TestLoginLostWhileAKeyIsMade(t *testing.T) {
 	r, fault := newFaultyRig(t, staying)
 	other := r.key("other", hsm.CBCHMAC)
 	wrapped := r.wrap(other, material(32))
-	for skip := 4; skip < 8; skip++ { // after the trial: its canary, and the test
+	for skip := 5; skip < 8; skip++ { // after the trial: its canary, and the test
 		r.fill(fault, other, wrapped, 3)
 		fault.Set(fmt.Sprintf("C_EncryptInit skip=%d count=1 sleep_ms=200", skip))
 		fault.Calls()
@@ -361,6 +361,62 @@ func TestManyIdleSessionsLost(t *testing.T) {
 			}
 			r.keepsConnection()
 		})
+	}
+}
+
+// One session that is lost costs the others nothing, however long it takes to close one.
+func TestOneSessionLostAndSlowToClose(t *testing.T) {
+	r, fault := newFaultyRig(t, staying)
+	v, other := r.key("orders", hsm.GCM), r.key("other", hsm.GCM)
+	m := material(32)
+	wrapped, wrappedOther := r.wrap(v, m), r.wrap(other, m)
+	r.opens(other, wrappedOther, m)
+	r.fill(fault, v, wrapped, 8)
+	fault.Set("C_DecryptInit rv=0xb3 count=1", "C_CloseSession sleep_ms=2500")
+	fault.Calls()
+	r.opens(v, wrapped, m)
+	r.opens(other, wrappedOther, m)
+	if n := fault.Calls()["C_CloseSession"]; n > 1 {
+		t.Errorf("%d sessions were closed, want the one", n)
+	}
+}
+
+// A connection whose logins are of no use any more is made anew.
+func TestLoginsOfNoUse(t *testing.T) {
+	for _, rule := range []string{"C_FindObjectsInit rv=0x101", "C_GetAttributeValue rv=0x101", "C_Login rv=0"} {
+		t.Run(rule, func(t *testing.T) {
+			r, fault := newFaultyRig(t, staying)
+			v, other := r.key("orders", hsm.GCM), r.key("other", hsm.GCM)
+			wrapped := r.wrap(v, material(32))
+			r.wrap(other, material(32))
+			r.logOut()
+			fault.Set(rule)
+			fault.Calls()
+			eventually(t, "there is another connection", func() error {
+				err := r.unwraps(v, wrapped)
+				return errorUnless(fault.Calls()["C_Initialize"] > 0, nil, "there is none; %v", err)
+			})
+			fault.Set()
+			eventually(t, "it works again", func() error { return r.unwraps(v, wrapped) })
+		})
+	}
+}
+
+// A mishap while a key is made is no reason to make one of another suite.
+func TestMishapWhileAKeyIsMade(t *testing.T) {
+	r, fault := newFaultyRig(t)
+	for i, code := range []string{"0x101", "0x30", "0x5", "0x82", "0xb3"} {
+		fault.Set("C_EncryptInit skip=5 count=1 rv=" + code) // after the trial
+		k, err := r.CreateKey(bounded(t), fmt.Sprint("new", i), 0)
+		if err != nil {
+			t.Errorf("%s: %v", code, err)
+		} else if got := k.Versions[0].Suite; got != hsm.GCM {
+			t.Errorf("%s: it makes a key of %v, want %v", code, got, hsm.GCM)
+		}
+	}
+	fault.Set()
+	if strays, err := r.Strays(bounded(t)); err != nil || len(strays) > 0 {
+		t.Errorf("strays: %+v, %v; want none", strays, err)
 	}
 }
 

@@ -195,9 +195,10 @@ func (t *Token) remove(ctx context.Context, v *Version) error {
 }
 
 // setCanary wraps a random secret under a new version, and tests the version: again where
-// sessions, handles or the login were lost meanwhile.
+// sessions, handles or the login were lost meanwhile, and once where it may be a mishap.
 func (t *Token) setCanary(ctx context.Context, v *Version) error {
 	var last error
+	mishaps := 0
 	for range attempts {
 		a, err := t.attached(ctx)
 		if err != nil {
@@ -208,7 +209,12 @@ func (t *Token) setCanary(ctx context.Context, v *Version) error {
 		}
 		switch stepFor(last) {
 		case newSession, findAgain, loginAgain, fewer:
-		case giveUp, refuse, reconnect, askCanary, fixPIN:
+		case reconnect, askCanary:
+			if mishaps++; mishaps > 1 {
+				return last
+			}
+			continue
+		case giveUp, refuse, fixPIN:
 			return last
 		}
 		if err := t.again(ctx, a, last); err != nil {

@@ -124,8 +124,8 @@ func (w *worker) lost(before bool, began int64, err error) error {
 }
 
 // triesAnother tells whether a job of a caller's call, which began at since, goes on in another
-// session: not beyond the caller's time, and not for long. until is 0 at first. The sessions
-// that were idle all the time are closed then: they were lost with that one.
+// session: not beyond the caller's time, and not for long. until is 0 at first. Where the next
+// one was lost, too, the sessions that were idle all the time are closed: so are they, it seems.
 func (t *Token) triesAnother(ctx context.Context, a *attachment, err error, since int64, until *int64) bool {
 	if err == nil || ctx.Err() != nil || !errors.As(err, new(lostBefore)) {
 		return false
@@ -133,6 +133,7 @@ func (t *Token) triesAnother(ctx context.Context, a *attachment, err error, sinc
 	now := t.now()
 	if *until == 0 {
 		*until = now + int64(lookPatience)
+	} else {
 		a.closeIdle(since)
 	}
 	return now < *until
