@@ -131,9 +131,6 @@ func (a *attachment) acquire(ctx context.Context) (*worker, error) {
 	return w, nil
 }
 
-// most is how many sessions there may be for operations.
-func (a *attachment) most() int { return cap(a.places) + spares }
-
 // release gives back a worker whose session is well. Its memory is clean.
 func (a *attachment) release(w *worker) {
 	a.mu.Lock()

@@ -235,19 +235,25 @@ func denied(err error) bool {
 	return errors.As(err, &code) && code.Policy() && !errors.As(err, new(*Error))
 }
 
-// locate finds keys of a version on the token.
-func (t *Token) locate(ctx context.Context, a *attachment, v *Version, find func(cryptoki.Session) (handles, error)) (handles, error) {
+// search finds keys, of the login that there is now.
+func (t *Token) search(ctx context.Context, a *attachment, find func(cryptoki.Session) (handles, error)) (handles, error) {
 	found, epoch := new(handles), a.epoch.Load() // found is the worker's, until it is done
-	err := t.do(ctx, a, func(w *worker) (err error) {
+	if err := t.do(ctx, a, func(w *worker) (err error) {
 		*found, err = find(w.session)
 		return err
-	})
-	if err == nil {
-		found.epoch = epoch
-		return *found, nil
-	}
-	if !errors.Is(err, errNoKey) {
+	}); err != nil {
 		return handles{}, err
+	}
+	found.epoch = epoch
+	return *found, nil
+}
+
+// locate finds keys of a version on the token. That they are not there is a no only where the
+// token is.
+func (t *Token) locate(ctx context.Context, a *attachment, v *Version, find func(cryptoki.Session) (handles, error)) (handles, error) {
+	found, err := t.search(ctx, a, find)
+	if !errors.Is(err, errNoKey) {
+		return found, err
 	}
 	if err := t.there(ctx, a); err != nil { // no key, or no token?
 		return handles{}, err

@@ -194,12 +194,10 @@ func saysNothing(err error) bool { return isCallers(err) || errors.Is(err, errSt
 // once does one operation in one session, or in another where that was lost before the call
 // of a caller, or the look, that it is part of, which began at since. It counts wraps.
 func (t *Token) once(ctx context.Context, a *attachment, v *Version, h header, keys handles, since int64, dst, in, iv, aad []byte, unwrap bool) (out []byte, err error) {
-	var until int64
-	for range a.most() {
-		if out, err = t.inSession(ctx, a, v, h, keys, since, dst, in, iv, aad, unwrap); err == nil || !t.triesAnother(ctx, a, err, since, &until) {
-			break
-		}
-	}
+	err = a.inAnother(ctx, since, func() (err error) {
+		out, err = t.inSession(ctx, a, v, h, keys, since, dst, in, iv, aad, unwrap)
+		return err
+	})
 	return out, err
 }
 
@@ -422,14 +420,9 @@ func (t *Token) openCanary(ctx context.Context, a *attachment, v *Version, keys 
 }
 
 // do runs a function in a session, again in another where that was lost before.
-func (t *Token) do(ctx context.Context, a *attachment, f func(*worker) error) (err error) {
-	since, until := t.now(), int64(0)
-	for range a.most() {
-		if err = t.doOnce(ctx, a, since, f); !t.triesAnother(ctx, a, err, since, &until) {
-			break
-		}
-	}
-	return err
+func (t *Token) do(ctx context.Context, a *attachment, f func(*worker) error) error {
+	since := t.now()
+	return a.inAnother(ctx, since, func() error { return t.doOnce(ctx, a, since, f) })
 }
 
 func (t *Token) doOnce(ctx context.Context, a *attachment, since int64, f func(*worker) error) error {

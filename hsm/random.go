@@ -46,14 +46,9 @@ func (t *Token) Random(ctx context.Context, dst []byte) error {
 }
 
 // draw takes random in one session, or in another where that was lost before.
-func (t *Token) draw(ctx context.Context, a *attachment, dst []byte) (err error) {
-	since, until := t.now(), int64(0)
-	for range a.most() {
-		if err = t.drawOnce(ctx, a, since, dst); !t.triesAnother(ctx, a, err, since, &until) {
-			break
-		}
-	}
-	return err
+func (t *Token) draw(ctx context.Context, a *attachment, dst []byte) error {
+	since := t.now()
+	return a.inAnother(ctx, since, func() error { return t.drawOnce(ctx, a, since, dst) })
 }
 
 // drawOnce takes random in one session. The module writes to the session's own memory,

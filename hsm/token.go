@@ -464,9 +464,7 @@ func (t *Token) logIn(s cryptoki.Session, slot uint, began *atomic.Int64, lost f
 		defer began.Store(0)
 		return do()
 	}
-	var state uint
-	err := mark(func() (err error) { state, err = s.State(); return err })
-	if err == nil && (state == pkcs11.CKS_RO_USER_FUNCTIONS || state == pkcs11.CKS_RW_USER_FUNCTIONS) {
+	if mark(func() error { return loggedIn(s) }) == nil {
 		return nil
 	}
 	lost()
@@ -474,7 +472,7 @@ func (t *Token) logIn(s cryptoki.Session, slot uint, began *atomic.Int64, lost f
 	if err := mark(func() (err error) { info, err = t.module.Token(slot); return err }); err != nil {
 		return errorf(Unavailable, err, "ask the token how many logins it allows")
 	}
-	err = t.cfg.Login.Attempt(tokenInfo(slot, info), func(pin []byte) error { return mark(func() error { return s.Login(pin) }) })
+	err := t.cfg.Login.Attempt(tokenInfo(slot, info), func(pin []byte) error { return mark(func() error { return s.Login(pin) }) })
 	switch {
 	case err == nil, errors.Is(err, cryptoki.Error(pkcs11.CKR_USER_ALREADY_LOGGED_IN)):
 		return nil

@@ -112,7 +112,7 @@ func (t *Token) testify(ctx context.Context, a *attachment, o *Version, wraps bo
 		if bound != nil {
 			keys = bound.keys
 		} else {
-			keys, err = t.findFor(ctx, a, o)
+			keys, err = t.search(ctx, a, o.find)
 		}
 		if err == nil {
 			err = t.openCanary(ctx, a, o, keys)
@@ -130,18 +130,6 @@ func (t *Token) testify(ctx context.Context, a *attachment, o *Version, wraps bo
 		}
 	}
 	return opens, err
-}
-
-func (t *Token) findFor(ctx context.Context, a *attachment, o *Version) (handles, error) {
-	found, epoch := new(handles), a.epoch.Load() // found is the worker's, until it is done
-	if err := t.do(ctx, a, func(w *worker) (err error) {
-		*found, err = o.find(w.session)
-		return err
-	}); err != nil {
-		return handles{}, err
-	}
-	found.epoch = epoch
-	return *found, nil
 }
 
 // witnesses gives versions that may speak for the token: the current ones of other keys,

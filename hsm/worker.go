@@ -123,20 +123,26 @@ func (w *worker) lost(before bool, began int64, err error) error {
 	return lostBefore{err}
 }
 
-// triesAnother tells whether a job of a caller's call, which began at since, goes on in another
-// session: not beyond the caller's time, and not for long. until is 0 at first. Where the next
+// inAnother does a job of a caller's call, which began at since, again in another session
+// where that was lost before: not beyond the caller's time, and not for long. Where the next
 // one was lost, too, the sessions that were idle all the time are closed: so are they, it seems.
-func (t *Token) triesAnother(ctx context.Context, a *attachment, err error, since int64, until *int64) bool {
-	if err == nil || ctx.Err() != nil || !errors.As(err, new(lostBefore)) {
-		return false
+func (a *attachment) inAnother(ctx context.Context, since int64, job func() error) (err error) {
+	var until int64
+	for range cap(a.places) + spares {
+		if err = job(); err == nil || ctx.Err() != nil || !errors.As(err, new(lostBefore)) {
+			break
+		}
+		now := a.token.now()
+		if until == 0 {
+			until = now + int64(lookPatience)
+		} else {
+			a.closeIdle(since)
+		}
+		if now >= until {
+			break
+		}
 	}
-	now := t.now()
-	if *until == 0 {
-		*until = now + int64(lookPatience)
-	} else {
-		a.closeIdle(since)
-	}
-	return now < *until
+	return err
 }
 
 // lives says that what do does is another call of the module.
