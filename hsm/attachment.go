@@ -286,8 +286,7 @@ var errRenewed = errors.New("the module is initialised again, to see what is on 
 // module keeps to itself, or does not see, may go with it. It returns the outage that
 // this is until then.
 func (t *Token) renew(a *attachment) error {
-	a.worked.Store(true)
-	a.wraps.Store(true)
+	a.works(true)
 	outage := errorf(Unavailable, errRenewed, "the token is attached again")
 	a.breaks(outage)
 	return outage
@@ -297,6 +296,16 @@ func (t *Token) renew(a *attachment) error {
 func (t *Token) renewNow(ctx context.Context) {
 	if a, err := t.attached(ctx); err == nil {
 		_ = t.renew(a)
+	}
+}
+
+// works notes that the attachment was good for an unwrap, or a wrap. Most often that is known.
+func (a *attachment) works(wraps bool) {
+	if !a.worked.Load() {
+		a.worked.Store(true)
+	}
+	if wraps && !a.wraps.Load() {
+		a.wraps.Store(true)
 	}
 }
 

@@ -106,10 +106,7 @@ func (t *Token) crypt(ctx context.Context, v *Version, h header, dst, in, iv, aa
 		if err == nil {
 			var out []byte
 			if out, err = t.once(ctx, a, v, h, keys, since, dst, in, iv, aad, unwrap); err == nil {
-				a.worked.Store(true)
-				if !unwrap {
-					a.wraps.Store(true)
-				}
+				a.works(!unwrap)
 				return out, nil
 			}
 		}
@@ -222,11 +219,10 @@ func (t *Token) inSession(ctx context.Context, a *attachment, v *Version, h head
 		t.uncount(v, unwrap)
 		return nil, t.stale(ctx, a)
 	}
-	began, before := t.now(), w.usedBefore(since)
 	w.aad = h.appendAAD(w.aad[:0], aad)
 	w.iv = w.ivRoom[:copy(w.ivRoom[:], iv)]
 	n, left, err := w.run(ctx, job{
-		suite: v.Suite, style: v.style, keys: keys, unwrap: unwrap, hybrid: h.flags&flagHybrid != 0, n: copy(w.in, in),
+		since: since, suite: v.Suite, style: v.style, keys: keys, unwrap: unwrap, hybrid: h.flags&flagHybrid != 0, n: copy(w.in, in),
 	})
 	if left {
 		return nil, err
@@ -241,7 +237,7 @@ func (t *Token) inSession(ctx context.Context, a *attachment, v *Version, h head
 		return nil, t.stale(ctx, a)
 	}
 	if err != nil {
-		return nil, t.loginLost(ctx, w, keys.epoch, w.lost(before, began, err))
+		return nil, t.loginLost(ctx, w, keys.epoch, err)
 	}
 	if !unwrap && v.repeats(w.iv) {
 		a.discard(w)
@@ -252,6 +248,7 @@ func (t *Token) inSession(ctx context.Context, a *attachment, v *Version, h head
 	}
 	dst = append(dst, w.out[:n]...)
 	w.cleanAfter(max(n, len(in)))
+	began := w.at
 	a.release(w)
 	if unwrap {
 		if v.look.Load() != nil && roleOf(ctx) == looker {
@@ -430,14 +427,13 @@ func (t *Token) doOnce(ctx context.Context, a *attachment, since int64, f func(*
 	if err != nil {
 		return err
 	}
-	began, before := t.now(), w.usedBefore(since)
-	_, left, err := w.run(ctx, job{do: f})
+	_, left, err := w.run(ctx, job{since: since, do: f})
 	if left {
 		return err
 	}
 	if w.spoiled || err != nil && errors.As(err, new(cryptoki.Error)) {
 		a.discard(w)
-		return w.lost(before, began, err)
+		return err
 	}
 	w.clean()
 	a.release(w)

@@ -58,14 +58,14 @@ func (t *Token) drawOnce(ctx context.Context, a *attachment, since int64, dst []
 	if err != nil {
 		return err
 	}
-	n, began, before := max(len(dst), randomBlock), t.now(), w.usedBefore(since)
-	_, left, err := w.run(ctx, job{do: func(w *worker) error { return w.session.Random(w.out[:n]) }})
+	n := max(len(dst), randomBlock)
+	_, left, err := w.run(ctx, job{since: since, do: func(w *worker) error { return w.session.Random(w.out[:n]) }})
 	if left {
 		return err
 	}
 	if err != nil {
 		a.discard(w)
-		return w.lost(before, began, err)
+		return err
 	}
 	if err = t.random.check(w.out[:n]); err == nil {
 		copy(dst, w.out[:n])

@@ -8,6 +8,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"runtime"
 	"sync/atomic"
 	"time"
 
@@ -37,6 +38,8 @@ type worker struct {
 	session cryptoki.Session
 	open    bool
 	used    int64         // when its session was last of use, by the token's now
+	at      int64         // when the job began, or the last one
+	yielded int64         // when the goroutine of its jobs last let others run
 	spoiled bool          // the session is not for others
 	short   bool          // the token had no session for it; the attachment's mu guards it
 	place   chan struct{} // whose place it has, while it is not idle
@@ -57,8 +60,10 @@ type worker struct {
 	err   error
 }
 
-// job is what a worker does next: one of do, or a wrap or unwrap.
+// job is what a worker does next: one of do, or a wrap or unwrap. The call that it is part of
+// began at since.
 type job struct {
+	since  int64
 	do     func(*worker) error
 	suite  Suite
 	style  IVStyle
@@ -103,9 +108,9 @@ func (w *worker) run(ctx context.Context, j job) (n int, left bool, err error) {
 	return w.n, false, w.err
 }
 
-// lostBefore is that a session, which had been of use before the call of a caller began, is
-// told as lost at once. All that were idle may have been lost with it, and each is no failure
-// of its own.
+// lostBefore is that a session, which had been of use before the call of a caller began, or
+// the look, is told as lost at once. All that were idle may have been lost with it, and each is
+// no failure of its own.
 type lostBefore struct{ error }
 
 func (l lostBefore) Unwrap() error { return l.error }
@@ -113,14 +118,10 @@ func (l lostBefore) Unwrap() error { return l.error }
 // usedBefore tells whether the session was last of use before a time.
 func (w *worker) usedBefore(since int64) bool { return w.open && w.used < since }
 
-// lost returns what a job failed with: lostBefore where that is it. before is usedBefore of
-// the caller's call.
-func (w *worker) lost(before bool, began int64, err error) error {
+// lost tells whether an error is that the session is lost, and was told at once.
+func (w *worker) lost(err error) bool {
 	lost := errors.Is(err, cryptoki.Error(pkcs11.CKR_SESSION_HANDLE_INVALID)) || errors.Is(err, cryptoki.Error(pkcs11.CKR_SESSION_CLOSED))
-	if !before || !lost || time.Duration(w.a.token.now()-began) >= lookPatience {
-		return err
-	}
-	return lostBefore{err}
+	return lost && time.Duration(w.a.token.now()-w.at) < lookPatience
 }
 
 // inAnother does a job of a caller's call, which began at since, again in another session
@@ -148,16 +149,38 @@ func (a *attachment) inAnother(ctx context.Context, since int64, job func() erro
 // lives says that what do does is another call of the module.
 func (w *worker) lives() { w.began.Store(w.a.token.now()) }
 
-// performs performs the job, and says since when it does.
+// performs performs the job, and says since when it does. Where its session was lost before
+// that is lostBefore.
 func (w *worker) performs() (int, error) {
-	began := w.a.token.now()
-	w.began.Store(began)
+	now := w.a.token.now()
+	w.yields(now)
+	w.at = now
+	w.began.Store(now)
+	before := w.usedBefore(w.job.since)
 	n, err := w.perform()
 	w.began.Store(0)
 	if err == nil {
-		w.used = began
+		w.used = now
+	} else if before && w.lost(err) {
+		err = lostBefore{err}
 	}
 	return n, err
+}
+
+// stint is how long a goroutine wraps and unwraps without a pause before it lets others run.
+// When it has run for 10 ms the runtime (Go 1.26, retake) takes its processor away in call
+// after call of C, which costs some percent of what SoftHSM can do.
+const stint = 8 * time.Millisecond
+
+// yields lets other goroutines run where this one has been busy for long.
+func (w *worker) yields(now int64) {
+	switch {
+	case time.Duration(now-w.at) > stint: // it had a pause
+		w.yielded = now
+	case time.Duration(now-w.yielded) > stint:
+		w.yielded = now
+		runtime.Gosched()
+	}
 }
 
 func (w *worker) loop() {

@@ -7,6 +7,7 @@ import "C"
 
 import (
 	"fmt"
+	"unsafe"
 
 	"github.com/miekg/pkcs11"
 )
@@ -53,7 +54,7 @@ func OAEP(hash, maskFn uint) Parameters {
 // Encrypt encrypts in into out and returns how many bytes it wrote. out has room
 // for what the module adds; it does not overlap in.
 func (s Session) Encrypt(key Object, p *Parameters, in, out []byte) (int, error) {
-	r := C.ck_encrypt(s.list, s.handle, C.ck_ulong(key), C.ck_ulong(p.mechanism), p.kind, pointer(p.iv), p.ivLen, p.ivBits,
+	r := C.ck_encrypt(s.functions(), s.handle, C.ck_ulong(key), C.ck_ulong(p.mechanism), p.kind, pointer(p.iv), p.ivLen, p.ivBits,
 		pointer(p.aad), C.ck_ulong(len(p.aad)), C.ck_ulong(p.hash), C.ck_ulong(p.maskFn),
 		pointer(in), C.ck_ulong(len(in)), pointer(out), C.ck_ulong(len(out)))
 	return outcome(r, "C_EncryptInit", "C_Encrypt", len(out))
@@ -62,7 +63,7 @@ func (s Session) Encrypt(key Object, p *Parameters, in, out []byte) (int, error)
 // Decrypt decrypts in into out and returns how many bytes it wrote. out has room
 // for as many bytes as in has.
 func (s Session) Decrypt(key Object, p *Parameters, in, out []byte) (int, error) {
-	r := C.ck_decrypt(s.list, s.handle, C.ck_ulong(key), C.ck_ulong(p.mechanism), p.kind, pointer(p.iv), p.ivLen, p.ivBits,
+	r := C.ck_decrypt(s.functions(), s.handle, C.ck_ulong(key), C.ck_ulong(p.mechanism), p.kind, pointer(p.iv), p.ivLen, p.ivBits,
 		pointer(p.aad), C.ck_ulong(len(p.aad)), C.ck_ulong(p.hash), C.ck_ulong(p.maskFn),
 		pointer(in), C.ck_ulong(len(in)), pointer(out), C.ck_ulong(len(out)))
 	return outcome(r, "C_DecryptInit", "C_Decrypt", len(out))
@@ -82,6 +83,10 @@ func (s Session) Verify(key Object, mechanism uint, in, mac []byte) error {
 	_, err := outcome(r, "C_VerifyInit", "C_Verify", 0)
 	return err
 }
+
+// functions is the module's list for calls that are made often: cgo looks into what Go has
+// for every pointer to what has pointers itself.
+func (s Session) functions() C.ck_ulong { return C.ck_ulong(uintptr(unsafe.Pointer(s.list))) }
 
 func outcome(r C.ck_result, first, second string, room int) (int, error) {
 	switch {

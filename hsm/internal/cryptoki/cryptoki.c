@@ -210,9 +210,10 @@ static void fill(ck_mechanism *m, parameters *p, ck_ulong mechanism, ck_ulong ki
 	}
 }
 
-ck_result ck_encrypt(ck_functions *f, ck_ulong session, ck_ulong key, ck_ulong mechanism, ck_ulong kind,
+ck_result ck_encrypt(ck_ulong functions, ck_ulong session, ck_ulong key, ck_ulong mechanism, ck_ulong kind,
 	ck_byte *iv, ck_ulong iv_len, ck_ulong iv_bits, ck_byte *aad, ck_ulong aad_len, ck_ulong hash, ck_ulong mgf,
 	ck_byte *in, ck_ulong in_len, ck_byte *out, ck_ulong out_len) {
+	ck_functions *f = (ck_functions *)functions;
 	NEED2(C_EncryptInit, C_Encrypt);
 	ck_mechanism m;
 	parameters p;
@@ -223,9 +224,10 @@ ck_result ck_encrypt(ck_functions *f, ck_ulong session, ck_ulong key, ck_ulong m
 	return (ck_result){rv, out_len, 0};
 }
 
-ck_result ck_decrypt(ck_functions *f, ck_ulong session, ck_ulong key, ck_ulong mechanism, ck_ulong kind,
+ck_result ck_decrypt(ck_ulong functions, ck_ulong session, ck_ulong key, ck_ulong mechanism, ck_ulong kind,
 	ck_byte *iv, ck_ulong iv_len, ck_ulong iv_bits, ck_byte *aad, ck_ulong aad_len, ck_ulong hash, ck_ulong mgf,
 	ck_byte *in, ck_ulong in_len, ck_byte *out, ck_ulong out_len) {
+	ck_functions *f = (ck_functions *)functions;
 	NEED2(C_DecryptInit, C_Decrypt);
 	ck_mechanism m;
 	parameters p;

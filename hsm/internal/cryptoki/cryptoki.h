@@ -151,10 +151,10 @@ ck_rv ck_generate_pair(ck_functions *f, ck_ulong session, ck_ulong mechanism,
 	ck_ulong private_n, ck_ulong *private_types, ck_ulong *private_lens, ck_byte *private_values,
 	ck_ulong *public_key, ck_ulong *private_key);
 ck_rv ck_random(ck_functions *f, ck_ulong session, ck_byte *out, ck_ulong len);
-ck_result ck_encrypt(ck_functions *f, ck_ulong session, ck_ulong key, ck_ulong mechanism, ck_ulong kind,
+ck_result ck_encrypt(ck_ulong functions, ck_ulong session, ck_ulong key, ck_ulong mechanism, ck_ulong kind,
 	ck_byte *iv, ck_ulong iv_len, ck_ulong iv_bits, ck_byte *aad, ck_ulong aad_len, ck_ulong hash, ck_ulong mgf,
 	ck_byte *in, ck_ulong in_len, ck_byte *out, ck_ulong out_len);
-ck_result ck_decrypt(ck_functions *f, ck_ulong session, ck_ulong key, ck_ulong mechanism, ck_ulong kind,
+ck_result ck_decrypt(ck_ulong functions, ck_ulong session, ck_ulong key, ck_ulong mechanism, ck_ulong kind,
 	ck_byte *iv, ck_ulong iv_len, ck_ulong iv_bits, ck_byte *aad, ck_ulong aad_len, ck_ulong hash, ck_ulong mgf,
 	ck_byte *in, ck_ulong in_len, ck_byte *out, ck_ulong out_len);
 ck_result ck_sign(ck_functions *f, ck_ulong session, ck_ulong key, ck_ulong mechanism,
