@@ -281,7 +281,7 @@ func (t *Token) selfTest(ctx context.Context, a *attachment, v *Version, keys ha
 	var wrapped [2][]byte
 	for i := range wrapped {
 		var err error
-		if wrapped[i], err = t.once(ctx, a, v, v.header(), keys, t.now(), nil, material, nil, aad, false); err != nil {
+		if wrapped[i], err = t.once(ctx, a, v, v.header(), keys, material, nil, aad, false); err != nil {
 			return err
 		}
 	}
@@ -290,7 +290,7 @@ func (t *Token) selfTest(ctx context.Context, a *attachment, v *Version, keys ha
 	if err != nil || v.Suite == GCM && bytes.Equal(iv, other) {
 		return errorf(Broken, err, "the token used one initialization vector twice: it must not be used")
 	}
-	out, err := t.once(ctx, a, v, h, keys, t.now(), nil, ciphertext, other, aad, true)
+	out, err := t.once(ctx, a, v, h, keys, ciphertext, other, aad, true)
 	if err != nil && !errors.Is(err, errOpen) && stepFor(err) != refuse {
 		return err
 	}

@@ -80,9 +80,11 @@ func TestHandlesAfterALogin(t *testing.T) {
 	if err != nil || v.bound(a, false) == nil {
 		t.Fatalf("the key is not bound, %v", err)
 	}
+	library := pkcs11.New(hsmtest.SoftHSMModule)
+	defer library.Destroy()
 	for _, lost := range []bool{false, true} {
 		if lost {
-			logOut(t, a.slot)
+			hsmtest.LogOut(t, library, a.slot)
 		}
 		if err := token.relogin(t.Context(), a); err != nil {
 			t.Fatal(err)
@@ -90,23 +92,6 @@ func TestHandlesAfterALogin(t *testing.T) {
 		if bound := v.bound(a, false) != nil; bound == lost {
 			t.Errorf("the login was lost: %v; the key is bound after it: %v", lost, bound)
 		}
-	}
-}
-
-// logOut ends the login as another part of this process would.
-func logOut(t *testing.T, slot uint) {
-	t.Helper()
-	library := pkcs11.New(hsmtest.SoftHSMModule)
-	defer library.Destroy()
-	session, err := library.OpenSession(slot, pkcs11.CKF_SERIAL_SESSION)
-	if err == nil {
-		err = library.Logout(session)
-	}
-	if err == nil {
-		err = library.CloseSession(session)
-	}
-	if err != nil {
-		t.Fatal(err)
 	}
 }
 

@@ -105,7 +105,7 @@ func (t *Token) crypt(ctx context.Context, v *Version, h header, dst, in, iv, aa
 		theirs := unwrap && err == nil // what fails from here on may be what they sent
 		if err == nil {
 			var out []byte
-			if out, err = t.once(ctx, a, v, h, keys, since, dst, in, iv, aad, unwrap); err == nil {
+			if out, err = t.onceSince(ctx, a, v, h, keys, since, dst, in, iv, aad, unwrap); err == nil {
 				a.works(!unwrap)
 				return out, nil
 			}
@@ -188,9 +188,14 @@ func (t *Token) stale(ctx context.Context, a *attachment) error {
 // handles are to be looked for again.
 func saysNothing(err error) bool { return isCallers(err) || errors.Is(err, errStale) }
 
-// once does one operation in one session, or in another where that was lost before the call
-// of a caller, or the look, that it is part of, which began at since. It counts wraps.
-func (t *Token) once(ctx context.Context, a *attachment, v *Version, h header, keys handles, since int64, dst, in, iv, aad []byte, unwrap bool) (out []byte, err error) {
+// once does one operation in one session, or in another where that was lost before. It counts
+// wraps.
+func (t *Token) once(ctx context.Context, a *attachment, v *Version, h header, keys handles, in, iv, aad []byte, unwrap bool) ([]byte, error) {
+	return t.onceSince(ctx, a, v, h, keys, t.now(), nil, in, iv, aad, unwrap)
+}
+
+// onceSince is once as a part of the call of a caller, which began at since.
+func (t *Token) onceSince(ctx context.Context, a *attachment, v *Version, h header, keys handles, since int64, dst, in, iv, aad []byte, unwrap bool) (out []byte, err error) {
 	err = a.inAnother(ctx, since, func() (err error) {
 		out, err = t.inSession(ctx, a, v, h, keys, since, dst, in, iv, aad, unwrap)
 		return err
@@ -401,7 +406,7 @@ func (t *Token) openCanary(ctx context.Context, a *attachment, v *Version, keys 
 	if h != v.header() || len(iv) != v.Suite.ivLength(v.style) || !v.Suite.fits(len(ciphertext)) {
 		return errOpen // it is the canary of another version, or suite
 	}
-	out, err := t.once(ctx, a, v, h, keys, t.now(), nil, ciphertext, iv, v.canaryAAD(), true)
+	out, err := t.once(ctx, a, v, h, keys, ciphertext, iv, v.canaryAAD(), true)
 	if err != nil {
 		return err
 	}

@@ -140,7 +140,7 @@ func (t *Token) tryOwn(ctx context.Context, a *attachment, v *Version, keys hand
 		return err
 	}
 	next := &trial{until: t.now() + int64(trialPause), sum: sha256.Sum256(material)}
-	if next.wrapped, next.err = t.once(ctx, a, v, v.header(), keys, t.now(), nil, material, nil, []byte(selfTestAAD), false); next.err == nil {
+	if next.wrapped, next.err = t.once(ctx, a, v, v.header(), keys, material, nil, []byte(selfTestAAD), false); next.err == nil {
 		next.err = t.reopen(ctx, a, v, keys, next)
 	}
 	if next.err != nil {
@@ -158,7 +158,7 @@ func (t *Token) reopen(ctx context.Context, a *attachment, v *Version, keys hand
 	if err != nil {
 		return err
 	}
-	out, err := t.once(ctx, a, v, h, keys, t.now(), nil, ciphertext, iv, []byte(selfTestAAD), true)
+	out, err := t.once(ctx, a, v, h, keys, ciphertext, iv, []byte(selfTestAAD), true)
 	if err != nil {
 		return err
 	}

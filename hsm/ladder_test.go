@@ -32,16 +32,7 @@ func (r *rig) application() (library *pkcs11.Ctx, slot uint) {
 func (r *rig) logOut() {
 	r.t.Helper()
 	library, slot := r.application()
-	session, err := library.OpenSession(slot, pkcs11.CKF_SERIAL_SESSION|pkcs11.CKF_RW_SESSION)
-	if err == nil {
-		err = library.Logout(session)
-	}
-	if err == nil {
-		err = library.CloseSession(session)
-	}
-	if err != nil {
-		r.t.Fatal(err)
-	}
+	hsmtest.LogOut(r.t, library, slot)
 }
 
 // closeSessions ends all sessions, and the login with them.

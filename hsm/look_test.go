@@ -88,26 +88,15 @@ func TestSlowlyIllKeyOfAllKindsOfCallers(t *testing.T) {
 	wrapped, wrappedGood := r.wrap(bad, m), r.wrap(good, m)
 	r.opens(good, wrappedGood, m)
 	fault.Set("ill /bad/", "ill-sleep 400")
-	var callers sync.WaitGroup
-	until := time.Now().Add(6 * time.Second)
-	for i := range 8 {
-		callers.Go(func() {
-			for time.Now().Before(until) {
-				err := error(nil)
-				if i%2 == 0 {
-					err = r.unwraps(bad, wrapped)
-				} else {
-					err = r.wraps(bad)
-				}
-				if !hsm.OfVersion(err) {
-					t.Errorf("%v, want an outage of this version", err)
-					return
-				}
-				time.Sleep(time.Millisecond)
+	callers := newCrowd(6 * time.Second)
+	for _, use := range []func() error{func() error { return r.unwraps(bad, wrapped) }, func() error { return r.wraps(bad) }} {
+		callers.add(4, time.Millisecond, func() {
+			if err := use(); !hsm.OfVersion(err) {
+				t.Errorf("%v, want an outage of this version", err)
 			}
 		})
 	}
-	callers.Wait()
+	callers.wg.Wait()
 	r.keepsConnection()
 }
 
@@ -234,19 +223,13 @@ func TestIllKeyIsWellAgainAndSlow(t *testing.T) {
 	fault.Set("ill /bad/")
 	r.ofVersion(bad, wrapped)
 	fault.Set("* sleep_ms=120")
-	var callers sync.WaitGroup
-	until := time.Now().Add(5 * time.Second)
-	for range 3 {
-		callers.Go(func() {
-			for time.Now().Before(until) {
-				if err := r.wraps(bad); err != nil && !hsm.OfVersion(err) && !errors.Is(err, context.DeadlineExceeded) {
-					t.Errorf("Wrap: %v", err)
-				}
-				time.Sleep(20 * time.Millisecond)
-			}
-		})
-	}
-	callers.Wait()
+	callers := newCrowd(5 * time.Second)
+	callers.add(3, 20*time.Millisecond, func() {
+		if err := r.wraps(bad); err != nil && !hsm.OfVersion(err) && !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("Wrap: %v", err)
+		}
+	})
+	callers.wg.Wait()
 	if err := r.wraps(bad); err != nil {
 		t.Errorf("Wrap by a key that is well: %v", err)
 	}

@@ -137,9 +137,7 @@ func TestNothingIsMissingWhileAnotherLogsIn(t *testing.T) {
 				t.Errorf("%s: %v", name, err)
 			}
 		})
-		eventually(t, "one has found nothing", func() error {
-			return errorUnless(fault.Calls()["C_GetSessionInfo"] > 0, nil, "nobody has asked for a session's state")
-		})
+		underWay(t, fault, "C_GetSessionInfo") // one has found nothing
 		callers.Go(func() {
 			if err := r.unwraps(b, wrappedB); err != nil {
 				t.Errorf("beside %s: %v", name, err)
@@ -190,7 +188,7 @@ func TestHandlesThatAreReused(t *testing.T) {
 					t.Error(err)
 				}
 			})
-			eventually(t, "a is under way", func() error { return errorUnless(fault.Calls()[c.slow] > 0, nil, "not yet") })
+			underWay(t, fault, c.slow)
 			if !c.lostBefore {
 				r.closeSessions()
 			}
@@ -212,29 +210,19 @@ func TestIllKeyThatLosesSessions(t *testing.T) {
 	wrappedBad, wrappedGood := r.wrap(bad, m), r.wrap(good, m)
 	r.fill(fault, good, wrappedGood, 8)
 	fault.Set("ill /bad/", "ill-code 0xb3", "ill-sleep 100", "C_Decrypt sleep_ms=2")
-	var callers sync.WaitGroup
+	callers := newCrowd(2500 * time.Millisecond)
 	var told atomic.Int64
-	end := time.Now().Add(2500 * time.Millisecond)
-	for range 12 {
-		callers.Go(func() {
-			for time.Now().Before(end) {
-				if hsm.OfVersion(r.unwraps(bad, wrappedBad)) {
-					told.Add(1)
-				}
-				time.Sleep(time.Millisecond)
-			}
-		})
-	}
-	for range 4 {
-		callers.Go(func() {
-			for time.Now().Before(end) {
-				if err := r.unwraps(good, wrappedGood); err != nil {
-					t.Errorf("the key beside it: %v", err)
-				}
-			}
-		})
-	}
-	callers.Wait()
+	callers.add(12, time.Millisecond, func() {
+		if hsm.OfVersion(r.unwraps(bad, wrappedBad)) {
+			told.Add(1)
+		}
+	})
+	callers.add(4, 0, func() {
+		if err := r.unwraps(good, wrappedGood); err != nil {
+			t.Errorf("the key beside it: %v", err)
+		}
+	})
+	callers.wg.Wait()
 	if told.Load() < 100 {
 		t.Errorf("it was told %d times that it is this key alone", told.Load())
 	}
@@ -297,7 +285,7 @@ func TestTrialAmidALogin(t *testing.T) {
 	fault.Calls()
 	var callers sync.WaitGroup
 	callers.Go(func() { _ = r.unwraps(v, wrapped) })
-	eventually(t, "it is tested", func() error { return errorUnless(fault.Calls()["C_EncryptInit"] > 0, nil, "not yet") })
+	underWay(t, fault, "C_EncryptInit")
 	r.logOut()
 	if _, err := r.Keys(bounded(t)); err != nil {
 		t.Error(err)
@@ -432,7 +420,7 @@ func TestLoginLostTwice(t *testing.T) {
 	var callers sync.WaitGroup
 	callers.Go(func() { r.opens(v, wrapped, m) })
 	for range 2 {
-		eventually(t, "it is under way", func() error { return errorUnless(fault.Calls()["C_DecryptInit"] > 0, nil, "not yet") })
+		underWay(t, fault, "C_DecryptInit")
 		r.logOut()
 		if _, err := r.Keys(bounded(t)); err != nil { // who logs in again
 			t.Error(err)
@@ -502,7 +490,7 @@ func TestReusedHandleAfterTheMAC(t *testing.T) {
 	fault.Calls()
 	var callers sync.WaitGroup
 	callers.Go(func() { r.opens(a, wrapped, m) })
-	eventually(t, "it is under way", func() error { return errorUnless(fault.Calls()["C_DecryptInit"] > 0, nil, "not yet") })
+	underWay(t, fault, "C_DecryptInit")
 	r.logOut()
 	if err := r.unwraps(other, wrappedOther); err != nil {
 		t.Errorf("beside it: %v", err)
@@ -553,35 +541,23 @@ func TestOneSessionAndAKeyThatWantsALogin(t *testing.T) {
 	wrappedBad, wrappedGood := r.wrap(bad, m), r.wrap(good, m)
 	r.opens(good, wrappedGood, m)
 	fault.Set("ill /bad/", "ill-sleep 400", "ill-code 0x101")
-	var callers sync.WaitGroup
-	var told, served, late int
-	end := time.Now().Add(5 * time.Second)
-	var mu sync.Mutex
-	for range 12 {
-		callers.Go(func() {
-			for time.Now().Before(end) {
-				err := r.unwraps(bad, wrappedBad)
-				mu.Lock()
-				if hsm.OfVersion(err) {
-					told++
-				}
-				mu.Unlock()
-				time.Sleep(time.Millisecond)
-			}
-		})
-	}
-	callers.Go(func() {
-		for time.Now().Before(end) {
-			if err := r.unwraps(good, wrappedGood); err != nil {
-				late++
-			} else {
-				served++
-			}
-			time.Sleep(5 * time.Millisecond)
+	callers := newCrowd(5 * time.Second)
+	var told atomic.Int64
+	var served, late int
+	callers.add(12, time.Millisecond, func() {
+		if hsm.OfVersion(r.unwraps(bad, wrappedBad)) {
+			told.Add(1)
 		}
 	})
-	callers.Wait()
-	if told < 100 || served < 20 || late > 2 {
-		t.Errorf("%d calls of the key were told that it is ill; of the other %d were served and %d not", told, served, late)
+	callers.add(1, 5*time.Millisecond, func() {
+		if err := r.unwraps(good, wrappedGood); err != nil {
+			late++
+		} else {
+			served++
+		}
+	})
+	callers.wg.Wait()
+	if told.Load() < 100 || served < 20 || late > 2 {
+		t.Errorf("%d calls of the key were told that it is ill; of the other %d were served and %d not", told.Load(), served, late)
 	}
 }

@@ -177,6 +177,32 @@ func eventually(t testing.TB, what string, is func() error) {
 	t.Fatalf("%s: not within 20 s: %v", what, err)
 }
 
+// underWay waits until the module has been called.
+func underWay(t testing.TB, fault *hsmtest.Fault, function string) {
+	t.Helper()
+	eventually(t, function+" is under way", func() error { return errorUnless(fault.Calls()[function] > 0, nil, "nobody has called it") })
+}
+
+// crowd is callers who do the same again and again until a time.
+type crowd struct {
+	until time.Time
+	wg    sync.WaitGroup
+}
+
+func newCrowd(length time.Duration) *crowd { return &crowd{until: time.Now().Add(length)} }
+
+// add adds n callers, with a pause after each call of theirs.
+func (c *crowd) add(n int, pause time.Duration, call func()) {
+	for range n {
+		c.wg.Go(func() {
+			for time.Now().Before(c.until) {
+				call()
+				time.Sleep(pause)
+			}
+		})
+	}
+}
+
 func material(n int) []byte {
 	b := make([]byte, n)
 	_, _ = rand.Read(b) // never fails

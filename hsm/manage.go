@@ -235,7 +235,7 @@ func (t *Token) tryCanary(ctx context.Context, a *attachment, v *Version) error 
 	if err != nil {
 		return err
 	}
-	if v.canary, err = t.once(ctx, a, v, v.header(), keys, t.now(), nil, secret, nil, v.canaryAAD(), false); err != nil {
+	if v.canary, err = t.once(ctx, a, v, v.header(), keys, secret, nil, v.canaryAAD(), false); err != nil {
 		return err
 	}
 	if err := t.openCanary(ctx, a, v, keys); err != nil {

@@ -3,7 +3,6 @@ package hsm_test
 import (
 	"context"
 	"fmt"
-	"sync"
 	"testing"
 	"time"
 
@@ -59,17 +58,9 @@ func TestIllWrapsWearNoOtherKey(t *testing.T) {
 			_, _ = r.wrap(bad, m), r.wrap(good, m)
 			before, _, _ := c.Used(good)
 			fault.Set("ill-wraps /bad/")
-			end := time.Now().Add(3 * time.Second)
-			var wg sync.WaitGroup
-			for range callers {
-				wg.Go(func() {
-					for time.Now().Before(end) {
-						_, _ = r.Wrap(bounded(t), bad, nil, m, bound)
-						time.Sleep(5 * time.Millisecond)
-					}
-				})
-			}
-			wg.Wait()
+			many := newCrowd(3 * time.Second)
+			many.add(callers, 5*time.Millisecond, func() { _ = r.wraps(bad) })
+			many.wg.Wait()
 			after, _, _ := c.Used(good)
 			if after-before > 8 {
 				t.Errorf("the ill key used up %d wraps of the healthy one in 3 s", after-before)

@@ -83,25 +83,18 @@ func TestIllKeyOfManyCallersWithFewSessions(t *testing.T) {
 				wrappedBad, wrappedGood := r.wrap(bad, m), r.wrap(good, m)
 				r.opens(good, wrappedGood, m)
 				fault.Set("ill /bad/", "ill-code "+code)
-				var callers sync.WaitGroup
-				end := time.Now().Add(1500 * time.Millisecond) // it is looked at twice
-				for range 8 {
-					callers.Go(func() {
-						for time.Now().Before(end) {
-							if _, err := r.Unwrap(bounded(t), bad, nil, wrappedBad, bound); !hsm.OfVersion(err) {
-								t.Errorf("%v, want an outage of this version", err)
-							}
-						}
-					})
-				}
-				callers.Go(func() {
-					for time.Now().Before(end) {
-						if _, err := r.Unwrap(bounded(t), good, nil, wrappedGood, bound); err != nil {
-							t.Errorf("the key beside it: %v", err)
-						}
+				callers := newCrowd(1500 * time.Millisecond) // it is looked at twice
+				callers.add(8, 0, func() {
+					if _, err := r.Unwrap(bounded(t), bad, nil, wrappedBad, bound); !hsm.OfVersion(err) {
+						t.Errorf("%v, want an outage of this version", err)
 					}
 				})
-				callers.Wait()
+				callers.add(1, 0, func() {
+					if _, err := r.Unwrap(bounded(t), good, nil, wrappedGood, bound); err != nil {
+						t.Errorf("the key beside it: %v", err)
+					}
+				})
+				callers.wg.Wait()
 				r.keepsConnection()
 			})
 		}

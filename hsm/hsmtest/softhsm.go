@@ -7,6 +7,8 @@ import (
 	"path/filepath"
 	"slices"
 	"testing"
+
+	"github.com/miekg/pkcs11"
 )
 
 // The token that NewSoftHSM makes.
@@ -81,4 +83,20 @@ func (s *SoftHSM) Run(name string, args ...string) {
 func (s *SoftHSM) Tool(args ...string) {
 	s.t.Helper()
 	s.Run("pkcs11-tool", slices.Concat([]string{"--module", SoftHSMModule, "--token-label", Label, "--login", "--pin", PIN}, args)...)
+}
+
+// LogOut ends the login of all sessions of this process with a token, as another part of the
+// process would.
+func LogOut(t testing.TB, library *pkcs11.Ctx, slot uint) {
+	t.Helper()
+	session, err := library.OpenSession(slot, pkcs11.CKF_SERIAL_SESSION)
+	if err == nil {
+		err = library.Logout(session)
+	}
+	if err == nil {
+		err = library.CloseSession(session)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
 }
