@@ -170,7 +170,7 @@ func (a *attachment) closeIdle(since int64) {
 			close(w.start)
 			return true
 		default:
-			return false // somebody is about to take it
+			return false // it is for one of the spare places, or somebody is about to take it
 		}
 	})
 }

@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"crypto/subtle"
 	"errors"
+	"runtime"
 	"time"
 
 	"github.com/kms-agent/kms-agent/hsm/internal/cryptoki"
@@ -95,7 +96,8 @@ func (t *Token) recorded(ctx context.Context, v *Version, err error) error {
 func (t *Token) crypt(ctx context.Context, v *Version, h header, dst, in, iv, aad []byte, unwrap bool) ([]byte, error) {
 	var last error
 	var a *attachment
-	doubts, since := 0, t.now()
+	since := t.now()
+	d := doubts{since: since}
 	for range attempts {
 		var err error
 		if a, err = t.attached(ctx); err != nil {
@@ -120,7 +122,7 @@ func (t *Token) crypt(ctx context.Context, v *Version, h header, dst, in, iv, aa
 			a.failed.Store(true)
 		}
 		var final bool
-		if final, err = t.judge(ctx, a, v, err, theirs, &doubts); final {
+		if final, err = t.judge(ctx, a, v, err, theirs, &d); final {
 			return nil, err
 		}
 		last = err
@@ -253,8 +255,11 @@ func (t *Token) inSession(ctx context.Context, a *attachment, v *Version, h head
 	}
 	dst = append(dst, w.out[:n]...)
 	w.cleanAfter(max(n, len(in)))
-	began := w.at
+	began, tired := w.at, w.tired
 	a.release(w)
+	if tired {
+		runtime.Gosched()
+	}
 	if unwrap {
 		if v.look.Load() != nil && roleOf(ctx) == looker {
 			v.took.Store(t.now() - began)
@@ -268,10 +273,38 @@ func (t *Token) inSession(ctx context.Context, a *attachment, v *Version, h head
 	return dst, nil
 }
 
+// doubts are failures of an operation that may have been the token's fault or the data's.
+type doubts struct {
+	since int64 // when the operation began
+	n     int
+	said  string // what the last one was, and
+	same  int    // how often it was the same
+}
+
+// again tells whether the operation is tried again: once.
+func (d *doubts) again() bool {
+	d.n++
+	return d.n == 1
+}
+
+// sameAgain is how often data must fail in the same way, while the canary opens each time,
+// to be told as bad: a token that loses calls fails in other ways, or not again. On a token
+// that takes its time it is less: more would be more than the caller has.
+const sameAgain, sameWhenSlow = 3, 2
+
+// damaged tells whether the data of an unwrap is bad, as far as the token lets us know.
+func (d *doubts) damaged(err error, now int64) bool {
+	if said := err.Error(); d.said != said {
+		d.said, d.same = said, 0
+	}
+	d.same++
+	return d.same >= sameAgain || d.same >= sameWhenSlow && time.Duration(now-d.since) > lookPatience
+}
+
 // judge says what the failure of an operation means. Unless it is final the
 // operation is tried again; what may be the token's fault or the data's is tried
-// again once, and counted in doubts.
-func (t *Token) judge(ctx context.Context, a *attachment, v *Version, err error, unwrap bool, doubts *int) (final bool, _ error) {
+// again once, or more often before data is told as bad.
+func (t *Token) judge(ctx context.Context, a *attachment, v *Version, err error, unwrap bool, d *doubts) (final bool, _ error) {
 	if known := (*Error)(nil); errors.As(err, &known) && known.Kind != Unavailable {
 		return true, err
 	}
@@ -283,7 +316,7 @@ func (t *Token) judge(ctx context.Context, a *attachment, v *Version, err error,
 	}
 	if s := stepFor(err); v.byPublic(err) && (s == giveUp || s == refuse) {
 		v.retest(a) // there may be another
-		if *doubts++; *doubts == 1 {
+		if d.again() {
 			return false, err
 		}
 		return true, v.noPublic(err)
@@ -309,7 +342,7 @@ func (t *Token) judge(ctx context.Context, a *attachment, v *Version, err error,
 		if t.ask(ctx, a, v, false) != well {
 			return false, a.lost(err)
 		}
-		if *doubts++; *doubts == 1 {
+		if d.again() {
 			return false, err
 		}
 		return true, v.outage(a, err, false)
@@ -322,7 +355,7 @@ func (t *Token) judge(ctx context.Context, a *attachment, v *Version, err error,
 		}
 		return true, v.leftAlone(a, wraps, errorf(Broken, err, "the token does not take what it took before"))
 	case askCanary:
-		return t.doubt(ctx, a, v, err, unwrap, doubts)
+		return t.doubt(ctx, a, v, err, unwrap, d)
 	case fixPIN:
 		return true, errorf(Unauthenticated, err, "the token wants another PIN")
 	case giveUp:
@@ -360,7 +393,7 @@ func (t *Token) stepOf(a *attachment, v *Version, err error, unwrap bool) step {
 }
 
 // doubt lets a look decide between the data and the key or the token.
-func (t *Token) doubt(ctx context.Context, a *attachment, v *Version, err error, unwrap bool, doubts *int) (final bool, _ error) {
+func (t *Token) doubt(ctx context.Context, a *attachment, v *Version, err error, unwrap bool, d *doubts) (final bool, _ error) {
 	if a.cause() != nil || v.bound(a, false) == nil {
 		return false, err // it will be looked for, with its canary
 	}
@@ -369,16 +402,16 @@ func (t *Token) doubt(ctx context.Context, a *attachment, v *Version, err error,
 		_, seen = b.serve(!unwrap)
 	}
 	if seen != nil {
-		return t.judge(ctx, a, v, seen, false, doubts)
+		return t.judge(ctx, a, v, seen, false, d)
 	}
 	if errors.As(err, new(unmoved)) {
 		return false, err // the login's matter, and never the data's
 	}
-	if *doubts++; *doubts == 1 {
-		return false, err
-	}
-	if unwrap {
+	switch {
+	case unwrap && d.damaged(err, t.now()):
 		return true, errOpen
+	case unwrap, d.again():
+		return false, err
 	}
 	only := errorf(Unavailable, err, "version %d of key %s wraps what it is tested with, and not this: see docs/hsm.md for the code", v.Number, v.Key)
 	only.VersionOnly = true // others may wrap what they want to: it is not remembered

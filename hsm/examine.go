@@ -46,10 +46,11 @@ func (t *Token) examine(ctx context.Context, a *attachment) error {
 func (t *Token) examineWith(ctx context.Context, a *attachment, v *Version, wrap bool) error {
 	ctx = as(ctx, looker)
 	var last error
+	epoch := a.epoch.Load()
 	for range attempts {
 		b, err := t.look(ctx, a, v, false, true)
 		if err != nil {
-			_, err = t.judge(ctx, a, v, err, false, new(int))
+			_, err = t.judge(ctx, a, v, err, false, new(doubts))
 		} else if wrap {
 			if _, err = t.try(ctx, a, v, b.keys); errors.As(err, new(uncounted)) || denied(err) || OfVersion(err) {
 				err = nil // the token answers
@@ -79,7 +80,7 @@ func (t *Token) examineWith(ctx context.Context, a *attachment, v *Version, wrap
 		a.breaks(last)
 		return last
 	}
-	if stepFor(last) == loginAgain {
+	if stepFor(last) == loginAgain && a.epoch.Load() != epoch {
 		return last // a login that is lost again and again is no key's matter
 	}
 	_ = v.outage(a, last, wraps)

@@ -99,7 +99,7 @@ func TestLossesSayNothingOfTheData(t *testing.T) {
 	wrapped := r.wrap(v, m)
 	r.wrap(other, m)
 	for _, function := range []string{"C_DecryptInit", "C_Decrypt"} {
-		for _, first := range []string{"0x101", "0xb3", "0x82"} {
+		for _, first := range []string{"0x101", "0xb3", "0x82", "0x5", "0x30"} {
 			for _, second := range []string{"0x30", "0x5", "0x101", "0xb3"} {
 				// The canary is opened in between, or with the first.
 				for _, skip := range []string{"", " skip=1"} {
@@ -238,6 +238,36 @@ func TestIllKeyThatLosesSessions(t *testing.T) {
 	_, _ = r.Unwrap(ctx, bad, nil, wrappedBad, bound)
 	if n := fault.Calls()["C_DecryptInit"]; n > 3 {
 		t.Errorf("%d calls of 220 ms for a caller with 300", n)
+	}
+}
+
+// So it is where the connection is lost: another one is made, and the key is of the suite that
+// it should be.
+func TestConnectionLostWhileAKeyIsMade(t *testing.T) {
+	for skip := 5; skip < 8; skip++ { // after the trial: its canary, and the test
+		t.Run(fmt.Sprint(skip), func(t *testing.T) {
+			r, fault := newFaultyRig(t)
+			fault.Set(fmt.Sprintf("C_EncryptInit skip=%d count=1 sleep_ms=400", skip))
+			fault.Calls()
+			begun := 0
+			var beside sync.WaitGroup
+			beside.Go(func() {
+				k, err := r.CreateKey(bounded(t), "new", 0)
+				if err != nil {
+					t.Errorf("CreateKey: %v", err)
+				} else if got := k.Versions[0].Suite; got != hsm.GCM {
+					t.Errorf("it makes a key of %v, want %v", got, hsm.GCM)
+				}
+			})
+			eventually(t, "it is made", func() error {
+				begun += fault.Calls()["C_EncryptInit"]
+				return errorUnless(begun > skip, nil, "%d encryptions have begun", begun)
+			})
+			fault.Set("dead")
+			underWay(t, fault, "C_Encrypt") // the connection is lost
+			fault.Set()                     // it is, until the module is initialised again
+			beside.Wait()
+		})
 	}
 }
 
@@ -393,18 +423,51 @@ func TestLoginsOfNoUse(t *testing.T) {
 // A mishap while a key is made is no reason to make one of another suite.
 func TestMishapWhileAKeyIsMade(t *testing.T) {
 	r, fault := newFaultyRig(t)
-	for i, code := range []string{"0x101", "0x30", "0x5", "0x82", "0xb3"} {
-		fault.Set("C_EncryptInit skip=5 count=1 rv=" + code) // after the trial
-		k, err := r.CreateKey(bounded(t), fmt.Sprint("new", i), 0)
-		if err != nil {
-			t.Errorf("%s: %v", code, err)
-		} else if got := k.Versions[0].Suite; got != hsm.GCM {
-			t.Errorf("%s: it makes a key of %v, want %v", code, got, hsm.GCM)
+	for _, code := range []string{"0x101", "0x30", "0x5", "0x82", "0xb3"} {
+		for _, function := range []string{"C_EncryptInit", "C_Encrypt", "C_DecryptInit", "C_Decrypt"} {
+			for before := range 9 { // in the trial, with the canary, and in the test
+				rule := fmt.Sprintf("%s skip=%d count=1 rv=%s", function, before, code)
+				if before == 0 {
+					rule = function + " count=1 rv=" + code
+				}
+				fault.Set(rule)
+				k, err := r.CreateKey(bounded(t), fmt.Sprint("new", function, before, code), 0)
+				if err != nil {
+					t.Errorf("%s: %v", rule, err)
+				} else if got := k.Versions[0].Suite; got != hsm.GCM {
+					t.Errorf("%s: it makes a key of %v, want %v", rule, got, hsm.GCM)
+				}
+			}
 		}
 	}
 	fault.Set()
 	if strays, err := r.Strays(bounded(t)); err != nil || len(strays) > 0 {
 		t.Errorf("strays: %+v, %v; want none", strays, err)
+	}
+}
+
+// A key that is not found, since the token fails whenever it is looked for, is an outage of this
+// key alone where another is served, whatever the token says.
+func TestKeyThatIsNotFoundWithAnyCode(t *testing.T) {
+	for _, code := range []string{"0x5", "0x30", "0x82", "0xb3", "0x101"} {
+		for _, function := range []string{"C_GetAttributeValue", "C_FindObjectsInit"} {
+			t.Run(function+" "+code, func(t *testing.T) {
+				r, fault := newFaultyRig(t, staying)
+				bad, good := r.key("bad", hsm.GCM), r.key("good", hsm.GCM)
+				m := material(32)
+				wrappedBad, wrappedGood := r.wrap(bad, m), r.wrap(good, m)
+				r.logOut()
+				r.opens(good, wrappedGood, m) // it need not be looked for
+				fault.Set(function + " rv=" + code)
+				for range 3 {
+					if err := r.unwraps(bad, wrappedBad); !hsm.OfVersion(err) {
+						t.Errorf("%v, want an outage of this version", err)
+					}
+					r.opens(good, wrappedGood, m)
+				}
+				r.keepsConnection()
+			})
+		}
 	}
 }
 

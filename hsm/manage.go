@@ -195,7 +195,8 @@ func (t *Token) remove(ctx context.Context, v *Version) error {
 }
 
 // setCanary wraps a random secret under a new version, and tests the version: again where
-// sessions, handles or the login were lost meanwhile, and once where it may be a mishap.
+// sessions, handles, the login or the connection were lost meanwhile, and once more where it
+// may be a mishap.
 func (t *Token) setCanary(ctx context.Context, v *Version) error {
 	var last error
 	mishaps := 0
@@ -209,11 +210,18 @@ func (t *Token) setCanary(ctx context.Context, v *Version) error {
 		}
 		switch stepFor(last) {
 		case newSession, findAgain, loginAgain, fewer:
-		case reconnect, askCanary:
+		case askCanary:
 			if mishaps++; mishaps > 1 {
 				return last
 			}
 			continue
+		case reconnect:
+			if mishaps++; mishaps == 1 {
+				continue
+			}
+			if errors.As(last, new(unmoved)) {
+				return last // that is no lost connection
+			}
 		case giveUp, refuse, fixPIN:
 			return last
 		}

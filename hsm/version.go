@@ -107,7 +107,7 @@ func (t *Token) Verify(ctx context.Context, v *Version) error {
 	ctx = as(ctx, verifier)
 	var last error
 	var a *attachment
-	doubts := 0
+	var d doubts
 	for range attempts {
 		var err error
 		if a, err = t.attached(ctx); err != nil {
@@ -117,7 +117,7 @@ func (t *Token) Verify(ctx context.Context, v *Version) error {
 			return nil
 		}
 		var final bool
-		if final, err = t.judge(ctx, a, v, err, false, &doubts); final {
+		if final, err = t.judge(ctx, a, v, err, false, &d); final {
 			return err
 		}
 		last = err

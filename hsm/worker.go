@@ -8,7 +8,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"runtime"
 	"sync/atomic"
 	"time"
 
@@ -39,7 +38,8 @@ type worker struct {
 	open    bool
 	used    int64         // when its session was last of use, by the token's now
 	at      int64         // when the job began, or the last one
-	yielded int64         // when the goroutine of its jobs last let others run
+	rested  int64         // since when it has been busy, but for moments
+	tired   bool          // who has it lets others run when it is given back
 	spoiled bool          // the session is not for others
 	short   bool          // the token had no session for it; the attachment's mu guards it
 	place   chan struct{} // whose place it has, while it is not idle
@@ -149,11 +149,11 @@ func (a *attachment) inAnother(ctx context.Context, since int64, job func() erro
 // lives says that what do does is another call of the module.
 func (w *worker) lives() { w.began.Store(w.a.token.now()) }
 
-// performs performs the job, and says since when it does. Where its session was lost before
-// that is lostBefore.
+// performs performs the job, and says since when it does. An error is a lostBefore where the
+// session had been lost before the job.
 func (w *worker) performs() (int, error) {
 	now := w.a.token.now()
-	w.yields(now)
+	w.tires(now)
 	w.at = now
 	w.began.Store(now)
 	before := w.usedBefore(w.job.since)
@@ -167,19 +167,17 @@ func (w *worker) performs() (int, error) {
 	return n, err
 }
 
-// stint is how long a goroutine wraps and unwraps without a pause before it lets others run.
-// When it has run for 10 ms the runtime (Go 1.26, retake) takes its processor away in call
-// after call of C, which costs some percent of what SoftHSM can do.
+// stint is how long a session is busy before who has it lets others run: it may be one caller
+// in a loop. When a goroutine has run for 10 ms the runtime (Go 1.26, retake) takes its processor
+// away in call after call of C, which costs some percent of what SoftHSM can do.
 const stint = 8 * time.Millisecond
 
-// yields lets other goroutines run where this one has been busy for long.
-func (w *worker) yields(now int64) {
-	switch {
-	case time.Duration(now-w.at) > stint: // it had a pause
-		w.yielded = now
-	case time.Duration(now-w.yielded) > stint:
-		w.yielded = now
-		runtime.Gosched()
+// tires notes, when a job begins, whether the session has been busy for long.
+func (w *worker) tires(now int64) {
+	pause := time.Duration(now-w.at) > stint
+	w.tired = !pause && time.Duration(now-w.rested) > stint
+	if pause || w.tired {
+		w.rested = now
 	}
 }
 

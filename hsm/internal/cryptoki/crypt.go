@@ -84,8 +84,8 @@ func (s Session) Verify(key Object, mechanism uint, in, mac []byte) error {
 	return err
 }
 
-// functions is the module's list for calls that are made often: cgo looks into what Go has
-// for every pointer to what has pointers itself.
+// functions is the module's list as a number, for calls that are made often: cgo checks each
+// pointer to what may hold pointers of Go.
 func (s Session) functions() C.ck_ulong { return C.ck_ulong(uintptr(unsafe.Pointer(s.list))) }
 
 func outcome(r C.ck_result, first, second string, room int) (int, error) {
