@@ -96,9 +96,9 @@ func (t *Token) recorded(ctx context.Context, v *Version, err error) error {
 func (t *Token) crypt(ctx context.Context, v *Version, h header, dst, in, iv, aad []byte, unwrap bool) ([]byte, error) {
 	var last error
 	var a *attachment
+	var d doubts
 	since := t.now()
-	d := doubts{since: since}
-	for range attempts {
+	for tries := 0; tries-d.data < attempts; tries++ { // doubts of the data have a bound of their own
 		var err error
 		if a, err = t.attached(ctx); err != nil {
 			return nil, err
@@ -257,9 +257,6 @@ func (t *Token) inSession(ctx context.Context, a *attachment, v *Version, h head
 	w.cleanAfter(max(n, len(in)))
 	began, tired := w.at, w.tired
 	a.release(w)
-	if tired {
-		runtime.Gosched()
-	}
 	if unwrap {
 		if v.look.Load() != nil && roleOf(ctx) == looker {
 			v.took.Store(t.now() - began)
@@ -270,15 +267,18 @@ func (t *Token) inSession(ctx context.Context, a *attachment, v *Version, h head
 	}
 	t.last.Store(began)
 	t.used.Store(v)
+	if tired {
+		runtime.Gosched()
+	}
 	return dst, nil
 }
 
 // doubts are failures of an operation that may have been the token's fault or the data's.
 type doubts struct {
-	since int64 // when the operation began
-	n     int
-	said  string // what the last one was, and
-	same  int    // how often it was the same
+	n    int
+	data int    // how often the data of an unwrap failed while the canary opened
+	said string // what it failed with the last time, and
+	same int    // how often that was the same
 }
 
 // again tells whether the operation is tried again: once.
@@ -292,13 +292,21 @@ func (d *doubts) again() bool {
 // that takes its time it is less: more would be more than the caller has.
 const sameAgain, sameWhenSlow = 3, 2
 
-// damaged tells whether the data of an unwrap is bad, as far as the token lets us know.
-func (d *doubts) damaged(err error, now int64) bool {
+// slowCanary is from when on a token takes its time.
+const slowCanary = lookPatience / 4
+
+// mostDoubts is how often data may fail, in whatever ways.
+const mostDoubts = 5
+
+// damaged counts a failure of the data of an unwrap, and tells whether the data is bad as far
+// as the token lets us know. canary is how long it takes the token to open one.
+func (d *doubts) damaged(err error, canary time.Duration) bool {
 	if said := err.Error(); d.said != said {
 		d.said, d.same = said, 0
 	}
+	d.data++
 	d.same++
-	return d.same >= sameAgain || d.same >= sameWhenSlow && time.Duration(now-d.since) > lookPatience
+	return d.same >= sameAgain || d.same >= sameWhenSlow && canary > slowCanary
 }
 
 // judge says what the failure of an operation means. Unless it is final the
@@ -407,13 +415,16 @@ func (t *Token) doubt(ctx context.Context, a *attachment, v *Version, err error,
 	if errors.As(err, new(unmoved)) {
 		return false, err // the login's matter, and never the data's
 	}
+	what := "wraps what it is tested with, and not this"
 	switch {
-	case unwrap && d.damaged(err, t.now()):
+	case unwrap && d.damaged(err, time.Duration(v.took.Load())):
 		return true, errOpen
-	case unwrap, d.again():
+	case unwrap && d.data < mostDoubts, !unwrap && d.again():
 		return false, err
+	case unwrap:
+		what = "opens what it is tested with, and says now this and now that of something else"
 	}
-	only := errorf(Unavailable, err, "version %d of key %s wraps what it is tested with, and not this: see docs/hsm.md for the code", v.Number, v.Key)
+	only := errorf(Unavailable, err, "version %d of key %s %s: see docs/hsm.md for the code", v.Number, v.Key, what)
 	only.VersionOnly = true // others may wrap what they want to: it is not remembered
 	return true, only
 }

@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -423,27 +424,156 @@ func TestLoginsOfNoUse(t *testing.T) {
 // A mishap while a key is made is no reason to make one of another suite.
 func TestMishapWhileAKeyIsMade(t *testing.T) {
 	r, fault := newFaultyRig(t)
-	for _, code := range []string{"0x101", "0x30", "0x5", "0x82", "0xb3"} {
-		for _, function := range []string{"C_EncryptInit", "C_Encrypt", "C_DecryptInit", "C_Decrypt"} {
-			for before := range 9 { // in the trial, with the canary, and in the test
-				rule := fmt.Sprintf("%s skip=%d count=1 rv=%s", function, before, code)
-				if before == 0 {
-					rule = function + " count=1 rv=" + code
-				}
-				fault.Set(rule)
-				k, err := r.CreateKey(bounded(t), fmt.Sprint("new", function, before, code), 0)
-				if err != nil {
-					t.Errorf("%s: %v", rule, err)
-				} else if got := k.Versions[0].Suite; got != hsm.GCM {
-					t.Errorf("%s: it makes a key of %v, want %v", rule, got, hsm.GCM)
-				}
+	made := 0
+	for _, rule := range []string{
+		"C_EncryptInit rv=0x101", "C_EncryptInit rv=0x30", "C_EncryptInit rv=0x5", "C_EncryptInit rv=0x82", "C_EncryptInit rv=0xb3",
+		"C_Encrypt rv=0x5", "C_DecryptInit rv=0x5", "C_Decrypt rv=0x5", "C_GenerateKey rv=0x5", "C_FindObjectsInit rv=0x5", "C_GetAttributeValue rv=0x5",
+	} {
+		function, _, _ := strings.Cut(rule, " ")
+		for before, reached := 0, true; reached && before < 16; before++ { // in the trial, the making, with the canary, in the test
+			rule := rule + " count=1"
+			if before > 0 {
+				rule += fmt.Sprintf(" skip=%d", before)
 			}
+			fault.Set(rule)
+			fault.Calls()
+			made++
+			k, err := r.CreateKey(bounded(t), fmt.Sprint("new", made), 0)
+			switch {
+			case err != nil && (function == "C_FindObjectsInit" || function == "C_GetAttributeValue"): // of a record
+			case err != nil:
+				t.Errorf("%s: %v", rule, err)
+			case k.Versions[0].Suite != hsm.GCM:
+				t.Errorf("%s: it makes a key of %v, want %v", rule, k.Versions[0].Suite, hsm.GCM)
+			}
+			reached = fault.Calls()[function] > before
 		}
 	}
 	fault.Set()
 	if strays, err := r.Strays(bounded(t)); err != nil || len(strays) > 0 {
 		t.Errorf("strays: %+v, %v; want none", strays, err)
 	}
+}
+
+// So it is where somebody else finds the connection lost.
+func TestOthersLoseTheConnectionWhileAKeyIsMade(t *testing.T) {
+	r, fault := newFaultyRig(t)
+	v := r.key("other", hsm.GCM)
+	wrapped := r.wrap(v, material(32))
+	fault.Set("C_EncryptInit skip=5 count=1 sleep_ms=400")
+	fault.Calls()
+	begun := 0
+	var beside sync.WaitGroup
+	beside.Go(func() {
+		if _, err := r.CreateKey(bounded(t), "new", 0); err != nil {
+			t.Errorf("CreateKey: %v", err)
+		}
+	})
+	eventually(t, "it is made", func() error {
+		begun += fault.Calls()["C_EncryptInit"]
+		return errorUnless(begun > 5, nil, "%d encryptions have begun", begun)
+	})
+	fault.Set("C_DecryptInit rv=0x30")
+	ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
+	defer cancel()
+	_, _ = r.Unwrap(ctx, v, nil, wrapped, bound)
+	fault.Set()
+	beside.Wait()
+}
+
+// A new key that does not work is no reason for another connection where others work.
+func TestNewKeyThatIsIll(t *testing.T) {
+	r, fault := newFaultyRig(t)
+	other := r.key("other", hsm.GCM)
+	m := material(32)
+	wrapped := r.wrap(other, m)
+	fault.Set("ill /new/", "ill-code 0x30")
+	if _, err := r.CreateKey(bounded(t), "new", hsm.GCM); hsm.KindOf(err) != hsm.Broken {
+		t.Errorf("CreateKey: %v, want that the token cannot do this", err)
+	}
+	r.opens(other, wrapped, m)
+}
+
+// Damaged data is told as that, however much was lost before.
+func TestDamagedDataAfterLosses(t *testing.T) {
+	for name, lose := range map[string]func(r *rig){"sessions": (*rig).closeSessions, "login": (*rig).logOut} {
+		for _, idle := range []int{1, 4} {
+			t.Run(fmt.Sprint(name, " ", idle), func(t *testing.T) {
+				r, fault := newFaultyRig(t, staying)
+				v, other := r.key("orders", hsm.GCM), r.key("other", hsm.GCM)
+				wrapped := r.wrap(v, material(32))
+				r.wrap(other, material(32))
+				r.fill(fault, v, wrapped, idle)
+				wrapped[len(wrapped)-1] ^= 1
+				lose(r)
+				var callers sync.WaitGroup
+				for range 8 {
+					callers.Go(func() {
+						if err := r.unwraps(v, wrapped); hsm.KindOf(err) != hsm.BadCiphertext {
+							t.Errorf("damaged data: %v", err)
+						}
+					})
+				}
+				callers.Wait()
+			})
+		}
+	}
+}
+
+// Data that a token says now this and now that of, while canaries open, is neither told as
+// damaged nor taken for an outage of the token.
+func TestDataThatFailsInDifferentWays(t *testing.T) {
+	r, fault := newFaultyRig(t, staying)
+	v := r.key("orders", hsm.GCM)
+	m := material(32)
+	wrapped := r.wrap(v, m)
+	r.opens(v, wrapped, m)
+	var rules []string
+	for i := range 6 {
+		rules = append(rules, fmt.Sprintf("C_Decrypt skip=%d count=1 rv=%s", i, []string{"0x5", "0x6"}[i%2]))
+	}
+	rules[0] = "C_Decrypt count=1 rv=0x5"
+	fault.Set(rules...)
+	if err := r.unwraps(v, wrapped); !hsm.OfVersion(err) {
+		t.Errorf("Unwrap: %v, want an outage of this version", err)
+	}
+	fault.Set()
+	r.opens(v, wrapped, m)
+	r.keepsConnection()
+}
+
+// Good data that fails twice within a moment is not told as damaged, though its caller has
+// waited before: for a login, a session, or the machine.
+func TestMishapsAfterAWait(t *testing.T) {
+	m := material(32)
+	twoKeys := func(t *testing.T, configure ...func(*rig, *hsm.Config)) (*rig, *hsmtest.Fault, *hsm.Version, []byte) {
+		r, fault := newFaultyRig(t, append(configure, staying)...)
+		v, other := r.key("orders", hsm.GCM), r.key("other", hsm.GCM)
+		wrapped := r.wrap(v, m)
+		r.wrap(other, m)
+		return r, fault, v, wrapped
+	}
+	t.Run("login", func(t *testing.T) {
+		r, fault, v, wrapped := twoKeys(t)
+		r.logOut()
+		fault.Set("C_Login sleep_ms=300", "C_Decrypt skip=1 rv=0x5 count=1", "C_Decrypt skip=2 rv=0x5 count=1")
+		r.opens(v, wrapped, m)
+	})
+	t.Run("session", func(t *testing.T) {
+		r, fault, v, wrapped := twoKeys(t, func(_ *rig, c *hsm.Config) { c.Sessions = 1 })
+		fault.Set("C_Decrypt count=1 sleep_ms=400", "C_Decrypt rv=0x5 count=1", "C_Decrypt skip=1 rv=0x5 count=1")
+		fault.Calls()
+		var beside sync.WaitGroup
+		beside.Go(func() { r.opens(v, wrapped, m) })
+		underWay(t, fault, "C_Decrypt")
+		r.opens(v, wrapped, m)
+		beside.Wait()
+	})
+	t.Run("machine", func(t *testing.T) {
+		r, fault, v, wrapped := twoKeys(t)
+		fault.Set("C_DecryptInit rv=0x5 count=1 sleep_ms=260", "C_DecryptInit skip=1 rv=0x5 count=1")
+		r.opens(v, wrapped, m)
+	})
 }
 
 // A key that is not found, since the token fails whenever it is looked for, is an outage of this

@@ -117,10 +117,27 @@ func (t *Token) newVersion(ctx context.Context, key string, number uint32, suite
 	if err != nil {
 		return nil, err
 	}
+	v, err := t.newKeys(ctx, key, number, suite, trial)
+	if mishap(err) {
+		v, err = t.newKeys(ctx, key, number, suite, trial)
+	}
+	return v, err
+}
+
+// mishap tells whether what a new key failed with may be a moment's matter, and is tried once
+// more before it is taken for a no of the token.
+func mishap(err error) bool {
+	s := stepFor(err)
+	return err != nil && KindOf(err) == Broken && (s == askCanary || s == reconnect)
+}
+
+// newKeys makes the keys of a version, and their canary.
+func (t *Token) newKeys(ctx context.Context, key string, number uint32, suite Suite, trial Trial) (*Version, error) {
 	v := &Version{
 		Key: key, Number: number, Suite: suite, State: Enabled, Created: time.Now().UTC().Truncate(time.Second),
 		style: trial.style, takes: suite.takes(trial.RSABits / 8),
 	}
+	var err error
 	if v.ID, err = newID(); err != nil {
 		return nil, err
 	}
@@ -195,34 +212,29 @@ func (t *Token) remove(ctx context.Context, v *Version) error {
 }
 
 // setCanary wraps a random secret under a new version, and tests the version: again where
-// sessions, handles, the login or the connection were lost meanwhile, and once more where it
-// may be a mishap.
+// sessions, handles, the login or the connection were lost meanwhile.
 func (t *Token) setCanary(ctx context.Context, v *Version) error {
 	var last error
-	mishaps := 0
 	for range attempts {
 		a, err := t.attached(ctx)
 		if err != nil {
 			return err
 		}
-		if last = t.tryCanary(ctx, a, v); last == nil || isCallers(last) || errors.As(last, new(*Error)) {
+		switch last = t.tryCanary(ctx, a, v); {
+		case last == nil, isCallers(last):
+			return last
+		case a.over() && KindOf(last) == Unavailable:
+			continue // somebody else has found the connection lost
+		case errors.As(last, new(*Error)):
 			return last
 		}
 		switch stepFor(last) {
 		case newSession, findAgain, loginAgain, fewer:
-		case askCanary:
-			if mishaps++; mishaps > 1 {
-				return last
-			}
-			continue
 		case reconnect:
-			if mishaps++; mishaps == 1 {
-				continue
-			}
-			if errors.As(last, new(unmoved)) {
+			if errors.As(last, new(unmoved)) || t.ask(ctx, a, v, false) == well {
 				return last // that is no lost connection
 			}
-		case giveUp, refuse, fixPIN:
+		case giveUp, refuse, fixPIN, askCanary:
 			return last
 		}
 		if err := t.again(ctx, a, last); err != nil {

@@ -94,7 +94,7 @@ const trialLabel = labelPrefix + "trial"
 // are tried only where it makes none that end with their session.
 func (t *Token) trial(ctx context.Context, s Suite) (Trial, error) {
 	result, err := t.tryRecipes(ctx, s, false)
-	if KindOf(err) == Broken && stepFor(err) == askCanary { // it may have been a mishap
+	if mishap(err) {
 		result, err = t.tryRecipes(ctx, s, false)
 	}
 	if refused(err) {
