@@ -12,7 +12,7 @@ import (
 )
 
 // attempts is how often an operation is tried: lost sessions, handles, logins and
-// connections come one upon the other.
+// connections come one upon the other. What may be the data's fault does not count.
 const attempts = 4
 
 // Wrap appends to dst the material, 1 to MaxMaterial bytes, wrapped under version v
@@ -96,9 +96,9 @@ func (t *Token) recorded(ctx context.Context, v *Version, err error) error {
 func (t *Token) crypt(ctx context.Context, v *Version, h header, dst, in, iv, aad []byte, unwrap bool) ([]byte, error) {
 	var last error
 	var a *attachment
-	var d doubts
 	since := t.now()
-	for tries := 0; tries-d.data < attempts; tries++ { // doubts of the data have a bound of their own
+	d := doubts{at: since}
+	for tries := 0; tries-d.data < attempts; tries++ {
 		var err error
 		if a, err = t.attached(ctx); err != nil {
 			return nil, err
@@ -127,16 +127,16 @@ func (t *Token) crypt(ctx context.Context, v *Version, h header, dst, in, iv, aa
 		}
 		last = err
 	}
-	return nil, t.inVain(ctx, a, v, !unwrap, last)
+	return nil, t.inVain(ctx, a, v, !unwrap, attempts+d.data, last)
 }
 
 // inVain says what it means that a version was tried again and again.
-func (t *Token) inVain(ctx context.Context, a *attachment, v *Version, wrap bool, last error) error {
+func (t *Token) inVain(ctx context.Context, a *attachment, v *Version, wrap bool, tries int, last error) error {
 	_ = t.examineWith(ctx, a, v, wrap)
 	if only := v.out(a, wrap); only != nil {
 		return only
 	}
-	return errorf(Unavailable, last, "tried %d times", attempts)
+	return errorf(Unavailable, last, "tried %d times", tries)
 }
 
 // count counts a wrap that is about to be made.
@@ -266,7 +266,9 @@ func (t *Token) inSession(ctx context.Context, a *attachment, v *Version, h head
 		v.wrapped.Store(began)
 	}
 	t.last.Store(began)
-	t.used.Store(v)
+	if !v.making {
+		t.used.Store(v)
+	}
 	if tired {
 		runtime.Gosched()
 	}
@@ -276,7 +278,8 @@ func (t *Token) inSession(ctx context.Context, a *attachment, v *Version, h head
 // doubts are failures of an operation that may have been the token's fault or the data's.
 type doubts struct {
 	n    int
-	data int    // how often the data of an unwrap failed while the canary opened
+	data int    // how often the data of an unwrap failed while the canary opened: mostDoubts times at most
+	at   int64  // since when the token has been asked about it the last time
 	said string // what it failed with the last time, and
 	same int    // how often that was the same
 }
@@ -287,26 +290,31 @@ func (d *doubts) again() bool {
 	return d.n == 1
 }
 
-// sameAgain is how often data must fail in the same way, while the canary opens each time,
-// to be told as bad: a token that loses calls fails in other ways, or not again. On a token
-// that takes its time it is less: more would be more than the caller has.
-const sameAgain, sameWhenSlow = 3, 2
-
-// slowCanary is from when on a token takes its time.
-const slowCanary = lookPatience / 4
-
-// mostDoubts is how often data may fail, in whatever ways.
-const mostDoubts = 5
+const (
+	// sameAgain is how often data must fail in the same way, while the canary opens each
+	// time, to be told as bad: a token that loses calls fails in other ways, or not again.
+	// It is less where a slow token leaves the caller no time for more.
+	sameAgain, sameAtLeast = 3, 2
+	slowly                 = 50 * time.Millisecond
+	// mostDoubts is how often data may fail, in whatever ways.
+	mostDoubts = 5
+)
 
 // damaged counts a failure of the data of an unwrap, and tells whether the data is bad as far
-// as the token lets us know. canary is how long it takes the token to open one.
-func (d *doubts) damaged(err error, canary time.Duration) bool {
+// as the token lets us know.
+func (d *doubts) damaged(ctx context.Context, now int64, err error) bool {
 	if said := err.Error(); d.said != said {
 		d.said, d.same = said, 0
 	}
 	d.data++
 	d.same++
-	return d.same >= sameAgain || d.same >= sameWhenSlow && canary > slowCanary
+	took := time.Duration(now - d.at)
+	d.at = now
+	if d.same >= sameAgain {
+		return true
+	}
+	deadline, has := ctx.Deadline()
+	return d.same >= sameAtLeast && took > slowly && has && time.Until(deadline) < 2*took
 }
 
 // judge says what the failure of an operation means. Unless it is final the
@@ -417,7 +425,7 @@ func (t *Token) doubt(ctx context.Context, a *attachment, v *Version, err error,
 	}
 	what := "wraps what it is tested with, and not this"
 	switch {
-	case unwrap && d.damaged(err, time.Duration(v.took.Load())):
+	case unwrap && d.damaged(ctx, t.now(), err):
 		return true, errOpen
 	case unwrap && d.data < mostDoubts, !unwrap && d.again():
 		return false, err

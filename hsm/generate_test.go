@@ -84,21 +84,26 @@ func TestRecipes(t *testing.T) {
 	}
 }
 
-// A secret key is tried on the token, too, where there is none for a session.
+// A secret key is tried on the token, too, where there is none for a session: once more where
+// something goes wrong.
 func TestSecretTrialOnToken(t *testing.T) {
-	r, fault := newFaultyRig(t, inFile)
-	fault.Set("C_GenerateKey rv=0x13 count=2") // with what not every token knows, and without
-	p, err := r.Probe(bounded(t))
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, trial := range p.Trials {
-		if want := trial.Suite == hsm.GCM; trial.OnToken != want || want && trial.Err != nil {
-			t.Errorf("%v: tried on the token: %v, %v", trial.Suite, trial.OnToken, trial.Err)
-		}
-	}
-	if got := r.onToken(); len(got) != 0 {
-		t.Errorf("the probe left %v", got)
+	for name, mishap := range map[string][]string{"well": nil, "a mishap": {"C_Encrypt rv=0x6 count=1"}} {
+		t.Run(name, func(t *testing.T) {
+			r, fault := newFaultyRig(t, inFile)
+			fault.Set(append(mishap, "C_GenerateKey rv=0x13 count=2")...) // with what not every token knows, and without
+			p, err := r.Probe(bounded(t))
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, trial := range p.Trials {
+				if want := trial.Suite == hsm.GCM; trial.OnToken != want || want && trial.Err != nil {
+					t.Errorf("%v: tried on the token: %v, %v", trial.Suite, trial.OnToken, trial.Err)
+				}
+			}
+			if got := r.onToken(); len(got) != 0 {
+				t.Errorf("the probe left %v", got)
+			}
+		})
 	}
 }
 

@@ -135,7 +135,7 @@ func mishap(err error) bool {
 func (t *Token) newKeys(ctx context.Context, key string, number uint32, suite Suite, trial Trial) (*Version, error) {
 	v := &Version{
 		Key: key, Number: number, Suite: suite, State: Enabled, Created: time.Now().UTC().Truncate(time.Second),
-		style: trial.style, takes: suite.takes(trial.RSABits / 8),
+		style: trial.style, takes: suite.takes(trial.RSABits / 8), making: true,
 	}
 	var err error
 	if v.ID, err = newID(); err != nil {
@@ -153,6 +153,7 @@ func (t *Token) newKeys(ctx context.Context, key string, number uint32, suite Su
 		t.undo(ctx, v)
 		return nil, err
 	}
+	v.making = false
 	return v, nil
 }
 
@@ -224,7 +225,7 @@ func (t *Token) setCanary(ctx context.Context, v *Version) error {
 		case last == nil, isCallers(last):
 			return last
 		case a.over() && KindOf(last) == Unavailable:
-			continue // somebody else has found the connection lost
+			continue // it was found lost meanwhile
 		case errors.As(last, new(*Error)):
 			return last
 		}

@@ -101,6 +101,9 @@ func (t *Token) trial(ctx context.Context, s Suite) (Trial, error) {
 		whole, end := t.toTheEnd(ctx)
 		defer end()
 		result, err = t.tryRecipes(whole, s, true)
+		if mishap(err) && !errors.As(err, new(trialLeft)) {
+			result, err = t.tryRecipes(whole, s, true)
+		}
 	}
 	if err != nil {
 		return Trial{Suite: s}, err
@@ -145,10 +148,15 @@ func (t *Token) tryRecipe(ctx context.Context, s Suite, r recipe) (Trial, error)
 		return *result, err
 	}
 	if left := t.remove(ctx, v); left != nil {
-		return Trial{}, errorf(KindOf(left), left, "the key of a trial, %s with the ID %x, may still be on the token: delete it", trialLabel, v.ID)
+		return Trial{}, errorf(KindOf(left), trialLeft{left}, "the key of a trial, %s with the ID %x, may still be on the token: delete it", trialLabel, v.ID)
 	}
 	return *result, err
 }
+
+// trialLeft is why the key of a trial was not destroyed.
+type trialLeft struct{ error }
+
+func (l trialLeft) Unwrap() error { return l.error }
 
 // run makes the keys of v and wraps with them.
 func (result *Trial) run(w *worker, v *Version, r recipe) error {

@@ -61,6 +61,7 @@ type Version struct {
 	canarySum [32]byte
 	takes     int   // bytes of material that the token wraps itself
 	seen      int64 // by the token's now; 0 for one that is being made
+	making    bool  // it is being made: who does is the only one that may use it
 
 	handles    atomic.Pointer[binding]
 	illness    atomic.Pointer[illness]
@@ -125,7 +126,7 @@ func (t *Token) Verify(ctx context.Context, v *Version) error {
 	if v.State != Enabled {
 		return errorf(Unavailable, last, "tried %d times", attempts)
 	}
-	return t.inVain(ctx, a, v, t.keys.isCurrent(v), last)
+	return t.inVain(ctx, a, v, t.keys.isCurrent(v), attempts, last)
 }
 
 func (t *Token) verify(ctx context.Context, a *attachment, v *Version) error {
