@@ -97,13 +97,14 @@ func (t *Token) crypt(ctx context.Context, v *Version, h header, dst, in, iv, aa
 	var last error
 	var a *attachment
 	since := t.now()
-	d := doubts{at: since}
+	var d doubts
 	for tries := 0; tries-d.data < attempts; tries++ {
 		var err error
 		if a, err = t.attached(ctx); err != nil {
 			return nil, err
 		}
 		keys, err := t.bind(ctx, a, v, !unwrap)
+		d.at = t.now()
 		theirs := unwrap && err == nil // what fails from here on may be what they sent
 		if err == nil {
 			var out []byte
@@ -277,11 +278,12 @@ func (t *Token) inSession(ctx context.Context, a *attachment, v *Version, h head
 
 // doubts are failures of an operation that may have been the token's fault or the data's.
 type doubts struct {
-	n    int
-	data int    // how often the data of an unwrap failed while the canary opened: mostDoubts times at most
-	at   int64  // since when the token has been asked about it the last time
-	said string // what it failed with the last time, and
-	same int    // how often that was the same
+	n     int
+	data  int           // how often the data of an unwrap failed while the canary opened: mostDoubts times at most
+	at    int64         // when the last try began
+	least time.Duration // how long a try and the canary took at least: the machine may stall, or others come between
+	said  string        // what it failed with the last time, and
+	same  int           // how often that was the same
 }
 
 // again tells whether the operation is tried again: once.
@@ -308,13 +310,14 @@ func (d *doubts) damaged(ctx context.Context, now int64, err error) bool {
 	}
 	d.data++
 	d.same++
-	took := time.Duration(now - d.at)
-	d.at = now
+	if took := time.Duration(now - d.at); d.data == 1 || took < d.least {
+		d.least = took
+	}
 	if d.same >= sameAgain {
 		return true
 	}
 	deadline, has := ctx.Deadline()
-	return d.same >= sameAtLeast && took > slowly && has && time.Until(deadline) < 2*took
+	return d.same >= sameAtLeast && d.least > slowly && has && time.Until(deadline) < 2*d.least
 }
 
 // judge says what the failure of an operation means. Unless it is final the
@@ -419,6 +422,9 @@ func (t *Token) doubt(ctx context.Context, a *attachment, v *Version, err error,
 	}
 	if seen != nil {
 		return t.judge(ctx, a, v, seen, false, d)
+	}
+	if ctx.Err() != nil {
+		return true, context.Cause(ctx)
 	}
 	if errors.As(err, new(unmoved)) {
 		return false, err // the login's matter, and never the data's

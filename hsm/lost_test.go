@@ -572,6 +572,15 @@ func TestMishapsAfterAWait(t *testing.T) {
 		fault.Set("C_Login sleep_ms=300", "C_Decrypt skip=1 rv=0x5 count=1", "C_Decrypt skip=2 rv=0x5 count=1")
 		r.opens(v, wrapped, m)
 	})
+	mishap := "C_Decrypt rv=0x5 count=1"
+	t.Run("slow once", func(t *testing.T) {
+		r, fault, v, wrapped := twoKeys(t)
+		r.opens(v, wrapped, m)
+		fault.Set(mishap, mishap+" skip=1 sleep_ms=800")
+		if err := r.unwraps(v, wrapped); err != nil {
+			t.Error(err)
+		}
+	})
 	t.Run("session", func(t *testing.T) {
 		r, fault, v, wrapped := twoKeys(t, func(_ *rig, c *hsm.Config) { c.Sessions = 1 })
 		fault.Set("C_Decrypt count=1 sleep_ms=400", "C_Decrypt rv=0x5 count=1", "C_Decrypt skip=1 rv=0x5 count=1")

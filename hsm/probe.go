@@ -101,7 +101,7 @@ func (t *Token) trial(ctx context.Context, s Suite) (Trial, error) {
 		whole, end := t.toTheEnd(ctx)
 		defer end()
 		result, err = t.tryRecipes(whole, s, true)
-		if mishap(err) && !errors.As(err, new(trialLeft)) {
+		if mishap(err) && !refused(err) && ctx.Err() == nil && !errors.As(err, new(trialLeft)) {
 			result, err = t.tryRecipes(whole, s, true)
 		}
 	}
