@@ -104,7 +104,9 @@ func (t *Token) crypt(ctx context.Context, v *Version, h header, dst, in, iv, aa
 			return nil, err
 		}
 		keys, err := t.bind(ctx, a, v, !unwrap)
-		d.at = t.now()
+		if unwrap { // doubts of a wrap are not timed
+			d.at = t.now()
+		}
 		theirs := unwrap && err == nil // what fails from here on may be what they sent
 		if err == nil {
 			var out []byte

@@ -59,7 +59,7 @@ func (t *Token) examineWith(ctx context.Context, a *attachment, v *Version, wrap
 		known := (*Error)(nil)
 		switch {
 		case err == nil:
-			a.worked.Store(true)
+			a.works(false)
 			return nil
 		case isCallers(err), ctx.Err() != nil, KindOf(err) == Unauthenticated:
 			return err

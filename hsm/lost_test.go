@@ -242,36 +242,6 @@ func TestIllKeyThatLosesSessions(t *testing.T) {
 	}
 }
 
-// So it is where the connection is lost: another one is made, and the key is of the suite that
-// it should be.
-func TestConnectionLostWhileAKeyIsMade(t *testing.T) {
-	for skip := 5; skip < 8; skip++ { // after the trial: its canary, and the test
-		t.Run(fmt.Sprint(skip), func(t *testing.T) {
-			r, fault := newFaultyRig(t)
-			fault.Set(fmt.Sprintf("C_EncryptInit skip=%d count=1 sleep_ms=400", skip))
-			fault.Calls()
-			begun := 0
-			var beside sync.WaitGroup
-			beside.Go(func() {
-				k, err := r.CreateKey(bounded(t), "new", 0)
-				if err != nil {
-					t.Errorf("CreateKey: %v", err)
-				} else if got := k.Versions[0].Suite; got != hsm.GCM {
-					t.Errorf("it makes a key of %v, want %v", got, hsm.GCM)
-				}
-			})
-			eventually(t, "it is made", func() error {
-				begun += fault.Calls()["C_EncryptInit"]
-				return errorUnless(begun > skip, nil, "%d encryptions have begun", begun)
-			})
-			fault.Set("dead")
-			underWay(t, fault, "C_Encrypt") // the connection is lost
-			fault.Set()                     // it is, until the module is initialised again
-			beside.Wait()
-		})
-	}
-}
-
 // A pair that was disabled a moment ago, by another host, is told as that: that its public
 // key does not encrypt any more is no outage.
 func TestPairIsDisabledMeanwhile(t *testing.T) {
@@ -329,6 +299,29 @@ func TestTrialAmidALogin(t *testing.T) {
 	r.keepsConnection()
 }
 
+// making has a key made, of the suite that it should be, and returns when its encryption number
+// skip is under way, which takes ms milliseconds; made waits for the end.
+func (r *rig) making(fault *hsmtest.Fault, name string, skip, ms int) (made func()) {
+	r.t.Helper()
+	fault.Set(fmt.Sprintf("C_EncryptInit skip=%d count=1 sleep_ms=%d", skip, ms))
+	fault.Calls()
+	begun := 0
+	var beside sync.WaitGroup
+	beside.Go(func() {
+		k, err := r.CreateKey(bounded(r.t), name, 0)
+		if err != nil {
+			r.t.Errorf("CreateKey: %v", err)
+		} else if got := k.Versions[0].Suite; got != hsm.GCM {
+			r.t.Errorf("it makes a key of %v, want %v", got, hsm.GCM)
+		}
+	})
+	eventually(r.t, "it is made", func() error {
+		begun += fault.Calls()["C_EncryptInit"]
+		return errorUnless(begun > skip, nil, "%d encryptions have begun", begun)
+	})
+	return beside.Wait
+}
+
 // A login that is lost while a key is made is no reason to make one of another suite, or none.
 func TestLoginLostWhileAKeyIsMade(t *testing.T) {
 	r, fault := newFaultyRig(t, staying)
@@ -336,28 +329,28 @@ func TestLoginLostWhileAKeyIsMade(t *testing.T) {
 	wrapped := r.wrap(other, material(32))
 	for skip := 5; skip < 8; skip++ { // after the trial: its canary, and the test
 		r.fill(fault, other, wrapped, 3)
-		fault.Set(fmt.Sprintf("C_EncryptInit skip=%d count=1 sleep_ms=200", skip))
-		fault.Calls()
-		begun := 0
-		var beside sync.WaitGroup
-		beside.Go(func() {
-			k, err := r.CreateKey(bounded(t), fmt.Sprint("new", skip), 0)
-			if err != nil {
-				t.Errorf("CreateKey: %v", err)
-			} else if got := k.Versions[0].Suite; got != hsm.GCM {
-				t.Errorf("it makes a key of %v, want %v", got, hsm.GCM)
-			}
-		})
-		eventually(t, "it is made", func() error {
-			begun += fault.Calls()["C_EncryptInit"]
-			return errorUnless(begun > skip, nil, "%d encryptions have begun", begun)
-		})
+		made := r.making(fault, fmt.Sprint("new", skip), skip, 200)
 		r.logOut()
 		if err := r.unwraps(other, wrapped); err != nil {
 			t.Errorf("beside it: %v", err)
 		}
-		beside.Wait()
+		made()
 		fault.Set()
+	}
+}
+
+// So it is where the connection is lost: another one is made, and the key is of the suite that
+// it should be.
+func TestConnectionLostWhileAKeyIsMade(t *testing.T) {
+	for skip := 5; skip < 8; skip++ { // after the trial: its canary, and the test
+		t.Run(fmt.Sprint(skip), func(t *testing.T) {
+			r, fault := newFaultyRig(t)
+			made := r.making(fault, "new", skip, 400)
+			fault.Set("dead")
+			underWay(t, fault, "C_Encrypt") // the connection is lost
+			fault.Set()                     // it is, until the module is initialised again
+			made()
+		})
 	}
 }
 
@@ -470,25 +463,13 @@ func TestOthersLoseTheConnectionWhileAKeyIsMade(t *testing.T) {
 	r, fault := newFaultyRig(t)
 	v := r.key("other", hsm.GCM)
 	wrapped := r.wrap(v, material(32))
-	fault.Set("C_EncryptInit skip=5 count=1 sleep_ms=400")
-	fault.Calls()
-	begun := 0
-	var beside sync.WaitGroup
-	beside.Go(func() {
-		if _, err := r.CreateKey(bounded(t), "new", 0); err != nil {
-			t.Errorf("CreateKey: %v", err)
-		}
-	})
-	eventually(t, "it is made", func() error {
-		begun += fault.Calls()["C_EncryptInit"]
-		return errorUnless(begun > 5, nil, "%d encryptions have begun", begun)
-	})
+	made := r.making(fault, "new", 5, 400)
 	fault.Set("C_DecryptInit rv=0x30")
 	ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
 	defer cancel()
 	_, _ = r.Unwrap(ctx, v, nil, wrapped, bound)
 	fault.Set()
-	beside.Wait()
+	made()
 	if r.attached() < 2 {
 		t.Error("the connection was not lost")
 	}
