@@ -269,7 +269,7 @@ func (t *Token) inSession(ctx context.Context, a *attachment, v *Version, h head
 		v.wrapped.Store(began)
 	}
 	t.last.Store(began)
-	if !v.making {
+	if v.seen != 0 {
 		t.used.Store(v)
 	}
 	if tired {

@@ -135,7 +135,7 @@ func mishap(err error) bool {
 func (t *Token) newKeys(ctx context.Context, key string, number uint32, suite Suite, trial Trial) (*Version, error) {
 	v := &Version{
 		Key: key, Number: number, Suite: suite, State: Enabled, Created: time.Now().UTC().Truncate(time.Second),
-		style: trial.style, takes: suite.takes(trial.RSABits / 8), making: true,
+		style: trial.style, takes: suite.takes(trial.RSABits / 8),
 	}
 	var err error
 	if v.ID, err = newID(); err != nil {
@@ -153,7 +153,6 @@ func (t *Token) newKeys(ctx context.Context, key string, number uint32, suite Su
 		t.undo(ctx, v)
 		return nil, err
 	}
-	v.making = false
 	return v, nil
 }
 

@@ -60,8 +60,7 @@ type Version struct {
 	canary    []byte // wrapped when the version was made
 	canarySum [32]byte
 	takes     int   // bytes of material that the token wraps itself
-	seen      int64 // by the token's now; 0 for one that is being made
-	making    bool  // it is being made: who does is the only one that may use it
+	seen      int64 // by the token's now; 0 for one that is being made, which is its maker's alone
 
 	handles    atomic.Pointer[binding]
 	illness    atomic.Pointer[illness]
